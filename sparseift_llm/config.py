@@ -1,0 +1,144 @@
+"""The two configuration objects of the library, without torch.
+
+`SparseIFTConfig` says what a model becomes, `DSTConfig` how its masks evolve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparseift_llm.strict import check_choice, from_dict, load_yaml
+
+KINDS = ("q", "k", "v", "o", "mlp_in", "mlp_out")
+
+
+@dataclass(frozen=True)
+class DSTConfig:
+    """How masks change during training (dynamic sparse training).
+
+    Args:
+        algorithm: `static` (never), `set` (grow at random), `rigl` (grow by the largest dense
+            gradient of the global batch) or `gmp` (start dense, prune by magnitude).
+        update_every_steps: optimizer steps between mask updates.
+        drop_fraction: share of a layer's active weights dropped at the first update, in (0, 1);
+            follows a cosine to 0. Not used by `static` and `gmp`.
+        stop_fraction: share of all optimizer steps after which masks stay fixed, in (0, 1].
+
+    Raises:
+        ValueError: a value outside its range, naming it.
+
+    Source: RigL, arXiv 1911.11134, eq. 1; GMP, arXiv 1710.01878.
+    """
+
+    algorithm: str = "rigl"
+    update_every_steps: int = 100
+    drop_fraction: float = 0.3
+    stop_fraction: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_choice("algorithm", self.algorithm, ("static", "set", "rigl", "gmp"))
+        if self.update_every_steps < 1:
+            raise ValueError(f"update_every_steps must be at least 1, got {self.update_every_steps}")
+        if not 0 < self.drop_fraction < 1:
+            raise ValueError(f"drop_fraction must be in (0, 1), got {self.drop_fraction}")
+        if not 0 < self.stop_fraction <= 1:
+            raise ValueError(f"stop_fraction must be in (0, 1], got {self.stop_fraction}")
+
+
+@dataclass(frozen=True)
+class SparseIFTConfig:
+    """What `sparsify` makes of a dense GPT.
+
+    Args:
+        family: `wide`.
+        scope: `model` widens hidden and FFN size by sqrt(1/(1-s)); `ffn` widens only the FFN's
+            inner size, by 1/(1-s), and leaves everything else as it was.
+        sparsity: zero fraction s in [0, 1) that sets the widths. After rounding the widths, each
+            layer's sparsity is solved again so that its multiply-adds equal the dense layer's.
+        structure: `unstructured`.
+        distribution: `uniform` (each layer keeps its dense twin's multiply-adds) or `erk`
+            (Erdos-Renyi; the total is kept, layers differ).
+        accounting: `linears` makes the sparse projections iso-FLOP; `whole_model` solves the
+            sparsity so that forward FLOPs with attention and logits, at `seq_len`, equal the
+            dense model's.
+        seq_len: tokens per sequence, needed by `accounting="whole_model"` only.
+        init: `paper` (stock init), `preserve` (output variance of the dense layer) or `supar`
+            (sparse maximal update; train with `optimizer_param_groups`).
+        targets: projection kinds to make sparse, any of q, k, v, o, mlp_in, mlp_out; `None` means
+            all that the scope widens.
+        exclude: projection kinds to leave dense.
+        width_multiple: widened sizes are rounded to a multiple of this (and of what the
+            architecture itself needs).
+        seed: seeds mask initialisation and random growth.
+        dst: the mask updates during training.
+
+    Raises:
+        ValueError: a value outside its range or a contradictory combination, naming it.
+
+    Source: Sparse-IFT, arXiv 2303.11525.
+    """
+
+    family: str = "wide"
+    scope: str = "model"
+    sparsity: float = 0.75
+    structure: str = "unstructured"
+    distribution: str = "uniform"
+    accounting: str = "linears"
+    seq_len: int | None = None
+    init: str = "preserve"
+    targets: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    width_multiple: int = 1
+    seed: int = 0
+    dst: DSTConfig = field(default_factory=DSTConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("family", self.family, ("wide",))
+        check_choice("scope", self.scope, ("model", "ffn"))
+        check_choice("structure", self.structure, ("unstructured",))
+        check_choice("distribution", self.distribution, ("uniform", "erk"))
+        check_choice("accounting", self.accounting, ("linears", "whole_model"))
+        check_choice("init", self.init, ("paper", "preserve", "supar"))
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.width_multiple < 1:
+            raise ValueError(f"width_multiple must be at least 1, got {self.width_multiple}")
+        for kind in (*(self.targets or ()), *self.exclude):
+            check_choice("targets/exclude", kind, KINDS)
+        if self.scope == "ffn":
+            for kind in self.targets or ():
+                if kind not in ("mlp_in", "mlp_out"):
+                    raise ValueError(
+                        f"targets: scope='ffn' widens only mlp_in and mlp_out, so {kind!r} cannot be sparse; "
+                        "use scope='model' or leave it out"
+                    )
+        if self.accounting == "whole_model" and self.seq_len is None:
+            raise ValueError("accounting='whole_model' needs seq_len: attention FLOPs depend on it")
+        if self.seq_len is not None and self.seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1, got {self.seq_len}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SparseIFTConfig:
+        """The config from a mapping, as `to_dict` gives it. Raises ValueError as `from_dict` does."""
+        return from_dict(cls, values, "sparse_ift")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> SparseIFTConfig:
+        """The config from a YAML file. Raises ValueError as `from_dict` does."""
+        return cls.from_dict(load_yaml(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping from which `from_dict` gives back an equal config."""
+        values = dataclasses.asdict(self)
+        values["targets"] = None if self.targets is None else list(self.targets)
+        values["exclude"] = list(self.exclude)
+        return values
+
+    @property
+    def target_kinds(self) -> tuple[str, ...]:
+        """The projection kinds that become sparse, `exclude` taken off."""
+        default = KINDS if self.scope == "model" else ("mlp_in", "mlp_out")
+        return tuple(kind for kind in self.targets or default if kind not in self.exclude)

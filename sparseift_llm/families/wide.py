@@ -1,0 +1,49 @@
+"""Sparse Wide: the same decoder with wider sides. Gives the widened transformers config, nothing else."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from sparseift_llm import isoflop
+from sparseift_llm.architectures import head_dim_is_free, sizes_of, valid_head_dim, with_sizes
+from sparseift_llm.config import SparseIFTConfig
+
+
+def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedConfig:
+    """The config of the widened model, widths rounded to what the architecture accepts.
+
+    Scope `ffn` changes the FFN's inner size only. Scope `model` changes the hidden size, the head
+    size with it, and the FFN's inner size, and keeps the number of layers and heads.
+
+    Args:
+        dense: config of the dense model.
+        config: gives `scope`, `sparsity` and `width_multiple`.
+
+    Returns:
+        A new stock config of the same type.
+
+    Source: arXiv 2303.11525, section 3.2; the authors' GPT-3 configs (768 -> 1092 at 50%).
+    """
+    sizes = sizes_of(dense)
+    multiple = config.width_multiple
+    if config.sparsity == 0:
+        return with_sizes(dense, sizes.hidden, sizes.ffn, sizes.head_dim)
+    if config.scope == "ffn":
+        ffn = isoflop.round_size(sizes.ffn * isoflop.wide_ffn_factor(config.sparsity), multiple)
+        return with_sizes(dense, sizes.hidden, ffn, sizes.head_dim)
+    factor = isoflop.wide_model_factor(config.sparsity)
+    if head_dim_is_free(dense):
+        hidden = isoflop.round_size(sizes.hidden * factor, multiple)
+        head_dim = isoflop.round_size(sizes.head_dim * factor, 1, lambda size: valid_head_dim(dense, size))
+    else:
+        hidden = isoflop.round_size(
+            sizes.hidden * factor,
+            sizes.num_heads,
+            lambda size: size % multiple == 0 and valid_head_dim(dense, size // sizes.num_heads),
+        )
+        head_dim = hidden // sizes.num_heads
+    if sizes.ffn % sizes.hidden == 0:  # keep a whole ratio, as the authors do
+        ffn = sizes.ffn // sizes.hidden * hidden
+    else:
+        ffn = isoflop.round_size(sizes.ffn * factor, multiple)
+    return with_sizes(dense, hidden, ffn, head_dim)

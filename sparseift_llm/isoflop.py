@@ -1,0 +1,113 @@
+"""Every size and FLOP formula of the library, in plain Python; nothing else computes a width or a FLOP.
+
+Legend: s = sparsity, k = width factor. FLOPs count a multiply-add as 2; elementwise work, norms,
+softmax and biases are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+OPTIMIZER_TENSORS = 4  # weight, gradient and AdamW's two moments
+BYTES_PER_VALUE = 4  # float32 master weights
+BYTES_PER_MASK_ENTRY = 1  # torch.bool
+TRAINING_FACTOR = 3  # one forward and a backward of twice its cost
+
+
+def wide_model_factor(sparsity: float) -> float:
+    """Factor k = sqrt(1 / (1 - s)) on both sides of every projection (Wide, scope `model`).
+
+    >>> wide_model_factor(0.75)
+    2.0
+    """
+    return math.sqrt(1 / (1 - sparsity))
+
+
+def wide_ffn_factor(sparsity: float) -> float:
+    """Factor 1 / (1 - s) on the FFN's inner size alone (Wide, scope `ffn`).
+
+    >>> wide_ffn_factor(0.75)
+    4.0
+    """
+    return 1 / (1 - sparsity)
+
+
+def round_size(size: float, multiple: int, valid: Callable[[int], bool] = lambda _: True) -> int:
+    """The multiple of `multiple` nearest to `size` that is at least `multiple` and `valid`; ties go up.
+
+    >>> round_size(1086.1, 12)
+    1092
+    """
+    base = math.floor(size / multiple)
+    for distance in range(base + 1_000):
+        around = {(base + 1 + distance) * multiple, (base - distance) * multiple}
+        candidates = [candidate for candidate in around if candidate >= multiple and valid(candidate)]
+        if candidates:
+            return min(candidates, key=lambda candidate: (abs(candidate - size), -candidate))
+    raise ValueError(f"no valid size that is a multiple of {multiple} near {size:.1f}; change width_multiple")
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Forward FLOPs per token of one model at one sequence length.
+
+    Args:
+        linear: 2 x active weights of the decoder's projections.
+        attention: scores and values, full (not causal) attention: 4 x T x attention width x layers.
+        logit: 2 x hidden size x vocabulary.
+    """
+
+    linear: int
+    attention: int
+    logit: int
+
+    @property
+    def forward(self) -> int:
+        """All three added up."""
+        return self.linear + self.attention + self.logit
+
+    @property
+    def training(self) -> int:
+        """Forward and backward of one token."""
+        return TRAINING_FACTOR * self.forward
+
+
+def forward_flops(
+    num_active: int, seq_len: int, attention_width: int, num_layers: int, hidden_size: int, vocab_size: int
+) -> FlopCount:
+    """FLOPs of a decoder with `num_active` active projection weights. All arguments are counts.
+
+    >>> round(forward_flops(84_934_656, 1024, 768, 12, 768, 50257).forward / 1e6, 1)
+    284.8
+    """
+    return FlopCount(2 * num_active, 4 * seq_len * attention_width * num_layers, 2 * hidden_size * vocab_size)
+
+
+def num_active_for_whole_model(target_forward: int, around: FlopCount) -> int:
+    """Active weights that fill what is left of `target_forward` FLOPs per token after `around`.
+
+    Args:
+        target_forward: forward FLOPs per token of the dense model.
+        around: the widened model's attention, logits, and its projections that stay dense.
+
+    Returns:
+        Number of weights; not above 0 when `around` alone already costs too much.
+    """
+    return (target_forward - around.forward) // 2
+
+
+def dense_gradient_flops(num_weights: int) -> int:
+    """FLOPs per token of one dense weight gradient over `num_weights` weights (RigL's update steps)."""
+    return 2 * num_weights
+
+
+def train_state_bytes(num_stored: int, num_masked: int) -> int:
+    """Bytes of weights, gradients, AdamW state (all float32) and boolean masks.
+
+    Args:
+        num_stored: parameters held in memory, zeros included.
+        num_masked: entries of all masks.
+    """
+    return OPTIMIZER_TENSORS * BYTES_PER_VALUE * num_stored + BYTES_PER_MASK_ENTRY * num_masked

@@ -1,0 +1,1 @@
+"""Sparse replacements of the dense projections."""

@@ -1,0 +1,290 @@
+"""What Sparse-IFT makes of a model, in numbers, before anything is built: `plan` and `count_flops`.
+
+Works on the meta device, so that a plan for any size takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sparseift_llm import isoflop
+from sparseift_llm.architectures import Projection, build_model, find_projections, sizes_of
+from sparseift_llm.config import SparseIFTConfig
+from sparseift_llm.families.wide import wide_config
+from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.topology import distributions
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One projection before and after.
+
+    Args:
+        name: module path.
+        kind: what it computes; fused kinds are joined, e.g. `qkv`.
+        dense_shape, sparse_shape: (out, in).
+        num_active: active weights afterwards.
+        is_sparse: whether it gets a mask.
+    """
+
+    name: str
+    kind: str
+    dense_shape: tuple[int, int]
+    sparse_shape: tuple[int, int]
+    num_active: int
+    is_sparse: bool
+
+    @property
+    def num_weights(self) -> int:
+        return self.sparse_shape[0] * self.sparse_shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.num_active / self.num_weights
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Size and FLOPs of one model at one sequence length.
+
+    Args:
+        linear_active_params: non-zero-able weights of the decoder's projections.
+        stored_params: parameters in memory, zeros included, tied ones once.
+        flops: forward FLOPs per token.
+        num_masked: mask entries.
+    """
+
+    linear_active_params: int
+    stored_params: int
+    flops: isoflop.FlopCount
+    num_masked: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """The fields printed by `sparseift plan --json`."""
+        return {
+            "linear_active_params": self.linear_active_params,
+            "stored_params": self.stored_params,
+            "linear_flops_per_token": self.flops.linear,
+            "attention_flops_per_token": self.flops.attention,
+            "logit_flops_per_token": self.flops.logit,
+            "forward_flops_per_token": self.flops.forward,
+            "train_state_bytes": isoflop.train_state_bytes(self.stored_params, self.num_masked),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result of `plan`: every layer before and after, and the costs of both models."""
+
+    config: SparseIFTConfig
+    hf_config: PreTrainedConfig
+    seq_len: int
+    layers: tuple[LayerPlan, ...]
+    dense: ModelCost
+    sparse: ModelCost
+
+    @property
+    def ratio_linear(self) -> float:
+        """Sparse over dense FLOPs of the projections."""
+        return self.sparse.flops.linear / self.dense.flops.linear
+
+    @property
+    def ratio_whole_model(self) -> float:
+        """Sparse over dense forward FLOPs with attention and logits."""
+        return self.sparse.flops.forward / self.dense.flops.forward
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: `dense`, `sparse`, `ratio_linear`, `ratio_whole_model`, `layers`, and the inputs."""
+        return {
+            "config": self.config.to_dict(),
+            "model_type": self.hf_config.model_type,
+            "seq_len": self.seq_len,
+            "dense": self.dense.to_dict(),
+            "sparse": self.sparse.to_dict(),
+            "ratio_linear": self.ratio_linear,
+            "ratio_whole_model": self.ratio_whole_model,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "dense_shape": list(layer.dense_shape),
+                    "sparse_shape": list(layer.sparse_shape),
+                    "num_active": layer.num_active,
+                    "sparsity": layer.sparsity,
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None = None) -> Plan:
+    """Work out what `sparsify(model, config)` builds and what it costs.
+
+    Args:
+        model: a dense causal language model, or its config.
+        config: the transformation.
+        seq_len: tokens per sequence for attention FLOPs; default: `config.seq_len`, else the
+            model's maximum length.
+
+    Returns:
+        A `Plan`. Under `accounting="linears"` and `distribution="uniform"` every sparse projection
+        has exactly as many active weights as its dense twin has weights.
+
+    Raises:
+        ValueError: unsupported model, already surgered, no projection matches `targets`/`exclude`,
+            a fused projection matched in part, or no sparsity meets `accounting="whole_model"`.
+
+    Source: arXiv 2303.11525, section 3.
+    """
+    dense_config = model if isinstance(model, PreTrainedConfig) else model.config
+    if getattr(dense_config, "sparse_ift", None) or (isinstance(model, nn.Module) and sparse_layers(model)):
+        raise ValueError("the model is already a Sparse-IFT model; start from the dense one (or call to_dense first)")
+    seq_len = seq_len or config.seq_len or getattr(dense_config, "max_position_embeddings", 2048)
+    dense_model = build_model(dense_config, meta=True)
+    dense_projections = find_projections(dense_model)
+    widened_config = wide_config(dense_config, config)
+    widened_model = build_model(widened_config, meta=True)
+    projections = find_projections(widened_model)
+    chosen = [_is_chosen(projection, config) for projection in projections]
+    if not any(chosen):
+        raise ValueError(
+            f"no projection of {dense_config.model_type} is of the kinds {config.target_kinds}; "
+            f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
+        )
+    dense_cost = _cost(dense_model, sum(p.num_weights for p in dense_projections), 0, seq_len)
+    active = _active_counts(dense_projections, projections, chosen, config, dense_cost.flops, widened_config)
+    layers = tuple(
+        LayerPlan(p.name, p.kind, dense.shape, p.shape, count, is_chosen)
+        for dense, p, count, is_chosen in zip(dense_projections, projections, active, chosen, strict=True)
+    )
+    num_masked = sum(layer.num_weights for layer in layers if layer.is_sparse)
+    sparse_cost = _cost(widened_model, sum(active), num_masked, seq_len)
+    return Plan(config, widened_config, seq_len, layers, dense_cost, sparse_cost)
+
+
+def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isoflop.FlopCount:
+    """Forward FLOPs per token of a dense or Sparse-IFT model, from the masks as they are now.
+
+    Args:
+        model: a causal language model (masks are read) or a dense config.
+        seq_len: tokens per sequence; attention is counted in full, not causal.
+
+    Raises:
+        ValueError: the architecture is not supported.
+    """
+    if isinstance(model, PreTrainedConfig):
+        model = build_model(model, meta=True)
+    inactive = sum(int((~layer.mask).sum()) for layer in sparse_layers(model).values())
+    total = sum(projection.num_weights for projection in find_projections(model))
+    return _flops(model.config, total - inactive, seq_len)
+
+
+def _flops(config: PreTrainedConfig, num_active: int, seq_len: int) -> isoflop.FlopCount:
+    sizes = sizes_of(config)
+    return isoflop.forward_flops(
+        num_active, seq_len, sizes.attention_width, sizes.num_layers, sizes.hidden, sizes.vocab
+    )
+
+
+def _cost(model: PreTrainedModel, num_active: int, num_masked: int, seq_len: int) -> ModelCost:
+    return ModelCost(num_active, model.num_parameters(), _flops(model.config, num_active, seq_len), num_masked)
+
+
+def _is_chosen(projection: Projection, config: SparseIFTConfig) -> bool:
+    matched = [kind in config.target_kinds for kind in projection.kinds]
+    if any(matched) and not all(matched):
+        raise ValueError(
+            f"{projection.name} holds {', '.join(projection.kinds)} in one matrix, so they are sparse together "
+            "or not at all; name all of them in targets/exclude"
+        )
+    return all(matched)
+
+
+def _active_counts(
+    dense: Sequence[Projection],
+    sparse: Sequence[Projection],
+    chosen: Sequence[bool],
+    config: SparseIFTConfig,
+    dense_flops: isoflop.FlopCount,
+    widened_config: PreTrainedConfig,
+) -> list[int]:
+    """Active weights of every projection, those that stay dense included."""
+    counts = [projection.num_weights for projection in sparse]
+    picked = [index for index, is_chosen in enumerate(chosen) if is_chosen]
+    twins = [dense[index].num_weights for index in picked]
+    total = sum(twins)
+    if config.accounting == "whole_model":
+        assert config.seq_len is not None
+        total = _whole_model_total(counts, picked, dense_flops, widened_config, config)
+    if config.distribution == "erk":
+        shared = distributions.erdos_renyi_kernel([sparse[index].shape for index in picked], total)
+    elif config.accounting == "whole_model":
+        shared = distributions.uniform([counts[index] for index in picked], total)
+    else:
+        shared = twins
+    for index, count in zip(picked, shared, strict=True):
+        counts[index] = count
+    return counts
+
+
+def _whole_model_total(
+    counts: list[int],
+    picked: list[int],
+    dense_flops: isoflop.FlopCount,
+    widened_config: PreTrainedConfig,
+    config: SparseIFTConfig,
+) -> int:
+    available = sum(counts[index] for index in picked)
+    around = _flops(widened_config, sum(counts) - available, config.seq_len or 0)
+    total = isoflop.num_active_for_whole_model(dense_flops.forward, around)
+    if total < len(picked):
+        raise ValueError(
+            f"accounting='whole_model' cannot be met: attention, logits and dense projections of the widened model "
+            f"alone cost {around.forward / 1e6:.1f} of the dense model's {dense_flops.forward / 1e6:.1f} MFLOP per "
+            f"token; lower sparsity={config.sparsity}, use scope='ffn' or a smaller vocabulary"
+        )
+    return min(total, available)
+
+
+def render(plan: Plan) -> str:
+    """The plan as a table per kind of layer and whole-model totals, for a terminal."""
+    count = Counter((layer.kind, layer.dense_shape, layer.sparse_shape, layer.is_sparse) for layer in plan.layers)
+    rows = [("kind", "layers", "dense (out x in)", "sparse (out x in)", "sparsity", "active / dense weights")]
+    for (kind, dense_shape, sparse_shape, is_sparse), number in count.items():
+        group = [layer for layer in plan.layers if (layer.kind, layer.sparse_shape) == (kind, sparse_shape)]
+        active = sum(layer.num_active for layer in group)
+        size = sum(layer.num_weights for layer in group)
+        rows.append(
+            (
+                kind,
+                str(number),
+                f"{dense_shape[0]} x {dense_shape[1]}",
+                f"{sparse_shape[0]} x {sparse_shape[1]}",
+                f"{1 - active / size:.5f}" if is_sparse else "dense",
+                f"{active / (number * dense_shape[0] * dense_shape[1]):.4f}",
+            )
+        )
+    totals = [("per token, T=" + str(plan.seq_len), "dense", "sparse", "ratio")]
+    dense, sparse = plan.dense.to_dict(), plan.sparse.to_dict()
+    for key in dense:
+        unit, scale = ("MFLOP", 1e6) if "flops" in key else ("MB", 1e6) if "bytes" in key else ("M", 1e6)
+        values = (f"{dense[key] / scale:.2f} {unit}", f"{sparse[key] / scale:.2f} {unit}")
+        totals.append((key, *values, f"{sparse[key] / dense[key]:.4f}"))
+    note = "FLOPs: multiply-adds of projections, attention and logits; norms and elementwise work are left out."
+    return "\n".join([*_aligned(rows), "", *_aligned(totals), "", note])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def layer_table(plan: Plan) -> dict[str, LayerPlan]:
+    """The plan's sparse layers by module path."""
+    return {layer.name: layer for layer in plan.layers if layer.is_sparse}

@@ -1,0 +1,70 @@
+"""Named dense models, and finding the transformers config behind a name, a file, a folder or a hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+
+from sparseift_llm.strict import nearest
+
+_GPT3 = {  # hidden, layers, heads: arXiv 2005.14165, table 2.1 (XL with 16 heads, so that they divide the width)
+    "gpt3-small": (768, 12, 12),
+    "gpt3-medium": (1024, 24, 16),
+    "gpt3-large": (1536, 24, 16),
+    "gpt3-xl": (2048, 24, 16),
+}
+PRESETS = (*_GPT3, "llama-160m")
+
+
+def preset_config(name: str) -> PreTrainedConfig:
+    """The config of a preset. Raises KeyError for a name not in `PRESETS`."""
+    if name == "llama-160m":
+        return LlamaConfig(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            max_position_embeddings=2048,
+        )
+    hidden, num_layers, num_heads = _GPT3[name]
+    return GPT2Config(
+        n_embd=hidden, n_layer=num_layers, n_head=num_heads, n_positions=2048, vocab_size=50257, use_cache=False
+    )
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """The dense config that `model` names.
+
+    Args:
+        model: a preset, a path to a config.json, a model folder, or a hub id.
+
+    Raises:
+        ValueError: none of these can be read; the message says what was tried.
+    """
+    if model in PRESETS:
+        return preset_config(model)
+    path = Path(model)
+    if path.is_file():
+        return _config_from_file(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{model} is a folder without config.json")
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model!r} is no preset ({', '.join(PRESETS)}){nearest(model, PRESETS)}, no config.json, "
+            f"no model folder, and could not be loaded as a hub id: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _config_from_file(path: Path) -> PreTrainedConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"{path} is not a transformers config: it has no model_type")
+    return AutoConfig.for_model(values.pop("model_type"), **values)
