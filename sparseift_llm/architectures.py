@@ -39,6 +39,8 @@ class Architecture:
         hidden_twins: further config fields that must equal the hidden size.
         final_norm: path of the norm before the logits, inside the model.
         rotary: whether heads carry rotary embeddings, which need an even size.
+        qkv_layout: rows of a fused QKV matrix: `blocks` (all q, all k, all v) or `per_head`.
+        norm_offset: what the norms add to their weight before multiplying (Gemma: 1).
     """
 
     projections: dict[str, tuple[str, ...]]
@@ -49,6 +51,8 @@ class Architecture:
     num_layers: str = "num_hidden_layers"
     hidden_twins: tuple[str, ...] = ()
     rotary: bool = True
+    qkv_layout: str | None = None
+    norm_offset: float = 0.0
 
 
 _LLAMA = Architecture(_LLAMA_PROJECTIONS, final_norm="model.norm")
@@ -66,6 +70,7 @@ ARCHITECTURES = {
         num_heads="n_head",
         num_layers="n_layer",
         rotary=False,
+        qkv_layout="blocks",
     ),
     "gpt_neox": Architecture(
         {
@@ -75,6 +80,7 @@ ARCHITECTURES = {
             "mlp.dense_4h_to_h": ("mlp_out",),
         },
         final_norm="gpt_neox.final_layer_norm",
+        qkv_layout="per_head",
     ),
     "opt": Architecture(
         {**_SPLIT_ATTENTION, "self_attn.out_proj": ("o",), "fc1": ("mlp_in",), "fc2": ("mlp_out",)},
@@ -87,7 +93,7 @@ ARCHITECTURES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": _LLAMA,
+    "gemma": Architecture(_LLAMA_PROJECTIONS, final_norm="model.norm", norm_offset=1.0),
 }
 
 

@@ -5,7 +5,6 @@ Works on the meta device, so that a plan for any size takes no memory.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
-from sparseift_llm.architectures import Projection, build_model, find_projections, sizes_of
+from sparseift_llm.architectures import Projection, build_model, find_projections, sizes_of, with_sizes
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.families.wide import wide_config
 from sparseift_llm.layers.masked import sparse_layers
@@ -145,6 +144,44 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
     dense_config = model if isinstance(model, PreTrainedConfig) else model.config
     if getattr(dense_config, "sparse_ift", None) or (isinstance(model, nn.Module) and sparse_layers(model)):
         raise ValueError("the model is already a Sparse-IFT model; start from the dense one (or call to_dense first)")
+    return _plan(dense_config, config, seq_len)
+
+
+def plan_of(model: PreTrainedModel, seq_len: int | None = None) -> Plan:
+    """The plan that a Sparse-IFT model was built from, worked out again from its config.
+
+    Raises:
+        ValueError: the model's config has no `sparse_ift` record.
+    """
+    config, dense_sizes = read_record(model.config)
+    dense_config = with_sizes(model.config, **dense_sizes)
+    del dense_config.sparse_ift
+    return _plan(dense_config, config, seq_len)
+
+
+def record(plan: Plan, dense_config: PreTrainedConfig) -> dict[str, Any]:
+    """What a Sparse-IFT model's config.json says under `sparse_ift`: the transformation and the dense widths."""
+    sizes = sizes_of(dense_config)
+    dense_sizes = {"hidden": sizes.hidden, "ffn": sizes.ffn, "head_dim": sizes.head_dim}
+    return {**plan.config.to_dict(), "dense_sizes": dense_sizes}
+
+
+def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str, int]]:
+    """The transformation and the dense widths from a config's `sparse_ift` record.
+
+    Raises:
+        ValueError: no such record, or a damaged one.
+    """
+    values = dict(getattr(hf_config, "sparse_ift", None) or {})
+    if "dense_sizes" not in values:
+        raise ValueError(
+            "the model is not a Sparse-IFT model (no sparse_ift record in its config): call sparsify first"
+        )
+    dense_sizes = values.pop("dense_sizes")
+    return SparseIFTConfig.from_dict(values), dense_sizes
+
+
+def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None) -> Plan:
     seq_len = seq_len or config.seq_len or getattr(dense_config, "max_position_embeddings", 2048)
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
@@ -250,41 +287,3 @@ def _whole_model_total(
             f"token; lower sparsity={config.sparsity}, use scope='ffn' or a smaller vocabulary"
         )
     return min(total, available)
-
-
-def render(plan: Plan) -> str:
-    """The plan as a table per kind of layer and whole-model totals, for a terminal."""
-    count = Counter((layer.kind, layer.dense_shape, layer.sparse_shape, layer.is_sparse) for layer in plan.layers)
-    rows = [("kind", "layers", "dense (out x in)", "sparse (out x in)", "sparsity", "active / dense weights")]
-    for (kind, dense_shape, sparse_shape, is_sparse), number in count.items():
-        group = [layer for layer in plan.layers if (layer.kind, layer.sparse_shape) == (kind, sparse_shape)]
-        active = sum(layer.num_active for layer in group)
-        size = sum(layer.num_weights for layer in group)
-        rows.append(
-            (
-                kind,
-                str(number),
-                f"{dense_shape[0]} x {dense_shape[1]}",
-                f"{sparse_shape[0]} x {sparse_shape[1]}",
-                f"{1 - active / size:.5f}" if is_sparse else "dense",
-                f"{active / (number * dense_shape[0] * dense_shape[1]):.4f}",
-            )
-        )
-    totals = [("per token, T=" + str(plan.seq_len), "dense", "sparse", "ratio")]
-    dense, sparse = plan.dense.to_dict(), plan.sparse.to_dict()
-    for key in dense:
-        unit, scale = ("MFLOP", 1e6) if "flops" in key else ("MB", 1e6) if "bytes" in key else ("M", 1e6)
-        values = (f"{dense[key] / scale:.2f} {unit}", f"{sparse[key] / scale:.2f} {unit}")
-        totals.append((key, *values, f"{sparse[key] / dense[key]:.4f}"))
-    note = "FLOPs: multiply-adds of projections, attention and logits; norms and elementwise work are left out."
-    return "\n".join([*_aligned(rows), "", *_aligned(totals), "", note])
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def layer_table(plan: Plan) -> dict[str, LayerPlan]:
-    """The plan's sparse layers by module path."""
-    return {layer.name: layer for layer in plan.layers if layer.is_sparse}

@@ -73,5 +73,6 @@ def _round_to_total(ideal: Sequence[Fraction], sizes: Sequence[int], total: int)
     by_remainder = sorted(range(len(ideal)), key=lambda index: (counts[index] - ideal[index], index))
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
-    assert sum(counts) == total and all(count <= size for count, size in zip(counts, sizes, strict=True))
+    assert sum(counts) == total
+    assert all(count <= size for count, size in zip(counts, sizes, strict=True))
     return counts

@@ -1,0 +1,96 @@
+"""The mask-update rules: static, SET, RigL and gradual magnitude pruning (GMP).
+
+An algorithm looks at one layer at a time and returns its next mask. When to ask it, and what happens to
+weights and optimizer state, is the controller's business.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparseift_llm import schedules
+from sparseift_llm.config import DSTConfig
+from sparseift_llm.layers.masked import MaskedProjection
+from sparseift_llm.topology.masks import derive_seed, drop_and_grow, magnitude_mask, random_scores
+
+
+class Static:
+    """Masks never change. Base of the others.
+
+    Args:
+        config: the schedule.
+        total_steps: optimizer steps of the whole run.
+        seed: seeds random growth.
+    """
+
+    needs_dense_gradient = False
+
+    def __init__(self, config: DSTConfig, total_steps: int, seed: int) -> None:
+        self.config = config
+        self.stop = schedules.stop_step(total_steps, config.stop_fraction)
+        self.seed = seed
+
+    def is_update_step(self, step: int) -> bool:
+        """Whether masks change right after optimizer step `step`."""
+        return False
+
+    def next_mask(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
+        """The layer's mask after `step`.
+
+        Args:
+            layer: a sparse projection, weights already updated by the optimizer.
+            step: optimizer step, from 1.
+            index: the layer's place in the model.
+            dense_gradient: gradient of the global batch, the weight's shape, if `needs_dense_gradient`.
+
+        Returns:
+            Bool mask of the weight's shape on its device.
+        """
+        return layer.mask
+
+
+class SET(Static):
+    """Drop the smallest weights, grow at random. Source: arXiv 1707.04780."""
+
+    def is_update_step(self, step: int) -> bool:
+        return schedules.is_update_step(step, self.config.update_every_steps, self.stop)
+
+    def next_mask(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
+        fraction = schedules.cosine_drop_fraction(step, self.stop, self.config.drop_fraction)
+        active = int(layer.mask.sum())
+        num_changed = min(int(fraction * active), layer.mask.numel() - active)
+        growth = self.growth_scores(layer, step, index, dense_gradient)
+        return drop_and_grow(layer.mask, layer.weight.detach().abs(), growth, num_changed)
+
+    def growth_scores(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
+        """Scores of the weight's shape; the largest among the inactive ones grow."""
+        seed = derive_seed(self.seed, "growth", step, index)
+        return random_scores(layer.weight.shape, seed).to(layer.weight.device)
+
+
+class RigL(SET):
+    """SET that grows where the dense gradient is largest. Source: arXiv 1911.11134."""
+
+    needs_dense_gradient = True
+
+    def growth_scores(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
+        assert dense_gradient is not None
+        return dense_gradient.abs()
+
+
+class GMP(Static):
+    """Start dense, prune the smallest weights along a cubic ramp. Source: arXiv 1710.01878."""
+
+    def is_update_step(self, step: int) -> bool:
+        return schedules.is_pruning_step(step, self.config.update_every_steps, self.stop)
+
+    def next_mask(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
+        size = layer.mask.numel()
+        final_sparsity = 1 - layer.num_active / size
+        num_active = size - int(size * schedules.cubic_sparsity(step, self.stop, final_sparsity))
+        if step >= self.stop:
+            num_active = layer.num_active
+        return magnitude_mask(layer.mask, layer.weight.detach().abs(), min(num_active, int(layer.mask.sum())))
+
+
+ALGORITHMS: dict[str, type[Static]] = {"static": Static, "set": SET, "rigl": RigL, "gmp": GMP}

@@ -1,0 +1,110 @@
+"""`SparseTrainingCallback`: the controller as a transformers Trainer callback, with automatic resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sparseift_llm.checkpoint import find_resumed_checkpoint, set_aside_incomplete
+from sparseift_llm.dst.controller import SparseTrainingController
+from sparseift_llm.mask_file import apply_masks, read_masks
+
+
+class SparseTrainingCallback(TrainerCallback, ExportableState):
+    """Dynamic sparse training in a Trainer: `Trainer(model=sparsify(...), callbacks=[SparseTrainingCallback()])`.
+
+    What to do is read from the model (`SparseIFTConfig.dst`). Checkpoints hold the masks
+    (`sparse_masks.safetensors`) and, in `trainer_state.json`, the rest of the state;
+    `trainer.train(resume_from_checkpoint=True)` goes on from them, and half-written
+    checkpoints are set aside when the Trainer is created.
+
+    Raises:
+        ValueError: at the start of training: the model has no sparse layers, DeepSpeed or FSDP is in use,
+            or the resumed checkpoint's masks are missing, damaged or another model's.
+    """
+
+    def __init__(self) -> None:
+        self.controller: SparseTrainingController | None = None
+        self.saved: dict[str, Any] = {}
+        self._output_dir = "."
+        self._step = 0
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._output_dir = args.output_dir or "."
+        with args.main_process_first(local=False, desc="checking checkpoints"):
+            if args.process_index == 0:
+                set_aside_incomplete(self._output_dir)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.deepspeed or args.fsdp:
+            raise ValueError("SparseTrainingCallback does not support DeepSpeed or FSDP; use DistributedDataParallel")
+        assert model is not None
+        self.controller = SparseTrainingController(model, optimizer, state.max_steps)
+        if state.global_step > 0:
+            self._resume(args, state, model)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
+        assert self.controller is not None
+        name = type(self).__name__
+        exported = state.stateful_callbacks.get(name, {})
+        saved = exported.get("attributes", {}).get("saved", {}) if isinstance(exported, dict) else {}
+        if not saved:
+            raise ValueError(
+                f"the checkpoint at step {state.global_step} was not written with {name}, so it holds no masks; "
+                "start a new run from its weights instead of resuming"
+            )
+        folder = find_resumed_checkpoint(
+            (
+                args.resume_from_checkpoint,
+                Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
+                saved["checkpoint"],
+            ),
+            name,
+            saved["masks_digest"],
+        )
+        masks = read_masks(folder)
+        apply_masks(model, masks, folder)
+        if self.controller.masks_digest() != saved["masks_digest"]:
+            raise ValueError(
+                f"the masks in {folder} are not those its trainer_state.json speaks of; restore the folder"
+            )
+        self.controller.load_counters(saved)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.controller is not None:
+            self.controller.begin_step()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.controller is not None:
+            self.controller.close()
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            apply_masks(model, read_masks(state.best_model_checkpoint), state.best_model_checkpoint)
+
+    def state(self) -> dict[str, Any]:
+        """What a Trainer stores of this callback in `trainer_state.json`."""
+        if self.controller is None:
+            return {"args": {}, "attributes": {"saved": {}}}
+        checkpoint = Path(self._output_dir).absolute() / f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
+        saved = {
+            **self.controller.counters(),
+            "masks_digest": self.controller.masks_digest(),
+            "checkpoint": str(checkpoint),
+        }
+        return {"args": {}, "attributes": {"saved": saved}}

@@ -1,0 +1,113 @@
+"""Masks on disk: one safetensors file of packed bits beside a model's weights, and its digest.
+
+Reads and writes the masks of a model; knows nothing of checkpoints, Trainers or optimizers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparseift_llm.layers.masked import sparse_layers
+
+MASKS_NAME = "sparse_masks.safetensors"
+_FORMAT = "sparseift_masks_v1"
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Bool mask of any shape -> uint8 of ceil(n / 8) bytes, first entry in the highest bit, on the CPU."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack`, a bool mask of `shape` on the CPU."""
+    size = int(np.prod(shape))
+    bits = np.unpackbits(packed.cpu().numpy(), count=size)
+    return torch.from_numpy(bits.astype(bool)).view(shape)
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The live masks of a model's sparse layers by module path (not copies)."""
+    return {name: layer.mask for name, layer in sparse_layers(model).items()}
+
+
+def digest(masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bits; equal exactly when all masks are."""
+    result = hashlib.sha256()
+    for name, mask in sorted(masks.items()):
+        result.update(f"{name}{tuple(mask.shape)}".encode())
+        result.update(pack(mask).numpy().tobytes())
+    return result.hexdigest()
+
+
+def save_masks(model: nn.Module, folder: str | Path) -> Path:
+    """Write `sparse_masks.safetensors` into `folder`, atomically: the file is whole or absent.
+
+    Returns:
+        The file's path.
+    """
+    masks = masks_of(model)
+    path = Path(folder) / MASKS_NAME
+    shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
+    header = {"format": _FORMAT, "shapes": shapes, "digest": digest(masks)}
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    save_file({name: pack(mask) for name, mask in masks.items()}, temporary, metadata=header)
+    os.replace(temporary, path)
+    return path
+
+
+def read_masks(folder: str | Path) -> dict[str, Tensor]:
+    """Read the masks in `folder`, checked against their digest.
+
+    Raises:
+        ValueError: the file is missing, truncated, damaged or of another format, naming the file.
+    """
+    path = Path(folder) / MASKS_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: without it the masks of this checkpoint are lost; restore the file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != _FORMAT:
+                raise ValueError(f"{path} has format {header.get('format')!r}, expected {_FORMAT!r}")
+            shapes = json.loads(header["shapes"])
+            masks = {name: unpack(file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    if digest(masks) != header.get("digest"):
+        raise ValueError(f"{path} is damaged: its bits do not match its digest")
+    return masks
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path) -> None:
+    """Set every sparse layer's mask; weights that become inactive are set to 0.
+
+    Args:
+        model: a Sparse-IFT model.
+        masks: one mask per sparse layer, by module path.
+        where: their origin, for error messages.
+
+    Raises:
+        ValueError: layers or shapes differ from the model's; nothing is changed then.
+    """
+    layers = sparse_layers(model)
+    if layers.keys() != masks.keys():
+        different = sorted(layers.keys() ^ masks.keys())
+        raise ValueError(f"the masks in {where} are of another model: layer {different[0]} stands in only one of them")
+    for name, layer in layers.items():
+        if masks[name].shape != layer.mask.shape:
+            expected, found = tuple(layer.mask.shape), tuple(masks[name].shape)
+            raise ValueError(
+                f"the masks in {where} are of another model: {name} has shape {found}, expected {expected}"
+            )
+    for name, layer in layers.items():
+        layer.set_mask(masks[name].to(layer.mask.device))

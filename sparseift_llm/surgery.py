@@ -1,0 +1,122 @@
+"""`sparsify` turns a dense GPT into its Sparse-IFT twin, `to_dense` gives back a stock model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sparseift_llm.architectures import build_model
+from sparseift_llm.config import SparseIFTConfig
+from sparseift_llm.layers.masked import MaskedProjection, masked_projection, sparse_layers
+from sparseift_llm.mask_file import save_masks
+from sparseift_llm.planning import Plan, plan, read_record, record
+from sparseift_llm.scaling import scale_initial_weights
+from sparseift_llm.topology.masks import derive_seed, random_mask
+
+
+def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedModel:
+    """Build the Sparse-IFT twin of a dense causal language model.
+
+    The result is a stock transformers model with other widths whose sparse projections hold exact
+    zeros; `save_pretrained` writes a stock checkpoint plus the packed masks. It is randomly
+    initialised (set torch's seed before), except that parameters whose shape did not change
+    keep the values of `model`, when a model is given. The argument itself is not changed.
+
+    Args:
+        model: a dense model, or its config. Under `torch.device("meta")` nothing is allocated.
+        config: the transformation.
+
+    Returns:
+        A new model of the same class, dtype and device; `print` shows each layer's sparsity.
+
+    Raises:
+        ValueError: as `plan` does.
+
+    Source: arXiv 2303.11525.
+    """
+    result = plan(model, config)
+    if isinstance(model, PreTrainedConfig):
+        dense_config = model
+        sparse = build_model(result.hf_config)
+    else:
+        dense_config = model.config
+        sparse = build_model(result.hf_config, dtype=model.dtype).to(model.device)
+    sparse.config.sparse_ift = record(result, dense_config)
+    scale_initial_weights(sparse, result, sparse.config.sparse_ift["dense_sizes"])
+    if isinstance(model, PreTrainedModel):
+        _copy_unchanged(model, sparse)
+        sparse.train(model.training)
+    install_sparse_layers(sparse, result)
+    _set_initial_masks(sparse, config)
+    return sparse
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """A stock transformers model with the same logits, to the bit.
+
+    Args:
+        model: a Sparse-IFT model; it is not changed.
+
+    Returns:
+        A copy with plain layers (zeros stay in the weights) and without the `sparse_ift` record.
+
+    Raises:
+        ValueError: `model` has no sparse layers.
+    """
+    if not sparse_layers(model):
+        raise ValueError("the model has no sparse layers: it is dense already")
+    dense = copy.deepcopy(model)
+    for name, layer in sparse_layers(dense).items():
+        _replace(dense, name, layer.to_dense())
+    del dense.config.sparse_ift, dense.save_pretrained, dense._ddp_params_and_buffers_to_ignore
+    return dense
+
+
+def install_sparse_layers(model: PreTrainedModel, plan: Plan) -> None:
+    """Swap the planned projections of a widened stock model for sparse layers, all weights active.
+
+    From then on `save_pretrained` writes the masks, and DistributedDataParallel does not broadcast them.
+    """
+    read_record(model.config)
+    for layer in plan.layers:
+        if layer.is_sparse:
+            dense = model.get_submodule(layer.name)
+            _replace(model, layer.name, masked_projection(dense, layer.num_active, layer.dense_shape))
+    model.save_pretrained = MethodType(_save_with_masks, model)  # type: ignore[method-assign]
+    # every rank computes the same masks; broadcasting them before each forward would be waste
+    model._ddp_params_and_buffers_to_ignore = [f"{name}.mask" for name in sparse_layers(model)]  # type: ignore[assignment]
+
+
+def _set_initial_masks(model: PreTrainedModel, config: SparseIFTConfig) -> None:
+    for index, layer in enumerate(sparse_layers(model).values()):
+        if layer.weight.is_meta or config.dst.algorithm == "gmp":
+            continue
+        mask = random_mask(layer.weight.shape, layer.num_active, derive_seed(config.seed, "initial mask", index))
+        layer.set_mask(mask.to(layer.weight.device))
+
+
+@torch.no_grad()
+def _copy_unchanged(source: nn.Module, target: nn.Module) -> None:
+    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, tensor in (*target.named_parameters(), *target.named_buffers()):
+        if tensor.shape == values[name].shape:
+            tensor.copy_(values[name])
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module | MaskedProjection) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _save_with_masks(
+    self: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+) -> None:
+    type(self).save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
+    if is_main_process:
+        save_masks(self, save_directory)
