@@ -1,5 +1,7 @@
 """Sparse Iso-FLOP Transformations (arXiv 2303.11525) for pretraining GPT-style transformers models."""
 
+__version__ = "0.1.0"
+
 from sparseift_llm.checkpoint import load_pretrained
 from sparseift_llm.config import DSTConfig, SparseIFTConfig
 from sparseift_llm.dst.callback import SparseTrainingCallback
@@ -8,7 +10,6 @@ from sparseift_llm.planning import count_flops, plan
 from sparseift_llm.scaling import optimizer_param_groups
 from sparseift_llm.surgery import sparsify, to_dense
 
-__version__ = "0.1.0"
 __all__ = [
     "DSTConfig",
     "SparseIFTConfig",

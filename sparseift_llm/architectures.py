@@ -6,13 +6,13 @@ Sizes themselves are computed in isoflop.py and families/.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 _SPLIT_ATTENTION = {
@@ -43,7 +43,7 @@ class Architecture:
         norm_offset: what the norms add to their weight before multiplying (Gemma: 1).
     """
 
-    projections: dict[str, tuple[str, ...]]
+    projections: Mapping[str, tuple[str, ...]]
     final_norm: str
     hidden: str = "hidden_size"
     ffn: str = "intermediate_size"
@@ -210,6 +210,15 @@ def with_sizes(config: PreTrainedConfig, hidden: int, ffn: int, head_dim: int) -
     if getattr(config, "head_dim", None) is not None:
         config.head_dim = head_dim
     return config
+
+
+def set_tokenizer_fields(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make `config` fit a tokenizer, in place: vocabulary size and special token ids."""
+    config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    if config.bos_token_id is None:
+        config.bos_token_id = config.eos_token_id
 
 
 def build_model(config: PreTrainedConfig, meta: bool = False, **kwargs: Any) -> PreTrainedModel:

@@ -74,6 +74,11 @@ class FlopCount:
         return TRAINING_FACTOR * self.forward
 
 
+def linear_flops(num_active: int) -> int:
+    """Forward FLOPs per token of projections with `num_active` active weights."""
+    return 2 * num_active
+
+
 def forward_flops(
     num_active: int, seq_len: int, attention_width: int, num_layers: int, hidden_size: int, vocab_size: int
 ) -> FlopCount:
@@ -82,7 +87,7 @@ def forward_flops(
     >>> round(forward_flops(84_934_656, 1024, 768, 12, 768, 50257).forward / 1e6, 1)
     284.8
     """
-    return FlopCount(2 * num_active, 4 * seq_len * attention_width * num_layers, 2 * hidden_size * vocab_size)
+    return FlopCount(linear_flops(num_active), 4 * seq_len * attention_width * num_layers, 2 * hidden_size * vocab_size)
 
 
 def num_active_for_whole_model(target_forward: int, around: FlopCount) -> int:
@@ -98,9 +103,25 @@ def num_active_for_whole_model(target_forward: int, around: FlopCount) -> int:
     return (target_forward - around.forward) // 2
 
 
-def dense_gradient_flops(num_weights: int) -> int:
-    """FLOPs per token of one dense weight gradient over `num_weights` weights (RigL's update steps)."""
-    return 2 * num_weights
+def run_flops(
+    tokens_per_step: int,
+    num_steps: int,
+    around: FlopCount,
+    active_weight_steps: int = 0,
+    dense_gradient_weights: int = 0,
+) -> int:
+    """FLOPs of a whole training run, dynamic sparse training included.
+
+    Args:
+        tokens_per_step: tokens of one optimizer step, all ranks and micro-batches.
+        num_steps: optimizer steps.
+        around: forward FLOPs per token of everything outside the sparse projections.
+        active_weight_steps: active weights of the sparse projections, summed over the steps.
+        dense_gradient_weights: weights (zeros included) whose dense gradient was computed, summed
+            over the steps that did so; each costs a multiply-add per token on top.
+    """
+    sparse = TRAINING_FACTOR * 2 * active_weight_steps + 2 * dense_gradient_weights
+    return tokens_per_step * (num_steps * around.training + sparse)
 
 
 def train_state_bytes(num_stored: int, num_masked: int) -> int:

@@ -53,13 +53,15 @@ class ModelCost:
     """Size and FLOPs of one model at one sequence length.
 
     Args:
-        linear_active_params: non-zero-able weights of the decoder's projections.
+        linear_active_params: active weights of the decoder's projections.
+        linear_params: weights of these projections, zeros included.
         stored_params: parameters in memory, zeros included, tied ones once.
         flops: forward FLOPs per token.
         num_masked: mask entries.
     """
 
     linear_active_params: int
+    linear_params: int
     stored_params: int
     flops: isoflop.FlopCount
     num_masked: int = 0
@@ -182,7 +184,7 @@ def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str,
 
 
 def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None) -> Plan:
-    seq_len = seq_len or config.seq_len or getattr(dense_config, "max_position_embeddings", 2048)
+    seq_len = seq_len or config.seq_len or int(getattr(dense_config, "max_position_embeddings", 2048))
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
     widened_config = wide_config(dense_config, config)
@@ -194,22 +196,22 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
             f"no projection of {dense_config.model_type} is of the kinds {config.target_kinds}; "
             f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
         )
-    dense_cost = _cost(dense_model, sum(p.num_weights for p in dense_projections), 0, seq_len)
+    dense_cost = cost_of(dense_model, seq_len)
     active = _active_counts(dense_projections, projections, chosen, config, dense_cost.flops, widened_config)
     layers = tuple(
         LayerPlan(p.name, p.kind, dense.shape, p.shape, count, is_chosen)
         for dense, p, count, is_chosen in zip(dense_projections, projections, active, chosen, strict=True)
     )
     num_masked = sum(layer.num_weights for layer in layers if layer.is_sparse)
-    sparse_cost = _cost(widened_model, sum(active), num_masked, seq_len)
+    sparse_cost = _cost(widened_model, sum(active), sum(p.num_weights for p in projections), num_masked, seq_len)
     return Plan(config, widened_config, seq_len, layers, dense_cost, sparse_cost)
 
 
-def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isoflop.FlopCount:
-    """Forward FLOPs per token of a dense or Sparse-IFT model, from the masks as they are now.
+def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCost:
+    """Size and FLOPs of a dense or Sparse-IFT model, from the masks as they are now.
 
     Args:
-        model: a causal language model (masks are read) or a dense config.
+        model: a causal language model, or the config of a dense one.
         seq_len: tokens per sequence; attention is counted in full, not causal.
 
     Raises:
@@ -217,9 +219,15 @@ def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isof
     """
     if isinstance(model, PreTrainedConfig):
         model = build_model(model, meta=True)
-    inactive = sum(int((~layer.mask).sum()) for layer in sparse_layers(model).values())
+    masks = [layer.mask for layer in sparse_layers(model).values()]
+    inactive = sum(int((~mask).sum()) for mask in masks)
     total = sum(projection.num_weights for projection in find_projections(model))
-    return _flops(model.config, total - inactive, seq_len)
+    return _cost(model, total - inactive, total, sum(mask.numel() for mask in masks), seq_len)
+
+
+def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isoflop.FlopCount:
+    """Forward FLOPs per token of a dense or Sparse-IFT model; arguments and errors as `cost_of`."""
+    return cost_of(model, seq_len).flops
 
 
 def _flops(config: PreTrainedConfig, num_active: int, seq_len: int) -> isoflop.FlopCount:
@@ -229,8 +237,9 @@ def _flops(config: PreTrainedConfig, num_active: int, seq_len: int) -> isoflop.F
     )
 
 
-def _cost(model: PreTrainedModel, num_active: int, num_masked: int, seq_len: int) -> ModelCost:
-    return ModelCost(num_active, model.num_parameters(), _flops(model.config, num_active, seq_len), num_masked)
+def _cost(model: PreTrainedModel, num_active: int, num_linear: int, num_masked: int, seq_len: int) -> ModelCost:
+    flops = _flops(model.config, num_active, seq_len)
+    return ModelCost(num_active, num_linear, model.num_parameters(), flops, num_masked)
 
 
 def _is_chosen(projection: Projection, config: SparseIFTConfig) -> bool:

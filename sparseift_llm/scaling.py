@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,6 +84,39 @@ def optimizer_param_groups(model: PreTrainedModel, lr: float, weight_decay: floa
             decay = weight_decay / folded if parameter.ndim >= 2 else 0.0
             groups[lr * factor * folded, decay].append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+@torch.no_grad()
+def truncate_weights(model: PreTrainedModel, num_deviations: float) -> None:
+    """Redraw initial weights farther from 0 than `num_deviations` standard deviations, in place.
+
+    Gives normal initialisation truncated as in the authors' recipes, for every matrix; zeros of
+    inactive weights stay. Uses torch's global generator.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            std = parameter[parameter != 0].std()
+            outside = parameter.abs() > num_deviations * std
+            while outside.any():
+                parameter[outside] = torch.randn(int(outside.sum()), dtype=parameter.dtype, device=std.device) * std
+                outside = parameter.abs() > num_deviations * std
+
+
+def cosine_to_plateau(warmup_steps: int, decay_steps: int, min_lr_rate: float) -> Callable[[int], float]:
+    """Learning-rate factor: linear warmup, cosine down to `min_lr_rate` at `decay_steps`, then constant.
+
+    >>> schedule = cosine_to_plateau(10, 110, 0.1)
+    >>> [round(schedule(step), 3) for step in (5, 10, 60, 110, 200)]
+    [0.5, 1.0, 0.55, 0.1, 0.1]
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+        return min_lr_rate + (1 - min_lr_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+    return factor
 
 
 def _learning_rate_factors(model: PreTrainedModel) -> dict[str, tuple[float, float]]:

@@ -49,11 +49,11 @@ def from_dict(cls: type[_Config], values: Any, where: str = "") -> _Config:
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"{name}: unknown key {key!r}{nearest(key, known)} (valid keys: {', '.join(known)})")
-        converted[key] = _convert(value, hints[key], f"{name}.{key}")
+        converted[key] = convert(value, hints[key], f"{name}.{key}")
     return cls(**converted)
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
+def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the annotated type `hint`; int is accepted for float, list for tuple, nothing else."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         options = typing.get_args(hint)

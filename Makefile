@@ -1,0 +1,35 @@
+# `make demo` and `make test` work on a fresh machine; everything is installed into $(VENV).
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin
+DEMO := runs/demo
+LAUNCH := $(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: install demo test lint types clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A dense GPT-2 and its Sparse-IFT twin at the same linear FLOPs, then a table and a picture.
+demo: install
+	rm -rf $(DEMO)/dense $(DEMO)/sparse
+	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/dense --sparse_ift null
+	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/sparse
+	$(RUN)/sparseift compare $(DEMO)/dense $(DEMO)/sparse --output $(DEMO)
+
+test: install
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --quiet $(TEST_FLAGS)
+
+lint: install
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: install
+	$(RUN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,199 @@
+"""Pretrain a dense GPT or its Sparse-IFT twin from a recipe file.
+
+    accelerate launch recipes/pretrain.py recipes/demo.yaml [--field value ...]
+
+Copy this file and change it: it is `transformers.Trainer`, `sparsify` and one callback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sparseift_llm import SparseTrainingCallback, optimizer_param_groups, sparsify
+from sparseift_llm.architectures import build_model, set_tokenizer_fields
+from sparseift_llm.checkpoint import last_complete_checkpoint
+from sparseift_llm.data import LoadedData, load_data
+from sparseift_llm.planning import cost_of
+from sparseift_llm.presets import load_config
+from sparseift_llm.recipe import Recipe, load_recipe
+from sparseift_llm.run_record import METRICS_NAME, RECIPE_NAME, SUMMARY_NAME, RunRecord, versions, write_json
+from sparseift_llm.scaling import cosine_to_plateau, truncate_weights
+
+logger = logging.getLogger("pretrain")
+
+
+def main(words: list[str]) -> None:
+    """Train, evaluate, save. `words` is the command line: the recipe and its overrides."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        recipe, args, resume_from, data = prepare(words)
+        model = make_model(recipe, data)
+    except (ValueError, FileNotFoundError) as error:  # the user's to mend: no traceback
+        sys.exit(f"pretrain: {error}")
+    summary = train(recipe, args, model, data, resume_from)
+    if args.process_index == 0:
+        write_json(Path(args.output_dir) / SUMMARY_NAME, summary)
+        logger.info("eval loss %.4f; wrote %s", summary["eval_loss"], Path(args.output_dir) / SUMMARY_NAME)
+
+
+def prepare(words: list[str]) -> tuple[Recipe, TrainingArguments, Path | None, LoadedData]:
+    """Everything before the model: the recipe, its arguments, the checkpoint to resume, and the data."""
+    if not words or words[0].startswith("-"):
+        raise ValueError("usage: accelerate launch recipes/pretrain.py RECIPE.yaml [--field value ...]")
+    recipe = load_recipe(words[0], words[1:])
+    args = training_arguments(recipe)
+    output_dir = Path(args.output_dir)
+    with args.main_process_first(local=False, desc="preparing the run"):
+        resume_from = prepare_output(recipe, output_dir, args)
+        data = load_data(recipe.data, output_dir / "data")
+    set_seed(args.seed)
+    return recipe, args, resume_from, data
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's training section as TrainingArguments; resuming is handled by this script."""
+    values = {key: value for key, value in recipe.training.items() if key != "resume_from_checkpoint"}
+    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    try:
+        return TrainingArguments(**values)
+    except TypeError as error:
+        raise ValueError(f"training: {error}") from error
+
+
+def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) -> Path | None:
+    """Find the checkpoint to resume from, if asked to; refuse to overwrite another run.
+
+    Returns:
+        A complete checkpoint, or None to start at step 0.
+    """
+    resume = recipe.training.get("resume_from_checkpoint")
+    if args.process_index == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        used = any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) or (output_dir / METRICS_NAME).is_file()
+        if used and not resume:
+            raise ValueError(
+                f"{output_dir} already holds a run; continue it with --resume_from_checkpoint true, "
+                "or choose another --output_dir"
+            )
+        check_same_recipe(recipe, output_dir / RECIPE_NAME)
+        write_json(output_dir / RECIPE_NAME, {**recipe.to_dict(), "versions": versions()})
+    if isinstance(resume, str):
+        return Path(resume)
+    if not resume:
+        return None
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None:
+        logger.info("%s has no complete checkpoint yet: starting at step 0", output_dir)
+    return checkpoint
+
+
+def check_same_recipe(recipe: Recipe, path: Path) -> None:
+    """Refuse to go on with another model, other data or other sparsity than the run began with."""
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), recipe.to_dict()
+    for section in ("model", "data", "sparse_ift"):
+        if before[section] != json.loads(json.dumps(now[section])):
+            raise ValueError(
+                f"{path.parent} was begun with another {section} section: {before[section]}, now {now[section]}; "
+                "resume with the same recipe or choose another --output_dir"
+            )
+
+
+def make_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
+    """The freshly initialised dense model or its Sparse-IFT twin."""
+    config = model_config(recipe)
+    set_tokenizer_fields(config, data.tokenizer)
+    model = sparsify(config, recipe.sparse_ift) if recipe.sparse_ift else build_model(config)
+    if recipe.model.init_truncation is not None:
+        truncate_weights(model, recipe.model.init_truncation)
+    return model
+
+
+def model_config(recipe: Recipe) -> PreTrainedConfig:
+    """The dense config that the recipe names, with its changes."""
+    config = load_config(recipe.model.name)
+    for key, value in recipe.model.config.items():
+        if not hasattr(config, key):
+            raise ValueError(f"model.config: {config.model_type} has no field {key!r}")
+        setattr(config, key, value)
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is not None and recipe.data.seq_len > max_positions:
+        raise ValueError(f"data.seq_len={recipe.data.seq_len} is above the model's {max_positions} positions")
+    config.use_cache = False
+    return config
+
+
+class Pretrainer(Trainer):
+    """Trainer with SµPar's learning-rate groups and a cosine that may end before training does."""
+
+    lr_decay_steps: int | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = optimizer_param_groups(self.model, kwargs["lr"], self.args.weight_decay)
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_decay_steps is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        ratio = (self.args.lr_scheduler_kwargs or {})["min_lr_rate"]
+        schedule = cosine_to_plateau(warmup, self.lr_decay_steps, ratio)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, schedule)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def train(
+    recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, data: LoadedData, resume_from: Path | None
+) -> dict[str, Any]:
+    """Run the Trainer to its end, save the model, and return the run's summary."""
+    tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * recipe.data.seq_len
+    sparse = SparseTrainingCallback() if recipe.sparse_ift else None
+    record = RunRecord(args.output_dir, tokens_per_step, recipe.data.seq_len, sparse)
+    trainer = Pretrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=data.tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[record, *([sparse] if sparse else [])],
+    )
+    trainer.lr_decay_steps = recipe.lr_decay_steps
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    eval_loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    totals = record.totals(trainer.state.global_step, model)
+    cost = cost_of(model, recipe.data.seq_len)
+    return {
+        "eval_loss": eval_loss,
+        "perplexity": math.exp(eval_loss),
+        "bits_per_byte": eval_loss / math.log(2) / data.bytes_per_eval_token,
+        **totals,
+        "tokens_per_second": totals["train_tokens"] / totals["step_seconds"],
+        **cost.to_dict(),
+        "linear_sparsity": 1 - cost.linear_active_params / cost.linear_params,
+        "num_train_tokens": data.num_train_tokens,
+        "num_eval_tokens": data.num_eval_tokens,
+        "num_ranks": args.world_size,
+        "device": str(args.device),
+        "recipe": recipe.to_dict(),
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,118 @@
+"""The `sparseift` command: argument parsing and printing; the work is done by the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparseift_llm.planning import Plan
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry point of the console script.
+
+    Args:
+        words: the command line without the program's name; default: the process's own.
+
+    Returns:
+        Exit status: 0, or 2 after an error message on stderr.
+    """
+    arguments = _parser().parse_args(words)
+    try:
+        print(arguments.run(arguments))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"sparseift: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparseift", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plan = commands.add_parser("plan", help="sizes, FLOPs and memory of a model before and after Sparse-IFT")
+    plan.add_argument("--model", required=True, help="preset, config.json, model folder or hub id")
+    plan.add_argument("--family", default="wide")
+    plan.add_argument("--scope", default="model", help="model or ffn")
+    plan.add_argument("--sparsity", type=float, required=True, help="zero fraction in [0, 1)")
+    plan.add_argument("--structure", default="unstructured")
+    plan.add_argument("--distribution", default="uniform", help="uniform or erk")
+    plan.add_argument("--accounting", default="linears", help="linears or whole_model")
+    plan.add_argument("--seq-len", type=int, required=True, help="tokens per sequence, for attention FLOPs")
+    plan.add_argument("--targets", nargs="+", help="projection kinds to make sparse: q k v o mlp_in mlp_out")
+    plan.add_argument("--exclude", nargs="+", default=[], help="projection kinds to leave dense")
+    plan.add_argument("--width-multiple", type=int, default=1, help="round widths to multiples of this")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=_plan)
+    compare = commands.add_parser("compare", help="a table and a loss picture of finished runs")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="output folders of recipes/pretrain.py, dense first")
+    compare.add_argument("--output", type=Path, required=True, help="folder for comparison.md and loss.png")
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> str:
+    from sparseift_llm.config import SparseIFTConfig
+    from sparseift_llm.planning import plan
+    from sparseift_llm.presets import load_config
+
+    config = SparseIFTConfig(
+        family=arguments.family,
+        scope=arguments.scope,
+        sparsity=arguments.sparsity,
+        structure=arguments.structure,
+        distribution=arguments.distribution,
+        accounting=arguments.accounting,
+        seq_len=arguments.seq_len,
+        targets=tuple(arguments.targets) if arguments.targets else None,
+        exclude=tuple(arguments.exclude),
+        width_multiple=arguments.width_multiple,
+    )
+    result = plan(load_config(arguments.model), config, arguments.seq_len)
+    return json.dumps(result.to_dict(), indent=2) if arguments.json else render_plan(result)
+
+
+def _compare(arguments: argparse.Namespace) -> str:
+    from sparseift_llm.report import COMPARISON_NAME, PICTURE_NAME, comparison_table, loss_picture
+
+    table = comparison_table(arguments.runs)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / COMPARISON_NAME).write_text(table, encoding="utf-8")
+    loss_picture(arguments.runs, arguments.output / PICTURE_NAME)
+    return f"{table}\nwrote {arguments.output / COMPARISON_NAME} and {arguments.output / PICTURE_NAME}"
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as a table per kind of layer and whole-model totals, for a terminal."""
+    count = Counter((layer.kind, layer.dense_shape, layer.sparse_shape, layer.is_sparse) for layer in plan.layers)
+    rows = [("kind", "layers", "dense (out x in)", "sparse (out x in)", "sparsity", "active / dense weights")]
+    for (kind, dense_shape, sparse_shape, is_sparse), number in count.items():
+        group = [layer for layer in plan.layers if (layer.kind, layer.sparse_shape) == (kind, sparse_shape)]
+        active = sum(layer.num_active for layer in group)
+        size = sum(layer.num_weights for layer in group)
+        rows.append(
+            (
+                kind,
+                str(number),
+                f"{dense_shape[0]} x {dense_shape[1]}",
+                f"{sparse_shape[0]} x {sparse_shape[1]}",
+                f"{1 - active / size:.5f}" if is_sparse else "dense",
+                f"{active / (number * dense_shape[0] * dense_shape[1]):.4f}",
+            )
+        )
+    totals = [("per token, T=" + str(plan.seq_len), "dense", "sparse", "ratio")]
+    dense, sparse = plan.dense.to_dict(), plan.sparse.to_dict()
+    for key in dense:
+        unit, scale = ("MFLOP", 1e6) if "flops" in key else ("MB", 1e6) if "bytes" in key else ("M", 1e6)
+        values = (f"{dense[key] / scale:.2f} {unit}", f"{sparse[key] / scale:.2f} {unit}")
+        totals.append((key, *values, f"{sparse[key] / dense[key]:.4f}"))
+    note = "FLOPs: multiply-adds of projections, attention and logits; norms and elementwise work are left out."
+    return "\n".join([*_aligned(rows), "", *_aligned(totals), "", note])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

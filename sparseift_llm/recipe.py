@@ -1,0 +1,205 @@
+"""Recipe files: a YAML file plus `--field value` overrides becomes one checked `Recipe`.
+
+Parsing and checking only; recipes/pretrain.py trains what a recipe says.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sparseift_llm.config import DSTConfig, SparseIFTConfig
+from sparseift_llm.data import DataConfig
+from sparseift_llm.strict import convert, from_dict, load_yaml, nearest, parse_yaml
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which dense model to start from; weights are always freshly initialised.
+
+    Args:
+        name: a preset, a path to a config.json, a model folder, or a hub id.
+        config: fields of the transformers config to change, e.g. `{n_layer: 4}`. Vocabulary size
+            and special tokens are taken from the tokenizer.
+        init_truncation: redraw initial weights beyond this many standard deviations; None keeps all.
+    """
+
+    name: str = "gpt3-small"
+    config: dict[str, Any] = field(default_factory=dict)
+    init_truncation: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.init_truncation is not None and self.init_truncation <= 0:
+            raise ValueError(f"init_truncation must be above 0, got {self.init_truncation}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pretraining run.
+
+    Args:
+        model: the dense model.
+        data: text, tokenizer, sequence length.
+        sparse_ift: the transformation, or None to train the dense model.
+        training: fields of `transformers.TrainingArguments`.
+        lr_decay_steps: optimizer step at which a cosine schedule reaches its minimum and stays there;
+            None means the last step.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    sparse_ift: SparseIFTConfig | None
+    training: dict[str, Any]
+    lr_decay_steps: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping of the same layout as a recipe file."""
+        values = dataclasses.asdict(self)
+        values["sparse_ift"] = self.sparse_ift.to_dict() if self.sparse_ift else None
+        return values
+
+
+SECTIONS = ("model", "data", "sparse_ift", "training", "lr_decay_steps")
+_TRAINING_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply command-line overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: words such as `--training.learning_rate 1e-3`, `--learning_rate=1e-3` or
+            `--sparse_ift null`. A bare name means the training argument of that name, else the
+            one section that has it. Values are YAML.
+
+    Raises:
+        ValueError: an unknown key (naming the nearest valid one), an ambiguous or malformed override,
+            or a value that is refused.
+        FileNotFoundError: no such file.
+    """
+    values = load_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping with the keys {', '.join(SECTIONS)}")
+    _check_keys(values, SECTIONS, str(path))
+    values = copy.deepcopy(values)
+    for key, value in _parse_overrides(overrides):
+        _set(values, key, value)
+    return _build(values)
+
+
+def _build(values: dict[str, Any]) -> Recipe:
+    training = _checked_training(values.get("training") or {})
+    data = from_dict(DataConfig, values.get("data") or {}, "data")
+    sparse_values = values.get("sparse_ift")
+    if sparse_values is not None:
+        if not isinstance(sparse_values, dict):
+            raise ValueError(f"sparse_ift must be a mapping or null, got {sparse_values!r}")
+        sparse_values = {"seed": training.get("seed", 42), "seq_len": data.seq_len, **sparse_values}
+    decay_steps = values.get("lr_decay_steps")
+    if decay_steps is not None and (not isinstance(decay_steps, int) or decay_steps < 1):
+        raise ValueError(f"lr_decay_steps must be a whole number of steps, at least 1, got {decay_steps!r}")
+    if decay_steps is not None and training.get("lr_scheduler_type") != "cosine_with_min_lr":
+        raise ValueError("lr_decay_steps needs training.lr_scheduler_type: cosine_with_min_lr")
+    return Recipe(
+        model=from_dict(ModelConfig, values.get("model") or {}, "model"),
+        data=data,
+        sparse_ift=None if sparse_values is None else SparseIFTConfig.from_dict(sparse_values),
+        training=training,
+        lr_decay_steps=decay_steps,
+    )
+
+
+def _checked_training(training: Any) -> dict[str, Any]:
+    """The training section with names and simple types checked; the rest is left to TrainingArguments."""
+    if not isinstance(training, dict):
+        raise ValueError(f"training must be a mapping of TrainingArguments fields, got {training!r}")
+    _check_keys(training, _TRAINING_FIELDS, "training")
+    hints = typing.get_type_hints(TrainingArguments)
+    checked = {}
+    for key, value in training.items():
+        hint = hints[key]
+        simple = {float, int, bool, str, type(None)}
+        parts = set(typing.get_args(hint)) or {hint}
+        if key != "resume_from_checkpoint" and parts <= simple and len(parts - {type(None)}) == 1:
+            value = convert(value, hint, f"training.{key}")
+        checked[key] = value
+    resume, log_every = checked.get("resume_from_checkpoint"), checked.get("logging_steps", 500)
+    if not isinstance(resume, bool | str | None):
+        raise ValueError(f"training.resume_from_checkpoint must be true, false or a folder, got {resume!r}")
+    save_every = checked.get("save_steps", 500)
+    if log_every >= 1 and save_every % log_every:
+        raise ValueError(
+            f"training.save_steps={save_every} must be a multiple of logging_steps={log_every}, "
+            "otherwise a resumed run would log other averages than an uninterrupted one"
+        )
+    if "output_dir" not in checked:
+        raise ValueError("training.output_dir is missing: say where the run is written")
+    return checked
+
+
+def _check_keys(values: Iterable[str], valid: Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in valid:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, valid)}")
+
+
+def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ValueError(f"expected --field value, got {word!r}")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+                raise ValueError(f"--{key} needs a value")
+            text = rest.pop(0)
+        pairs.append((key, parse_yaml(text, f"--{key}")))
+    return pairs
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put `value` at the dotted path that `key` means."""
+    *sections, last = _resolve(key).split(".")
+    target = values
+    for section in sections:
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+    target[last] = value
+
+
+def _resolve(key: str) -> str:
+    paths = _all_paths()
+    if key in paths or key.startswith("model.config."):
+        return key
+    matches = [path for path in paths if path.rpartition(".")[2] == key]
+    if f"training.{key}" in matches:
+        return f"training.{key}"
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(f"--{key} could mean {' or '.join(f'--{match}' for match in matches)}; write one of them")
+    leaves = {path.rpartition(".")[2] for path in paths} | set(paths)
+    raise ValueError(f"unknown option --{key}{nearest(key, leaves)}")
+
+
+def _all_paths() -> list[str]:
+    def fields(cls: Any, prefix: str) -> list[str]:
+        return [f"{prefix}.{f.name}" for f in dataclasses.fields(cls)]
+
+    return [
+        *SECTIONS,
+        *fields(ModelConfig, "model"),
+        *fields(DataConfig, "data"),
+        *fields(SparseIFTConfig, "sparse_ift"),
+        *fields(DSTConfig, "sparse_ift.dst"),
+        *(f"training.{name}" for name in sorted(_TRAINING_FIELDS)),
+    ]
