@@ -41,8 +41,9 @@ def main(words: list[str]) -> None:
         sys.exit(f"pretrain: {error}")
     summary = train(recipe, args, model, data, resume_from)
     if args.process_index == 0:
-        write_json(Path(args.output_dir) / SUMMARY_NAME, summary)
-        logger.info("eval loss %.4f; wrote %s", summary["eval_loss"], Path(args.output_dir) / SUMMARY_NAME)
+        path = Path(recipe.training["output_dir"]) / SUMMARY_NAME
+        write_json(path, summary)
+        logger.info("eval loss %.4f; wrote %s", summary["eval_loss"], path)
 
 
 def prepare(words: list[str]) -> tuple[Recipe, TrainingArguments, Path | None, LoadedData]:
@@ -51,7 +52,7 @@ def prepare(words: list[str]) -> tuple[Recipe, TrainingArguments, Path | None, L
         raise ValueError("usage: accelerate launch recipes/pretrain.py RECIPE.yaml [--field value ...]")
     recipe = load_recipe(words[0], words[1:])
     args = training_arguments(recipe)
-    output_dir = Path(args.output_dir)
+    output_dir = Path(recipe.training["output_dir"])
     with args.main_process_first(local=False, desc="preparing the run"):
         resume_from = prepare_output(recipe, output_dir, args)
         data = load_data(recipe.data, output_dir / "data")
@@ -136,7 +137,8 @@ def model_config(recipe: Recipe) -> PreTrainedConfig:
 class Pretrainer(Trainer):
     """Trainer with SµPar's learning-rate groups and a cosine that may end before training does."""
 
-    lr_decay_steps: int | None = None
+    model: PreTrainedModel
+    recipe: Recipe
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -146,12 +148,12 @@ class Pretrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_decay_steps is None:
+        if self.recipe.lr_decay_steps is None:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
-        ratio = (self.args.lr_scheduler_kwargs or {})["min_lr_rate"]
-        schedule = cosine_to_plateau(warmup, self.lr_decay_steps, ratio)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, schedule)
+        min_lr_rate = self.recipe.training["lr_scheduler_kwargs"]["min_lr_rate"]
+        schedule = cosine_to_plateau(warmup, self.recipe.lr_decay_steps, min_lr_rate)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), schedule)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -162,7 +164,7 @@ def train(
     """Run the Trainer to its end, save the model, and return the run's summary."""
     tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * recipe.data.seq_len
     sparse = SparseTrainingCallback() if recipe.sparse_ift else None
-    record = RunRecord(args.output_dir, tokens_per_step, recipe.data.seq_len, sparse)
+    record = RunRecord(recipe.training["output_dir"], tokens_per_step, recipe.data.seq_len, sparse)
     trainer = Pretrainer(
         model=model,
         args=args,
@@ -172,7 +174,7 @@ def train(
         data_collator=default_data_collator,
         callbacks=[record, *([sparse] if sparse else [])],
     )
-    trainer.lr_decay_steps = recipe.lr_decay_steps
+    trainer.recipe = recipe
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()

@@ -105,8 +105,11 @@ def _build(values: dict[str, Any]) -> Recipe:
     decay_steps = values.get("lr_decay_steps")
     if decay_steps is not None and (not isinstance(decay_steps, int) or decay_steps < 1):
         raise ValueError(f"lr_decay_steps must be a whole number of steps, at least 1, got {decay_steps!r}")
-    if decay_steps is not None and training.get("lr_scheduler_type") != "cosine_with_min_lr":
-        raise ValueError("lr_decay_steps needs training.lr_scheduler_type: cosine_with_min_lr")
+    if decay_steps is not None and (
+        training.get("lr_scheduler_type") != "cosine_with_min_lr"
+        or "min_lr_rate" not in (training.get("lr_scheduler_kwargs") or {})
+    ):
+        raise ValueError("lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in its kwargs")
     return Recipe(
         model=from_dict(ModelConfig, values.get("model") or {}, "model"),
         data=data,

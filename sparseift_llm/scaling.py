@@ -51,7 +51,7 @@ def scale_initial_weights(model: PreTrainedModel, plan: Plan, dense_sizes: dict[
     for layer in plan.layers:
         num_active = layer.num_weights if active_before_pruning else layer.num_active
         multiplier = num_active / (layer.sparse_shape[0] * layer.dense_shape[1])
-        model.get_submodule(layer.name).weight.mul_(1 / math.sqrt(multiplier))  # type: ignore[operator, union-attr]
+        model.get_submodule(layer.name).weight.mul_(1 / math.sqrt(multiplier))  # type: ignore[operator]
     if plan.config.init == "supar":
         sizes = sizes_of(model.config)
         _scale_final_norm(model, dense_sizes["hidden"] / sizes.hidden)
@@ -139,13 +139,11 @@ def _learning_rate_factors(model: PreTrainedModel) -> dict[str, tuple[float, flo
 
 def _scale_final_norm(model: PreTrainedModel, factor: float) -> None:
     architecture = architecture_of(model.config)
-    norm = model.get_submodule(architecture.final_norm) if _has(model, architecture.final_norm) else None
-    if norm is None:
+    if not _has(model, architecture.final_norm):
         raise ValueError(f"init='supar' needs a norm before the logits, {model.config.model_type} has none here")
-    weight, offset = norm.weight, architecture.norm_offset
-    weight.copy_((weight + offset) * factor - offset)  # type: ignore[operator]
-    if getattr(norm, "bias", None) is not None:
-        norm.bias.mul_(factor)  # type: ignore[operator]
+    offset = architecture.norm_offset
+    for name, parameter in model.get_submodule(architecture.final_norm).named_parameters():
+        parameter.copy_((parameter + offset) * factor - offset if name == "weight" else parameter * factor)
 
 
 def _scale_queries(model: PreTrainedModel, plan: Plan, factor: float) -> None:

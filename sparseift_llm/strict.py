@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 _Config = TypeVar("_Config")
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -78,7 +79,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def load_yaml(path: str | Path) -> Any:
-    """Parse a YAML file in which `6e-4` is a number (YAML 1.1 would read a string) and keys are unique.
+    """Parse a YAML file as YAML 1.2 reads it: `6e-4` is a number, `no` and `off` are words; keys are unique.
 
     Raises:
         ValueError: the file is not valid YAML or names a key twice; the message has the path and line.
@@ -93,7 +94,10 @@ def parse_yaml(text: str, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        yaml_implicit_resolvers: typing.ClassVar = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
 
     def unique_mapping(loader: Any, node: Any) -> dict[Any, Any]:
         keys = [loader.construct_object(key) for key, _ in node.value]
@@ -103,6 +107,7 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique_mapping)
+    Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )

@@ -46,7 +46,8 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
         sparse = build_model(result.hf_config)
     else:
         dense_config = model.config
-        sparse = build_model(result.hf_config, dtype=model.dtype).to(model.device)
+        sparse = build_model(result.hf_config, dtype=model.dtype)
+        sparse.to(model.device)  # type: ignore[arg-type]  # transformers' decorator hides its signature
     sparse.config.sparse_ift = record(result, dense_config)
     scale_initial_weights(sparse, result, sparse.config.sparse_ift["dense_sizes"])
     if isinstance(model, PreTrainedModel):

@@ -58,8 +58,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     def _resume(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
         assert self.controller is not None
         name = type(self).__name__
-        exported = state.stateful_callbacks.get(name, {})
-        saved = exported.get("attributes", {}).get("saved", {}) if isinstance(exported, dict) else {}
+        exported: Any = state.stateful_callbacks  # a mapping once it was loaded from a checkpoint
+        saved = exported.get(name, {}).get("attributes", {}).get("saved", {})
         if not saved:
             raise ValueError(
                 f"the checkpoint at step {state.global_step} was not written with {name}, so it holds no masks; "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm.dst.algorithms import ALGORITHMS
 from sparseift_llm.dst.distributed import check_same_masks, mean_over_ranks
@@ -55,7 +56,7 @@ class SparseTrainingController:
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
         self.optimizer: Optimizer = inner
         self._check_optimizer()
-        hf_config = next(m.config for m in model.modules() if getattr(getattr(m, "config", None), "sparse_ift", None))
+        hf_config = _config_of(model)
         config, _ = read_record(hf_config)
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
         self.step = 0
@@ -188,3 +189,11 @@ class SparseTrainingController:
             for layer in self.layers.values():
                 layer.dense_gradient = None
             torch.compiler.set_stance("default")
+
+
+def _config_of(model: nn.Module) -> PreTrainedConfig:
+    """The transformers config inside a model that may be wrapped (DistributedDataParallel, torch.compile)."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module.config
+    raise ValueError(f"{type(model).__name__} holds no transformers model, so its sparse_ift record cannot be read")

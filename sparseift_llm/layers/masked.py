@@ -6,6 +6,8 @@ when, is not known here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,8 +27,8 @@ class MaskedProjection(nn.Module):
         dense_gradient: where the next backward passes add their unmasked weight gradient, or None.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any
     mask: Tensor
     dense_shape: tuple[int, int]
     num_active: int
@@ -34,7 +36,7 @@ class MaskedProjection(nn.Module):
 
     def _adopt(self, dense: nn.Module, num_active: int, dense_shape: tuple[int, int]) -> None:
         self.weight = dense.weight  # type: ignore[assignment]
-        self.bias = dense.bias  # type: ignore[assignment]
+        self.bias = dense.bias
         self.dense_shape = dense_shape
         self.num_active = num_active
         self.dense_gradient = None
@@ -88,11 +90,11 @@ class MaskedLinear(MaskedProjection, nn.Linear):
 
     def to_dense(self) -> nn.Linear:
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense.weight, dense.bias = self.weight, self.bias  # type: ignore[assignment]
+        dense.weight, dense.bias = self.weight, self.bias
         return dense.train(self.training)
 
 
-class MaskedConv1D(MaskedProjection, Conv1D):
+class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
     """GPT-2's `Conv1D` with a sparse weight, stored (in, out) as there. Arguments as `MaskedLinear`."""
 
     def __init__(self, dense: Conv1D, num_active: int, dense_shape: tuple[int, int]) -> None:
@@ -105,7 +107,7 @@ class MaskedConv1D(MaskedProjection, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), by the same operation as `Conv1D`."""
-        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self._weight())  # type: ignore[arg-type]
+        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self._weight())
         return flat.view(*x.shape[:-1], self.nf)
 
     def to_dense(self) -> Conv1D:

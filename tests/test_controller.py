@@ -1,0 +1,301 @@
+"""The controller's own duties: order of the mask update, counters, capture on and off, and its error messages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from sparseift_llm import DSTConfig, SparseTrainingController
+from sparseift_llm.layers.masked import sparse_layers
+from tests.tiny_runs import ToyModel, batches, bits, differences, masks, sparse_gpt2, train
+
+
+@pytest.fixture(autouse=True)
+def _compiler_stance() -> Iterator[None]:
+    """Controllers that a test leaves armed must not change the compiler's stance for the next test."""
+    yield
+    torch.compiler.set_stance("default")
+
+
+def toy_model(algorithm: str = "rigl", every: int = 1) -> ToyModel:
+    """Active weights 4, 1, -2, -3 in a (2, 4) layer, of which int(0.3 * 4) = 1 is dropped at an early update."""
+    weight = torch.tensor([[4.0, 0.0, 1.0, 0.0], [0.0, -2.0, 0.0, -3.0]])
+    dst = DSTConfig(algorithm, update_every_steps=every, drop_fraction=0.3, stop_fraction=1.0)
+    return ToyModel(weight, bits("1010 0101"), dst)
+
+
+# ---- order of an update
+
+
+def test_drop_uses_the_weights_after_the_optimizer_step() -> None:
+    model = toy_model()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    SparseTrainingController(model, optimizer, 1000)
+    gradient = torch.tensor([[3.5, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
+    model.loss(gradient).backward()
+    optimizer.step()
+    # before the step 1 was the smallest; after it the first weight is, at 4 - 3.5
+    assert torch.equal(model.layer.mask, bits("0010 1101"))
+    assert torch.equal(model.layer.weight, torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, -2.0, 0.0, -3.0]]))
+
+
+def test_dropped_and_regrown_in_one_update_keeps_value_and_state() -> None:
+    model = toy_model()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    controller = SparseTrainingController(model, optimizer, 1000)
+    gradient = torch.tensor([[0.0, 1.0, 8.0, 0.0], [0.0, 0.5, 0.0, 0.0]])
+    model.loss(gradient).backward()
+    optimizer.step()  # 1 - 0.1 * 8 = 0.2 is dropped for its size, and grown for its gradient
+    assert controller.num_dense_gradient_steps == 1
+    assert torch.equal(model.layer.mask, bits("1010 0101"))
+    assert model.layer.weight[0, 2].item() == pytest.approx(0.2)
+    assert optimizer.state[model.layer.weight]["momentum_buffer"].tolist() == [[0, 0, 8, 0], [0, 0.5, 0, 0]]
+
+
+def test_grown_weights_start_at_zero_with_zero_state() -> None:
+    model = toy_model(every=2)
+    optimizer = AdamW(model.parameters(), lr=0.01, amsgrad=True)
+    SparseTrainingController(model, optimizer, 1000)
+    gradient = torch.tensor([[1.0, 7.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    for _ in range(2):
+        model.loss(gradient).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weight, state = model.layer.weight, optimizer.state[model.layer.weight]
+    assert torch.equal(model.layer.mask, bits("1100 0101"))
+    for tensor in (weight, state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"]):
+        nonzero = tensor != 0
+        assert torch.equal(nonzero, bits("1000 0101"))  # neither the grown [0, 1] nor the dropped [0, 2]
+    model.loss(gradient).backward()
+    optimizer.step()
+    assert weight[0, 1] != 0  # and from then on the grown weight trains
+    assert weight[0, 2] == 0
+
+
+def test_updates_happen_when_the_schedule_says() -> None:
+    model = sparse_gpt2("rigl", every=3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    controller = SparseTrainingController(model, optimizer, total_steps=16)  # stops at 12
+    changed, before = [], masks(model)
+
+    def look() -> None:
+        nonlocal before
+        if differences(before, masks(model)):
+            changed.append(controller.step)
+        before = masks(model)
+
+    train(model, optimizer, batches(16), after_step=look)
+    assert changed == [3, 6, 9]
+
+
+# ---- counters
+
+
+def test_counters_by_hand() -> None:
+    model = toy_model(every=2)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    controller = SparseTrainingController(model, optimizer, total_steps=7)  # dense gradients at 2, 4, 6
+    for _ in range(7):
+        model.loss(torch.ones(2, 4)).backward()
+        optimizer.step()
+    assert controller.counters() == {"step": 7, "active_weight_steps": 7 * 4, "num_dense_gradient_steps": 3}
+
+
+def test_gradual_pruning_counts_the_weights_that_were_active() -> None:
+    weight = torch.arange(1.0, 9.0).view(2, 4)
+    dst = DSTConfig("gmp", update_every_steps=2, stop_fraction=0.5)
+    model = ToyModel(weight, bits("1111 1111"), dst)
+    model.layer.num_active = 2
+    optimizer = SGD(model.parameters(), lr=0.0)
+    controller = SparseTrainingController(model, optimizer, total_steps=8)
+    active = []
+    for _ in range(8):
+        model.loss(torch.ones(2, 4)).backward()
+        optimizer.step()
+        active.append(int(model.layer.mask.sum()))
+    # after step 2: 0.75 * (1 - 0.5^3) of 8 -> 5 pruned; after step 4: all 6
+    assert active == [8, 3, 3, 2, 2, 2, 2, 2]
+    assert controller.active_weight_steps == 8 + 8 + 3 + 3 + 2 + 2 + 2 + 2
+    assert controller.num_dense_gradient_steps == 0
+
+
+# ---- capture
+
+
+def test_capture_is_armed_only_for_update_steps() -> None:
+    model = toy_model(every=3)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    controller = SparseTrainingController(model, optimizer, total_steps=8)
+    armed = []
+    for _ in range(8):
+        armed.append(model.layer.dense_gradient is not None)
+        model.loss(torch.ones(2, 4)).backward()
+        optimizer.step()
+    assert armed == [False, False, True, False, False, True, False, False]
+    assert controller.num_dense_gradient_steps == 2
+
+
+@pytest.mark.parametrize("algorithm", ["static", "set", "gmp"])
+def test_only_rigl_pays_for_dense_gradients(algorithm: str) -> None:
+    model = toy_model(algorithm)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    controller = SparseTrainingController(model, optimizer, total_steps=8)
+    for _ in range(8):
+        assert model.layer.dense_gradient is None
+        model.loss(torch.ones(2, 4)).backward()
+        optimizer.step()
+    assert controller.num_dense_gradient_steps == 0
+
+
+def test_evaluation_between_steps_changes_nothing() -> None:
+    def run(evaluate: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model = sparse_gpt2("rigl")
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        SparseTrainingController(model, optimizer, total_steps=8)
+
+        def look() -> None:
+            if evaluate:
+                model.eval()
+                with torch.no_grad():
+                    model(input_ids=next(batches(1, seed=99)), labels=next(batches(1, seed=98)))
+                model.train()
+
+        train(model, optimizer, batches(8), after_step=look)
+        return masks(model), {name: value.detach() for name, value in model.named_parameters()}
+
+    assert not differences(run(evaluate=True), run(evaluate=False))
+
+
+def test_close_detaches_hook_capture_and_compiler_stance() -> None:
+    model = toy_model(every=1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    controller = SparseTrainingController(model, optimizer, total_steps=100)
+    assert model.layer.dense_gradient is not None
+    assert stance() == "force_eager"
+    controller.close()
+    assert model.layer.dense_gradient is None
+    assert stance() == "default"
+    before = model.layer.mask.clone()
+    model.loss(torch.tensor([[0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])).backward()
+    optimizer.step()
+    assert controller.step == 0
+    assert torch.equal(model.layer.mask, before)
+
+
+def stance() -> str:
+    return str(torch._dynamo.eval_frame._stance.stance)
+
+
+def test_compiler_stance_follows_update_steps() -> None:
+    model = toy_model(every=3)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    SparseTrainingController(model, optimizer, total_steps=6)
+    seen = []
+    for _ in range(6):
+        seen.append(stance())
+        model.loss(torch.ones(2, 4)).backward()
+        optimizer.step()
+    assert seen == ["default", "default", "force_eager", "default", "default", "default"]
+
+
+# ---- names
+
+
+class Wrapper(nn.Module):
+    """Names its content as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_names_do_not_depend_on_wrappers() -> None:
+    model = sparse_gpt2()
+    expected = list(sparse_layers(model))
+    assert expected[0] == "transformer.h.0.attn.c_attn"
+    assert list(sparse_layers(Wrapper(model))) == expected
+    compiled = torch.compile(sparse_gpt2(), backend="eager")
+    assert list(sparse_layers(compiled)) == expected
+    assert list(sparse_layers(Wrapper(compiled))) == expected
+    assert list(sparse_layers(torch.compile(Wrapper(model), backend="eager"))) == expected
+
+
+# ---- errors
+
+
+def test_model_without_sparse_layers() -> None:
+    dense = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"no sparse layers.*sparsify"):
+        SparseTrainingController(dense, SGD(dense.parameters(), lr=1.0), 10)
+
+
+@pytest.mark.parametrize("total_steps", [0, -1])
+def test_total_steps_out_of_range(total_steps: int) -> None:
+    model = toy_model()
+    with pytest.raises(ValueError, match=f"total_steps.*{total_steps}"):
+        SparseTrainingController(model, SGD(model.parameters(), lr=1.0), total_steps)
+
+
+def test_sparse_weight_missing_from_the_optimizer() -> None:
+    model = sparse_gpt2()
+    name = "transformer.h.0.mlp.c_fc"
+    rest = [value for key, value in model.named_parameters() if key != f"{name}.weight"]
+    with pytest.raises(ValueError, match=rf"{name}\.weight is not in the optimizer"):
+        SparseTrainingController(model, SGD(rest, lr=1.0), 10)
+
+
+def test_not_a_torch_optimizer() -> None:
+    with pytest.raises(ValueError, match=r"SimpleNamespace is not a torch\.optim\.Optimizer"):
+        SparseTrainingController(toy_model(), SimpleNamespace(step=lambda: None), 10)
+
+
+def test_update_step_without_a_backward_pass() -> None:
+    model = toy_model(every=2)
+    optimizer = SGD(model.parameters(), lr=1.0)
+    SparseTrainingController(model, optimizer, total_steps=100)
+    model.loss(torch.ones(2, 4)).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"layer: no dense gradient reached step 2"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_gradient_that_is_not_finite(value: float) -> None:
+    model = toy_model()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    SparseTrainingController(model, optimizer, total_steps=100)
+    before = model.layer.mask.clone()
+    model.loss(torch.ones(2, 4)).backward()
+    assert model.layer.dense_gradient is not None
+    assert model.layer.dense_gradient.total is not None
+    model.layer.dense_gradient.total[0, 1] = value  # of an inactive weight: all that the optimizer sees is fine
+    with pytest.raises(RuntimeError, match=r"layer: the dense gradient at step 1 is not finite.*begin_step"):
+        optimizer.step()
+    assert torch.equal(model.layer.mask, before)
+
+
+def test_state_of_a_model_with_other_layers() -> None:
+    model = toy_model()
+    controller = SparseTrainingController(model, SGD(model.parameters(), lr=1.0), 10)
+    other = sparse_gpt2()
+    state = SparseTrainingController(other, SGD(other.parameters(), lr=1.0), 10).state_dict()
+    with pytest.raises(ValueError, match="another model"):
+        controller.load_state_dict(state)
+
+
+@pytest.mark.parametrize("hidden", [12, 24])
+def test_state_of_a_model_of_another_width(hidden: int) -> None:
+    """Same layer names, other shapes: must be refused, and change nothing."""
+    model, other = sparse_gpt2(hidden=16), sparse_gpt2(hidden=hidden)
+    controller = SparseTrainingController(model, SGD(model.parameters(), lr=1.0), 10)
+    state = SparseTrainingController(other, SGD(other.parameters(), lr=1.0), 10).state_dict()
+    before = masks(model)
+    with pytest.raises(ValueError, match="another model"):
+        controller.load_state_dict(state)
+    assert not differences(before, masks(model))

@@ -1,0 +1,189 @@
+"""Which gradients reach clipping, optimizers and RigL: exact under accumulation, compilation and checkpointing.
+
+Each check of exactness is shown to fail on a planted fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.utils.checkpoint import checkpoint
+
+from sparseift_llm import DSTConfig, SparseTrainingController, to_dense
+from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.ops.masked_weight import DenseGradient
+from tests.tiny_runs import ToyModel, batches, differences, masks, sparse_gpt2, train
+
+
+@pytest.fixture(autouse=True)
+def _compiler_stance() -> Iterator[None]:
+    """Controllers that a test leaves armed must not change the compiler's stance for the next test."""
+    yield
+    torch.compiler.set_stance("default")
+
+
+# ---- accumulation
+
+
+def mask_history(num_micro: int) -> list[dict[str, Tensor]]:
+    """Masks after each of 10 steps with batches of 8 rows, in `num_micro` parts each; updates at 2, 4, 6."""
+    model = sparse_gpt2("rigl")
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    controller = SparseTrainingController(model, optimizer, total_steps=10)
+    history: list[dict[str, Tensor]] = []
+    train(model, optimizer, batches(10), num_micro, lambda: history.append(masks(model)))
+    assert controller.counters()["step"] == 10
+    assert controller.num_dense_gradient_steps == 3
+    return history
+
+
+def check_accumulation() -> None:
+    reference = mask_history(1)
+    assert [bool(differences(a, b)) for a, b in pairwise(reference)].count(True) == 3
+    for num_micro in (2, 4, 8):
+        assert not differences(reference, mask_history(num_micro))
+
+
+def test_masks_do_not_depend_on_accumulation() -> None:
+    check_accumulation()
+
+
+def keep_last(self: DenseGradient, gradient: Tensor) -> None:
+    self.total = gradient.detach().clone()
+
+
+def keep_first(self: DenseGradient, gradient: Tensor) -> None:
+    self.total = gradient.detach().clone() if self.total is None else self.total
+
+
+def sum_of_magnitudes(self: DenseGradient, gradient: Tensor) -> None:
+    self.total = gradient.detach().abs() if self.total is None else self.total + gradient.detach().abs()
+
+
+@pytest.mark.parametrize("fault", [keep_last, keep_first, sum_of_magnitudes])
+def test_the_check_of_accumulation_catches_faults(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DenseGradient, "add", fault)
+    with pytest.raises(AssertionError):
+        check_accumulation()
+
+
+# ---- against a dense model
+
+
+def armed_model() -> nn.Module:
+    """A model whose next backward passes capture dense gradients."""
+    model = sparse_gpt2("rigl", every=1)
+    SparseTrainingController(model, SGD(model.parameters(), lr=0.1), total_steps=100)
+    return model
+
+
+def dense_gradients(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    """Gradients of a stock model with the same weights."""
+    dense = to_dense(model)  # type: ignore[arg-type]
+    dense(input_ids=batch, labels=batch).loss.backward()
+    return {name: value.grad for name, value in dense.named_parameters() if value.grad is not None}
+
+
+def test_the_dense_gradient_is_a_dense_models_gradient() -> None:
+    model, batch = armed_model(), next(batches(1))
+    expected = dense_gradients(model, batch)
+    model(input_ids=batch, labels=batch).loss.backward()
+    for name, layer in sparse_layers(model).items():
+        assert layer.dense_gradient is not None
+        assert layer.dense_gradient.total is not None
+        assert torch.equal(layer.dense_gradient.total, expected[f"{name}.weight"])
+        assert layer.dense_gradient.total[~layer.mask].abs().max() > 1e-4  # a masked gradient would not pass
+        assert layer.weight.grad is not None
+        assert torch.equal(layer.weight.grad, expected[f"{name}.weight"] * layer.mask)
+
+
+def test_gradients_of_all_other_parameters_are_a_dense_models() -> None:
+    model, batch = armed_model(), next(batches(1))
+    expected = dense_gradients(model, batch)
+    model(input_ids=batch, labels=batch).loss.backward()
+    sparse = {f"{name}.weight" for name in sparse_layers(model)}
+    others = {name: value.grad for name, value in model.named_parameters() if name not in sparse}
+    assert others
+    assert not differences(others, {name: expected[name] for name in others})
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # new name: 5.23
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_captures_once(use_reentrant: bool) -> None:
+    model, batch = armed_model(), next(batches(1))
+    expected = dense_gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})  # type: ignore[operator]
+    model.train()
+    model(input_ids=batch, labels=batch).loss.backward()
+    for name, layer in sparse_layers(model).items():
+        assert layer.dense_gradient is not None
+        assert layer.dense_gradient.total is not None
+        torch.testing.assert_close(layer.dense_gradient.total, expected[f"{name}.weight"], rtol=1e-12, atol=1e-15)
+
+
+def test_a_layer_used_twice_in_one_pass_sums_both_uses() -> None:
+    toy = ToyModel(torch.ones(2, 4, dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool), armed_config())
+    SparseTrainingController(toy, SGD(toy.parameters(), lr=0.1), total_steps=100)
+    first, second = torch.arange(8.0).view(2, 4).double(), torch.full((2, 4), -3.0).double()
+    (toy.loss(first) + checkpoint(toy.loss, second, use_reentrant=False)).backward()
+    assert toy.layer.dense_gradient is not None
+    assert torch.equal(toy.layer.dense_gradient.total, first + second)  # type: ignore[arg-type]
+
+
+def armed_config() -> DSTConfig:
+    return DSTConfig("rigl", update_every_steps=1, stop_fraction=1.0)
+
+
+# ---- clipping
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_clipping_sees_masked_gradients_only(armed: bool) -> None:
+    model, batch = sparse_gpt2("rigl", every=1 if armed else 50), next(batches(1))
+    SparseTrainingController(model, SGD(model.parameters(), lr=0.1), total_steps=100)
+    layers = sparse_layers(model)
+    assert all((layer.dense_gradient is not None) == armed for layer in layers.values())
+    gradients = dense_gradients(model, batch)
+    unmasked = torch.stack([value.square().sum() for value in gradients.values()]).sum().sqrt()
+    for name, layer in layers.items():
+        gradients[f"{name}.weight"] *= layer.mask
+    expected = torch.stack([value.square().sum() for value in gradients.values()]).sum().sqrt()
+    assert unmasked > 1.01 * expected  # so that a norm of dense gradients would be noticed
+
+    model(input_ids=batch, labels=batch).loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=expected.item() / 2)
+    torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.grad, gradients[name] / 2, rtol=1e-5, atol=1e-12)
+
+
+# ---- compilation
+
+
+# warnings of dynamo's own, about any autograd.Function and about any tensor it looks at
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_and_eager_runs_have_the_same_masks() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def run(compiled: bool) -> list[dict[str, Tensor]]:
+        model = sparse_gpt2("rigl", every=3)
+        wrapped = torch.compile(model, backend="aot_eager") if compiled else model
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        SparseTrainingController(wrapped, optimizer, total_steps=10)  # type: ignore[arg-type]
+        history: list[dict[str, Tensor]] = []
+        train(wrapped, optimizer, batches(10), 2, lambda: history.append(masks(wrapped)))  # type: ignore[arg-type]
+        return history
+
+    eager = run(compiled=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    compiled = run(compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # ordinary steps did run compiled
+    assert [bool(differences(a, b)) for a, b in pairwise(eager)].count(True) == 2
+    assert not differences(eager, compiled)

@@ -1,0 +1,188 @@
+"""Every optimizer keeps inactive weights and their state at exactly 0, through steps and mask updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.optim import SGD, Adagrad, AdamW, NAdam, Optimizer, RMSprop
+
+from sparseift_llm import SparseTrainingController
+from sparseift_llm.layers.masked import sparse_layers
+from tests.tiny_runs import batches, differences, masks, sparse_gpt2, train, violations
+
+
+@pytest.fixture(autouse=True)
+def _compiler_stance() -> Iterator[None]:
+    """Controllers that a test leaves armed must not change the compiler's stance for the next test."""
+    yield
+    torch.compiler.set_stance("default")
+
+
+class Lion(Optimizer):
+    """Sign of an interpolated momentum; weight decay decoupled."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                momentum = state.setdefault("exp_avg", torch.zeros_like(parameter))
+                direction = momentum.lerp(parameter.grad, 1 - group["betas"][0]).sign()
+                parameter.mul_(1 - 0.1 * group["lr"]).sub_(direction, alpha=group["lr"])
+                momentum.lerp_(parameter.grad, 1 - group["betas"][1])
+
+
+class Drifting(Optimizer):
+    """Moves every weight, whatever its gradient."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(0.01)
+
+
+class Quantised(Optimizer):
+    """Keeps its momentum as integers."""
+
+    def __init__(self, params: Any, dtype: torch.dtype) -> None:
+        super().__init__(params, {"dtype": dtype})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum"] = torch.ones_like(parameter, dtype=group["dtype"])
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "adamw": lambda p: AdamW(p, lr=0.01, foreach=False),
+    "adamw_amsgrad": lambda p: AdamW(p, lr=0.01, amsgrad=True),
+    "adamw_foreach": lambda p: AdamW(p, lr=0.01, foreach=True),
+    "adamw_fused": lambda p: AdamW(p, lr=0.01, fused=True, amsgrad=True),
+    "adam_coupled_decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "sgd_momentum": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adagrad": lambda p: Adagrad(p, lr=0.05),
+    "rmsprop": lambda p: RMSprop(p, lr=0.005, momentum=0.9, centered=True),
+    "nadam": lambda p: NAdam(p, lr=0.01),
+    "torch_adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "transformers_adafactor": lambda p: transformers.Adafactor(p, lr=0.01, beta1=0.9, relative_step=False),
+    "lion": lambda p: Lion(p, lr=0.002),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [*((name, "rigl") for name in OPTIMIZERS), ("adamw", "set"), ("adamw", "gmp"), ("lion", "gmp")],
+)
+def test_inactive_weights_and_state_stay_zero(name: str, algorithm: str) -> None:
+    model = sparse_gpt2(algorithm, every=3)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    check_invariants(model, optimizer, algorithm)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch without Muon")
+def test_muon() -> None:
+    model = sparse_gpt2("rigl", every=3)
+    optimizer = torch.optim.Muon([layer.weight for layer in sparse_layers(model).values()], lr=0.02)
+    check_invariants(model, optimizer, "rigl")
+
+
+def check_invariants(model: Any, optimizer: Optimizer, algorithm: str) -> None:
+    """30 steps with updates on every third up to 22: exact zeros after each, and training does take place."""
+    controller = SparseTrainingController(model, optimizer, total_steps=30)
+    planned = {name: layer.num_active for name, layer in sparse_layers(model).items()}
+    weights = {name: layer.weight.detach().clone() for name, layer in sparse_layers(model).items()}
+    history = [masks(model)]
+
+    def check() -> None:
+        assert violations(model, optimizer) == []
+        history.append(masks(model))
+        if algorithm != "gmp":
+            assert {name: int(mask.sum()) for name, mask in history[-1].items()} == planned
+
+    train(model, optimizer, batches(30), 2, check)
+    assert controller.step == 30
+    assert {name: int(mask.sum()) for name, mask in history[-1].items()} == planned
+    assert [step for step in range(1, 31) if differences(history[step - 1], history[step])][:7] == [
+        3,
+        6,
+        9,
+        12,
+        15,
+        18,
+        21,
+    ]
+    for name, layer in sparse_layers(model).items():
+        assert layer.weight.isfinite().all()
+        kept = layer.mask & history[0][name]
+        assert (layer.weight != weights[name])[kept].float().mean() > 0.9
+
+
+def test_muon_moves_inactive_weights_unless_they_are_masked_again() -> None:
+    """The reason for re-masking: masked gradients alone do not hold Muon's inactive weights at 0."""
+    model = sparse_gpt2("static")
+    optimizer = torch.optim.Muon([layer.weight for layer in sparse_layers(model).values()], lr=0.02)
+    controller = SparseTrainingController(model, optimizer, total_steps=10)
+    train(model, optimizer, batches(2))
+    assert violations(model, optimizer) == []
+    controller.close()
+    train(model, optimizer, batches(1))
+    assert len(violations(model, optimizer)) == len(sparse_layers(model))
+
+
+def test_weights_that_an_optimizer_moves_without_gradient_are_masked_before_the_update() -> None:
+    """Inactive weights must not count as active, nor a grown one start from where the optimizer drifted to."""
+    model = sparse_gpt2("rigl", every=1)
+    optimizer = Drifting(model.parameters())
+    SparseTrainingController(model, optimizer, total_steps=100)
+    before = masks(model)
+    train(model, optimizer, batches(1))
+    for name, layer in sparse_layers(model).items():
+        grown = layer.mask & ~before[name]
+        assert grown.any()
+        assert not layer.weight[grown].any()
+    assert violations(model, optimizer) == []
+
+
+def test_fused_and_foreach_agree_with_the_plain_loop_on_masks() -> None:
+    def final(name: str) -> dict[str, Tensor]:
+        model = sparse_gpt2("rigl")
+        optimizer = OPTIMIZERS[name](model.parameters())
+        SparseTrainingController(model, optimizer, total_steps=12)
+        train(model, optimizer, batches(12))
+        return masks(model)
+
+    assert not differences(final("adamw"), final("adamw_foreach"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_integer_state_is_refused(dtype: torch.dtype) -> None:
+    model = sparse_gpt2("set")
+    optimizer = Quantised(model.parameters(), dtype)
+    SparseTrainingController(model, optimizer, total_steps=100)
+    message = rf"transformer\.h\.0\.attn\.c_attn: Quantised keeps 'momentum' as {dtype}"
+    with pytest.raises(ValueError, match=message):
+        train(model, optimizer, batches(2))
+
+
+def test_other_optimizer_state_is_left_alone() -> None:
+    """Step counts and factored moments are no per-element state: an update must not reset them."""
+    model = sparse_gpt2("rigl", every=3)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
+    SparseTrainingController(model, optimizer, total_steps=100)
+    train(model, optimizer, batches(3))
+    for layer in sparse_layers(model).values():
+        state = optimizer.state[layer.weight]
+        assert state["step"] == 3
+        assert state["row_var"].count_nonzero() > 0

@@ -1,0 +1,300 @@
+"""Masks and their distributions against values worked out by hand and a slow reference in plain Python."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparseift_llm.topology.distributions import erdos_renyi_kernel, uniform
+from sparseift_llm.topology.masks import (
+    derive_seed,
+    drop_and_grow,
+    largest,
+    magnitude_mask,
+    random_mask,
+    random_scores,
+)
+
+
+def bits(text: str) -> Tensor:
+    return torch.tensor([character == "1" for character in text])
+
+
+def text(mask: Tensor) -> str:
+    assert mask.dtype == torch.bool
+    return "".join("1" if active else "0" for active in mask.flatten().tolist())
+
+
+# ---- largest
+
+
+@pytest.mark.parametrize(
+    ("eligible", "count", "expected"),
+    [
+        ("11111111", 0, "00000000"),
+        ("11111111", 1, "00010000"),  # 9 at index 3 comes before 9 at index 6
+        ("11111111", 2, "00010010"),
+        ("11111111", 3, "01010010"),  # of the three 5s, the one at index 1
+        ("11111111", 4, "01011010"),
+        ("11111111", 8, "11111111"),
+        ("11101111", 2, "01000010"),
+        ("10100101", 3, "10100001"),
+        ("10100101", 4, "10100101"),
+    ],
+)
+def test_largest(eligible: str, count: int, expected: str) -> None:
+    scores = torch.tensor([2.0, 5.0, 1.0, 9.0, 5.0, -3.0, 9.0, 5.0])
+    assert text(largest(scores, bits(eligible), count)) == expected
+
+
+def test_largest_leaves_its_inputs_alone_and_keeps_the_shape() -> None:
+    scores, eligible = torch.tensor([[1.0, 4.0], [3.0, 2.0]]), torch.tensor([[True, False], [True, True]])
+    chosen = largest(scores, eligible, 1)
+    assert chosen.tolist() == [[False, False], [True, False]]
+    assert scores.tolist() == [[1.0, 4.0], [3.0, 2.0]]
+    assert eligible.tolist() == [[True, False], [True, True]]
+
+
+def test_largest_among_equal_scores_takes_the_first_eligible() -> None:
+    assert text(largest(torch.zeros(8), bits("01011011"), 3)) == "01011000"
+
+
+# ---- drop and grow
+
+
+MAGNITUDE = torch.tensor([5.0, 1.0, 0.0, 3.0, 0.0, 2.0, 0.0, 4.0])
+MASK = bits("11010101")
+
+
+@pytest.mark.parametrize(
+    ("growth", "num_changed", "expected"),
+    [
+        ([9, 9, 9, 9, 9, 9, 9, 9], 0, "11010101"),
+        ([9, 0, 1, 9, 3, 9, 2, 9], 1, "10011101"),  # drops 1, grows 4
+        ([9, 0, 1, 9, 3, 9, 2, 9], 2, "10011101"),  # drops 1 and 5, regrows 5, grows 4
+        ([9, 0, 1, 0, 3, 0, 2, 9], 2, "10011011"),  # drops 1 and 5, grows 4 and 6
+        ([0, 8, 1, 0, 3, 0, 2, 0], 1, "11010101"),  # drops 1 and regrows it
+        ([0, 8, 1, 0, 3, 0, 2, 0], 2, "11011001"),  # drops 1 and 5, regrows 1, grows 4
+        ([0, 0, 0, 0, 0, 0, 0, 0], 2, "11110001"),  # ties: of 1, 2, 4, 5, 6 the first two
+        ([0, 1, 7, 1, 7, 1, 7, 1], 3, "10101011"),  # drops 1, 3, 5, grows 2, 4, 6
+        ([1, 2, 3, 4, 5, 6, 7, 8], 5, "00011111"),  # drops all five, grows the five largest
+    ],
+)
+def test_drop_and_grow(growth: list[int], num_changed: int, expected: str) -> None:
+    assert text(drop_and_grow(MASK, MAGNITUDE, torch.tensor(growth, dtype=torch.float32), num_changed)) == expected
+
+
+def test_equal_magnitudes_drop_the_lower_index() -> None:
+    growth = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0])
+    assert text(drop_and_grow(bits("11110000"), torch.ones(8), growth, 2)) == "00110011"
+
+
+def test_drop_and_grow_leaves_the_mask_alone() -> None:
+    drop_and_grow(MASK, MAGNITUDE, -MAGNITUDE, 3)
+    assert text(MASK) == "11010101"
+
+
+def slow_drop_and_grow(mask: list[bool], magnitude: list[int], growth: list[int], num_changed: int) -> list[bool]:
+    active = [index for index, is_active in enumerate(mask) if is_active]
+    dropped = sorted(active, key=lambda index: (magnitude[index], index))[:num_changed]
+    kept = set(active) - set(dropped)
+    inactive = [index for index in range(len(mask)) if index not in kept]
+    grown = sorted(inactive, key=lambda index: (-growth[index], index))[:num_changed]
+    return [index in kept or index in grown for index in range(len(mask))]
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 9), dtype=st.sampled_from([32, 64]), data=st.data())
+def test_drop_and_grow_equals_the_slow_reference(rows: int, columns: int, dtype: int, data: st.DataObject) -> None:
+    size = rows * columns
+    few = st.lists(st.integers(0, 3), min_size=size, max_size=size)  # four values: many ties
+    many = st.lists(st.integers(0, 1000), min_size=size, max_size=size)
+    mask = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    magnitude, growth = data.draw(few | many), data.draw(few | many)
+    num_changed = data.draw(st.integers(0, sum(mask)))
+    float_type = {32: torch.float32, 64: torch.float64}[dtype]
+
+    def shaped(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=float_type).view(rows, columns)
+
+    result = drop_and_grow(torch.tensor(mask).view(rows, columns), shaped(magnitude), shaped(growth), num_changed)
+    assert result.shape == (rows, columns)
+    assert result.flatten().tolist() == slow_drop_and_grow(mask, magnitude, growth, num_changed)
+    assert int(result.sum()) == sum(mask)
+
+
+# ---- magnitude pruning
+
+
+@pytest.mark.parametrize(
+    ("num_active", "expected"), [(5, "11010101"), (4, "10010101"), (2, "10000001"), (1, "10000000"), (0, "00000000")]
+)
+def test_magnitude_mask(num_active: int, expected: str) -> None:
+    assert text(magnitude_mask(MASK, MAGNITUDE, num_active)) == expected
+
+
+def test_magnitude_mask_never_takes_an_inactive_weight() -> None:
+    magnitude = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0, 9.0])
+    assert text(magnitude_mask(bits("10101010"), magnitude, 3)) == "00101010"
+
+
+def test_magnitude_mask_with_equal_weights_keeps_the_lower_index() -> None:
+    assert text(magnitude_mask(bits("01111110"), torch.ones(8), 2)) == "01100000"
+
+
+@given(size=st.integers(1, 40), data=st.data())
+def test_repeated_pruning_is_nested_and_exact(size: int, data: st.DataObject) -> None:
+    magnitude = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))).float()
+    first = data.draw(st.integers(0, size))
+    second = data.draw(st.integers(0, first))
+    wide = magnitude_mask(torch.ones(size, dtype=torch.bool), magnitude, first)
+    narrow = magnitude_mask(wide, magnitude, second)
+    assert (int(wide.sum()), int(narrow.sum())) == (first, second)
+    assert not bool((narrow & ~wide).any())
+    assert torch.equal(narrow, magnitude_mask(torch.ones(size, dtype=torch.bool), magnitude, second))
+
+
+# ---- random masks and seeds
+
+
+@given(rows=st.integers(1, 20), columns=st.integers(1, 20), seed=st.integers(0, 2**63 - 1), data=st.data())
+def test_random_mask_has_the_exact_count(rows: int, columns: int, seed: int, data: st.DataObject) -> None:
+    num_active = data.draw(st.integers(0, rows * columns))
+    mask = random_mask(torch.Size((rows, columns)), num_active, seed)
+    assert mask.shape == (rows, columns)
+    assert mask.dtype == torch.bool
+    assert int(mask.sum()) == num_active
+
+
+def test_random_mask_depends_on_its_seed_alone() -> None:
+    shape = torch.Size((50, 40))
+    torch.manual_seed(1)
+    first = random_mask(shape, 500, derive_seed(0, 0, 3))
+    state = torch.random.get_rng_state()
+    torch.manual_seed(2)
+    second = random_mask(shape, 500, derive_seed(0, 0, 3))
+    assert torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global generator was not touched
+
+
+def test_masks_of_nearby_seeds_are_independent() -> None:
+    nearby = [(0, 0), (0, 1), (1, 0), (1, 1), (11, 0), (0, 11)]
+    masks = [random_mask(torch.Size((100, 100)), 2500, derive_seed(0, *parts)) for parts in nearby]
+    for index, mask in enumerate(masks):
+        for other in masks[:index]:
+            # hypergeometric: mean 2500 * 2500 / 10000 = 625, standard deviation 18.8
+            assert abs(int((mask & other).sum()) - 625) < 5 * 18.8
+
+
+def test_random_mask_is_uniform_over_positions() -> None:
+    masks = [random_mask(torch.Size((10, 10)), 30, derive_seed(seed)) for seed in range(1000)]
+    times_active = torch.stack(masks).sum(0)
+    # binomial: mean 300, standard deviation sqrt(1000 * 0.3 * 0.7) = 14.5
+    assert int((times_active - 300).abs().max()) < 5 * 14.5
+
+
+def test_random_scores() -> None:
+    scores = random_scores(torch.Size((100, 100)), 7)
+    assert scores.dtype == torch.float64
+    assert scores.shape == (100, 100)
+    assert float(scores.min()) >= 0
+    assert float(scores.max()) < 1
+    assert abs(float(scores.mean()) - 0.5) < 5 * 0.00289  # sqrt(1/12) / 100
+    assert torch.equal(scores, random_scores(torch.Size((100, 100)), 7))
+    assert not torch.equal(scores, random_scores(torch.Size((100, 100)), 8))
+
+
+def test_derived_seeds_differ_and_fit_a_generator() -> None:
+    parts = [(1,), (1, 2), (12,), (2, 1), (1, 2, 3), (12, 3), (1, 23), ("a", 1), (-1,)]
+    seeds = [derive_seed(*part) for part in parts]
+    assert len(set(seeds)) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_derived_seeds_never_change() -> None:
+    # b2sum -l 64 of "0/100/3" gives fc4b31bf8734ef61; runs resumed under a later version rely on it
+    assert derive_seed(0, 100, 3) == 0xFC4B31BF8734EF61 >> 1
+
+
+# ---- distributions
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total", "expected"),
+    [
+        ([100, 300], 100, [25, 75]),
+        ([100, 300], 101, [25, 76]),
+        ([10, 10, 10], 10, [4, 3, 3]),  # 3.33 each; the tie goes to the first
+        ([10, 10, 10], 11, [4, 4, 3]),
+        ([10, 20], 0, [0, 0]),
+        ([10, 20], 30, [10, 20]),
+        ([1, 2, 3], 4, [1, 1, 2]),  # 0.67, 1.33, 2.0
+    ],
+)
+def test_uniform_by_hand(sizes: list[int], total: int, expected: list[int]) -> None:
+    assert uniform(sizes, total) == expected
+
+
+@pytest.mark.parametrize(
+    ("shapes", "total", "expected"),
+    [
+        ([(10, 10), (10, 40)], 70, [20, 50]),  # sides 20 and 50
+        ([(4, 12), (8, 8)], 31, [16, 15]),  # both 15.5; the tie goes to the first
+        # sides 4, 8, 16. 42/28 = 1.5 per side: 6 > 4 saturates; 38/24: 12.67 and 25.33
+        ([(2, 2), (4, 4), (8, 8)], 42, [4, 13, 25]),
+        # 54/28: 7.7 > 4 saturates, 15.4 fits; then 50/24: 16.67 > 16 saturates as well
+        ([(2, 2), (4, 4), (8, 8)], 54, [4, 16, 34]),
+        ([(8, 8), (2, 2), (4, 4)], 54, [34, 4, 16]),
+        ([(2, 2), (4, 4), (8, 8)], 84, [4, 16, 64]),
+        ([(2, 2), (4, 4), (8, 8)], 0, [0, 0, 0]),
+        ([(3, 5)], 7, [7]),
+    ],
+)
+def test_erdos_renyi_kernel_by_hand(shapes: list[tuple[int, int]], total: int, expected: list[int]) -> None:
+    assert erdos_renyi_kernel(shapes, total) == expected
+
+
+@pytest.mark.parametrize("total", [-1, 11])
+def test_a_total_out_of_range_is_refused(total: int) -> None:
+    message = rf"{total} active weights asked for, but the layers hold 0 to 10"
+    with pytest.raises(ValueError, match=message):
+        uniform([4, 6], total)
+    with pytest.raises(ValueError, match=message):
+        erdos_renyi_kernel([(2, 2), (2, 3)], total)
+
+
+some_shapes = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=8)
+
+
+@given(some_shapes, st.data())
+def test_uniform_is_exact_and_within_one_weight_of_the_density(
+    shapes: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    sizes = [rows * columns for rows, columns in shapes]
+    total = data.draw(st.integers(0, sum(sizes)))
+    counts = uniform(sizes, total)
+    assert sum(counts) == total
+    for count, size in zip(counts, sizes, strict=True):
+        assert 0 <= count <= size
+        assert abs(count - Fraction(size * total, sum(sizes))) < 1
+
+
+@given(some_shapes, st.data())
+def test_erdos_renyi_kernel_is_exact_and_proportional(shapes: list[tuple[int, int]], data: st.DataObject) -> None:
+    sizes = [rows * columns for rows, columns in shapes]
+    total = data.draw(st.integers(0, sum(sizes)))
+    counts = erdos_renyi_kernel(shapes, total)
+    assert sum(counts) == total
+    assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
+    # density = e * (in + out) / (in * out), so count = e * (in + out), to within less than one weight
+    free = [index for index in range(len(shapes)) if counts[index] < sizes[index]]
+    lowest = max((Fraction(counts[index] - 1, sum(shapes[index])) for index in free), default=Fraction(0))
+    highest = min((Fraction(counts[index] + 1, sum(shapes[index])) for index in free), default=Fraction(10**9))
+    assert lowest < highest  # one e fits every layer that is not dense
+    for index in set(range(len(shapes))) - set(free):
+        assert highest > Fraction(sizes[index] - 1, sum(shapes[index]))  # and the others would be dense under it
