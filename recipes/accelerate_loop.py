@@ -1,6 +1,6 @@
 """Sparse pretraining in a plain accelerate loop, without the Trainer: the two marked lines are all it takes.
 
-    accelerate launch recipes/accelerate_loop.py
+accelerate launch recipes/accelerate_loop.py
 """
 
 from __future__ import annotations

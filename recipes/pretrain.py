@@ -25,7 +25,7 @@ from sparseift_llm.data import LoadedData, load_data
 from sparseift_llm.planning import cost_of
 from sparseift_llm.presets import load_config
 from sparseift_llm.recipe import Recipe, load_recipe
-from sparseift_llm.run_record import METRICS_NAME, RECIPE_NAME, SUMMARY_NAME, RunRecord, versions, write_json
+from sparseift_llm.run_record import METRICS_NAME, RECIPE_NAME, SUMMARY_NAME, RunRecord, machine, versions, write_json
 from sparseift_llm.scaling import cosine_to_plateau, truncate_weights
 
 logger = logging.getLogger("pretrain")
@@ -193,6 +193,7 @@ def train(
         "num_ranks": args.world_size,
         "device": str(args.device),
         "recipe": recipe.to_dict(),
+        "machine": machine(),
         "versions": versions(),
     }
 

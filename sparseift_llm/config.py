@@ -115,6 +115,10 @@ class SparseIFTConfig:
                         f"targets: scope='ffn' widens only mlp_in and mlp_out, so {kind!r} cannot be sparse; "
                         "use scope='model' or leave it out"
                     )
+        if self.init == "supar" and self.dst.algorithm == "gmp":
+            raise ValueError(
+                "init='supar' assumes a constant sparsity, which algorithm='gmp' has not; use init='preserve'"
+            )
         if self.accounting == "whole_model" and self.seq_len is None:
             raise ValueError("accounting='whole_model' needs seq_len: attention FLOPs depend on it")
         if self.seq_len is not None and self.seq_len < 1:

@@ -165,10 +165,6 @@ def load_data(config: DataConfig, cache_dir: str | Path) -> LoadedData:
     )
 
 
-def _too_short(source: Source, tokens: int, seq_len: int, advice: str) -> str:
-    return f"{source.name} has {tokens} tokens, less than one sequence (seq_len={seq_len}); {advice}"
-
-
 def _open_sources(config: DataConfig) -> tuple[Source, Source]:
     """The training and the held-out documents that the options mean."""
     hub = config.corpus != "builtin" and not is_local(config.corpus)
@@ -199,6 +195,19 @@ def _check_disjoint(corpus: str, eval_corpus: str) -> None:
     shared = set(local_files("corpus", corpus)).intersection(local_files("eval_corpus", eval_corpus))
     if shared:
         raise ValueError(f"{min(shared)} is in both corpus and eval_corpus; training must not see held-out text")
+
+
+def _cached_tokenizer(config: DataConfig, source: Source, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer; a `bpe` one is stored, and loaded from there so that every run has the same object."""
+    if config.tokenizer != "bpe":
+        return load_tokenizer(config, ())
+
+    def build(entry: Path) -> dict[str, int]:
+        load_tokenizer(config, source.documents()).save_pretrained(entry)
+        return {}
+
+    entry, _ = _cached(folder, "tokenizer", {"bpe": config.vocab_size, "text": source.fingerprint}, build)
+    return _pretrained(str(entry))
 
 
 def load_tokenizer(config: DataConfig, documents: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -266,252 +275,3 @@ def _pretrained(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"tokenizer={name!r} is not 'bpe', and cannot be loaded as a folder or from the hub: {error}"
         ) from error
-
-
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Cut a text after newlines into pieces of at most `_PIECE_CHARS`, inside a line only if the line is longer.
-
-    Returns:
-        An iterator of (piece, whether it is the text's last).
-    """
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        end = start + _PIECE_CHARS
-        cut = text.rfind("\n", start, end) + 1 or end
-        yield text[start:cut], False
-        start = cut
-    yield text[start:], True
-
-
-def token_batches(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
-    """Tokenise documents, each followed by the end-of-text token, many at a time.
-
-    Text that spells a special token is tokenised as plain text: it cannot end a document.
-
-    Args:
-        tokenizer: has an end-of-text token.
-        documents: texts; long ones are tokenised in pieces, so that memory stays bounded.
-
-    Returns:
-        An iterator of (uint32 token ids (n,), UTF-8 bytes of the text they stand for). The ids of
-        all batches, one after the other, are the token stream.
-    """
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for text in documents:
-        for piece in _pieces(text):
-            batch.append(piece)
-            size += len(piece[0])
-            if size >= _BATCH_CHARS:
-                yield _encode(tokenizer, batch)
-                batch, size = [], 0
-    if batch:
-        yield _encode(tokenizer, batch)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, bool]]) -> tuple[np.ndarray, int]:
-    texts = [text for text, _ in batch]
-    encoded: Any = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no note about texts longer than the model takes: they are cut in windows
-    )
-    ids = itertools.chain.from_iterable(
-        [*tokens, tokenizer.eos_token_id] if last else tokens
-        for tokens, (_, last) in zip(encoded["input_ids"], batch, strict=True)
-    )
-    return np.fromiter(ids, dtype=np.uint32), sum(len(text.encode()) for text in texts)
-
-
-class PackedDataset(Dataset[dict[str, torch.Tensor]]):
-    """The windows of a stored token stream; the file is mapped, so processes share its memory.
-
-    Item i is `{"input_ids": int64 (seq_len,), "labels": the same}`, tokens i*seq_len to
-    (i+1)*seq_len of the stream; a remainder shorter than seq_len is left out.
-
-    Args:
-        file: a `.npy` file with token ids (n,).
-        seq_len: tokens per item.
-        max_sequences: at most this many items; None means all.
-    """
-
-    def __init__(self, file: str | Path, seq_len: int, max_sequences: int | None = None) -> None:
-        self._arguments = (file, seq_len, max_sequences)
-        self._tokens = np.load(file, mmap_mode="r")
-        self._seq_len = seq_len
-        available = len(self._tokens) // seq_len
-        self._length = available if max_sequences is None else min(available, max_sequences)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the file's name: a pickled memory map would hold all the tokens."""
-        return type(self), self._arguments
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"sequence {index} of {self._length}")
-        return _item(self._tokens[index * self._seq_len : (index + 1) * self._seq_len])
-
-
-class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
-    """The same windows as `PackedDataset`, in the same order, made while they are read.
-
-    It knows nothing of ranks: the Trainer (accelerate) reads an iterable dataset on the main process and
-    hands each rank its share of every batch, so that all windows are used once and in an order
-    that does not depend on the number of ranks. With loader workers the first one does all the
-    work, for the same reason. A resumed run reads again, and skips, what was used before.
-
-    Args:
-        source: the documents.
-        tokenizer: has an end-of-text token.
-        seq_len: tokens per item.
-    """
-
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
-        self._source = source
-        self._tokenizer = tokenizer
-        self._seq_len = seq_len
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Raises ValueError at the end if there was not even one window."""
-        worker = get_worker_info()
-        if worker is not None:
-            if worker.id > 0:
-                return
-            # A forked worker cannot use the tokenizer's threads, and would say so at length.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        rest = np.empty(0, dtype=np.uint32)
-        empty = True
-        for tokens, _ in token_batches(self._tokenizer, self._source.documents()):
-            rest = np.concatenate([rest, tokens])
-            cut = len(rest) - len(rest) % self._seq_len
-            for start in range(0, cut, self._seq_len):
-                empty = False
-                yield _item(rest[start : start + self._seq_len])
-            rest = rest[cut:]
-        if empty:
-            raise ValueError(_too_short(self._source, len(rest), self._seq_len, _TRAIN_ADVICE))
-
-
-def _item(tokens: np.ndarray) -> dict[str, torch.Tensor]:
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    return {"input_ids": ids, "labels": ids}
-
-
-def _cached_tokenizer(config: DataConfig, source: Source, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer; a `bpe` one is stored, and loaded from there so that every run has the same object."""
-    if config.tokenizer != "bpe":
-        return load_tokenizer(config, ())
-
-    def build(entry: Path) -> dict[str, int]:
-        load_tokenizer(config, source.documents()).save_pretrained(entry)
-        return {}
-
-    entry, _ = _cached(folder, "tokenizer", {"bpe": config.vocab_size, "text": source.fingerprint}, build)
-    return _pretrained(str(entry))
-
-
-def _cached_tokens(
-    tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path, limit: int | None
-) -> tuple[Path, dict[str, int]]:
-    """The stored token stream of `source`, at least its first `limit` tokens.
-
-    Returns:
-        The `.npy` file, and `{"tokens": ..., "text_bytes": ...}` of what it holds.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    key = {
-        "tokenizer": [type(tokenizer).__name__, hashlib.sha256(content.encode()).hexdigest(), tokenizer.eos_token_id],
-        "text": source.fingerprint,
-        "limit": limit,
-    }
-    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
-
-    def build(entry: Path) -> dict[str, int]:
-        return _write_tokens(entry / "tokens.npy", token_batches(tokenizer, source.documents()), dtype, limit)
-
-    entry, info = _cached(folder, "tokens", key, build)
-    return entry / "tokens.npy", info
-
-
-def _write_tokens(
-    file: Path, batches: Iterable[tuple[np.ndarray, int]], dtype: np.dtype[Any], limit: int | None
-) -> dict[str, int]:
-    """Write a `.npy` file batch by batch, then its header again: numpy pads it so that the length can grow."""
-    tokens = text_bytes = 0
-
-    def write_header() -> None:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (tokens,)}
-        np.lib.format.write_array_header_1_0(out, header)
-
-    with file.open("wb") as out:
-        write_header()
-        start = out.tell()
-        for batch, size in batches:
-            out.write(batch.astype(dtype).tobytes())
-            tokens += len(batch)
-            text_bytes += size
-            if limit is not None and tokens >= limit:
-                break
-        out.seek(0)
-        write_header()
-        assert out.tell() == start, "the .npy header changed its length"
-    return {"tokens": tokens, "text_bytes": text_bytes}
-
-
-def _cached(
-    folder: Path, kind: str, key: dict[str, Any], build: Callable[[Path], dict[str, int]]
-) -> tuple[Path, dict[str, int]]:
-    """The folder that `build` fills, made once per `key` and never seen half done.
-
-    It is built under another name and renamed when complete; a manifest with all file sizes tells
-    a damaged one, which is built again.
-
-    Args:
-        folder: parent of all entries.
-        kind: start of the entry's name.
-        key: JSON-ready; everything the content depends on.
-        build: fills an empty folder, returns JSON-ready facts about it.
-
-    Returns:
-        The entry's folder and the facts.
-    """
-    digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()
-    entry = folder / f"{kind}-{digest[:32]}"
-    info = _intact(entry)
-    if info is not None:
-        return entry, info
-    partial = folder / f".partial-{entry.name}-{uuid.uuid4().hex}"
-    partial.mkdir(parents=True)
-    try:
-        info = build(partial)
-        files = {file.name: file.stat().st_size for file in partial.iterdir()}
-        manifest = {"key": key, "info": info, "files": files}
-        (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        if entry.exists() and _intact(entry) is None:
-            logger.warning("%s is damaged and replaced", entry)
-            shutil.rmtree(entry)
-        try:
-            os.replace(partial, entry)
-        except OSError:
-            if _intact(entry) is None:  # otherwise another machine finished first, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return entry, info
-
-
-def _intact(entry: Path) -> dict[str, int] | None:
-    """The facts about a complete entry, or None if it is missing or damaged."""
-    try:
-        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-        complete = all((entry / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (OSError, ValueError):
-        return None
-    return manifest["info"] if complete else None

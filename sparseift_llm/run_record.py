@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 import sparseift_llm
@@ -128,6 +129,17 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def machine() -> dict[str, Any]:
+    """Kind of machine a run's speed belongs to: processor architecture, cores, threads, GPU."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": platform.machine(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
 
 
 def versions() -> dict[str, str]:

@@ -19,11 +19,16 @@ from sparseift_llm.planning import Plan, plan_of, read_record
 
 
 def fan_in_multipliers(plan: Plan) -> dict[str, float]:
-    """Active inputs per output of each projection over those of its dense twin, m_d * m_rho in SµPar.
+    """Active inputs per output of each projection over those of its dense twin, at the start of training.
 
-    >>> # Wide 75%, scope model: 2 x the inputs at 1/4 density -> 0.5
+    This is m_d * m_rho in SµPar: 0.5 for Wide 75% (scope `model`), twice the inputs at a quarter of the density.
     """
-    return {layer.name: layer.num_active / (layer.sparse_shape[0] * layer.dense_shape[1]) for layer in plan.layers}
+    starts_dense = plan.config.dst.algorithm == "gmp"
+    multipliers = {}
+    for layer in plan.layers:
+        num_active = layer.num_weights if starts_dense else layer.num_active
+        multipliers[layer.name] = num_active / (layer.sparse_shape[0] * layer.dense_shape[1])
+    return multipliers
 
 
 @torch.no_grad()
@@ -47,11 +52,8 @@ def scale_initial_weights(model: PreTrainedModel, plan: Plan, dense_sizes: dict[
     """
     if plan.config.init == "paper":
         return
-    active_before_pruning = plan.config.dst.algorithm == "gmp"  # starts with every weight active
-    for layer in plan.layers:
-        num_active = layer.num_weights if active_before_pruning else layer.num_active
-        multiplier = num_active / (layer.sparse_shape[0] * layer.dense_shape[1])
-        model.get_submodule(layer.name).weight.mul_(1 / math.sqrt(multiplier))  # type: ignore[operator]
+    for name, multiplier in fan_in_multipliers(plan).items():
+        model.get_submodule(name).weight.mul_(1 / math.sqrt(multiplier))  # type: ignore[operator]
     if plan.config.init == "supar":
         sizes = sizes_of(model.config)
         _scale_final_norm(model, dense_sizes["hidden"] / sizes.hidden)

@@ -73,7 +73,7 @@ def tiny_config(arch: str, **changes: Any) -> PreTrainedConfig:
 def tiny_model(arch: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A dense model with no parameter at a special value: biases are not 0 and norms not 1."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(arch, **changes), dtype=dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(arch, **changes), dtype=dtype)
     shake(model)
     return model
 
@@ -82,9 +82,10 @@ def tiny_model(arch: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
 def shake(model: nn.Module, std: float = 0.1) -> None:
     """Add noise to every parameter, so that no bias stays 0 and no norm stays 1; inactive weights stay 0."""
     for module in model.modules():
+        mask = getattr(module, "mask", None)
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn_like(parameter) * std
-            parameter.add_(noise * module.mask if name == "weight" and hasattr(module, "mask") else noise)
+            parameter.add_(noise if mask is None or name != "weight" else noise * mask)
 
 
 def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
@@ -95,7 +96,8 @@ def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def logits_of(model: PreTrainedModel) -> Tensor:
     """Logits (B, T, vocabulary) on `token_ids()`."""
-    return model(input_ids=token_ids(), use_cache=False).logits
+    logits: Tensor = model(input_ids=token_ids(), use_cache=False).logits
+    return logits
 
 
 def gradients_of(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -108,3 +110,11 @@ def gradients_of(model: PreTrainedModel) -> dict[str, Tensor]:
         assert parameter.grad is not None, f"{name} got no gradient"
         gradients[name] = parameter.grad
     return gradients
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float) -> None:
+    """The same names, and for each of them close tensors."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (actual[name] - value).abs()
+        assert bool((difference <= atol + rtol * value.abs()).all()), f"{name} differs by {difference.max()}"

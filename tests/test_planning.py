@@ -109,6 +109,7 @@ def check_costs(model: PreTrainedModel, planned_cost: Any) -> None:
     assert planned_cost.flops.attention == attention_flops(model) > 0
     assert planned_cost.flops.logit == 2 * model.get_output_embeddings().weight.numel()
     assert planned_cost.flops.linear == 2 * planned_cost.linear_active_params
+    assert planned_cost.linear_params == sum(rows * columns for rows, columns in weight_shapes(model).values())
     assert planned_cost.stored_params == sum(parameter.numel() for parameter in model.parameters())
 
 

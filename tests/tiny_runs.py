@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingCallback, sparsify
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection, sparse_layers
@@ -50,14 +57,13 @@ def sparse_gpt2(
     return sparsify(dense.double(), SparseIFTConfig(sparsity=sparsity, seed=seed, dst=dst))
 
 
-class ToyModel(nn.Module):
+class ToyModel(PreTrainedModel):
     """One sparse layer whose dense gradient is whatever `loss` is asked for."""
 
     def __init__(self, weight: Tensor, mask: Tensor, dst: DSTConfig, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(PreTrainedConfig())
         self.layer = toy_layer(weight, mask)
-        record = {**SparseIFTConfig(seed=seed, dst=dst).to_dict(), "dense_sizes": {}}
-        self.config = SimpleNamespace(sparse_ift=record)
+        self.config.sparse_ift = {**SparseIFTConfig(seed=seed, dst=dst).to_dict(), "dense_sizes": {}}
 
     def loss(self, gradient: Tensor) -> Tensor:
         """A loss whose gradient for the unmasked weight is exactly `gradient`."""

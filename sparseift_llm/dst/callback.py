@@ -23,8 +23,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     checkpoints are set aside when the Trainer is created.
 
     Raises:
-        ValueError: at the start of training: the model has no sparse layers, DeepSpeed or FSDP is in use,
-            or the resumed checkpoint's masks are missing, damaged or another model's.
+        ValueError: at the start of training: the model has no sparse layers, DeepSpeed, FSDP or
+            DataParallel is in use, or the resumed checkpoint's masks are missing, damaged or another model's.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,14 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     ) -> None:
         if args.deepspeed or args.fsdp:
             raise ValueError("SparseTrainingCallback does not support DeepSpeed or FSDP; use DistributedDataParallel")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (torch.nn.DataParallel) are not supported: start one process per GPU "
+                "with accelerate launch or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
+            )
         assert model is not None
+        if self.controller is not None:
+            self.controller.close()  # of an earlier train() that ended in an exception
         self.controller = SparseTrainingController(model, optimizer, state.max_steps)
         if state.global_step > 0:
             self._resume(args, state, model)

@@ -1,0 +1,75 @@
+"""The README's code blocks run, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
+
+from sparseift_llm.cli import main as sparseift
+from sparseift_llm.layers.masked import sparse_layers
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_python_blocks_run() -> None:
+    assert blocks("python")
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_diff_makes_a_plain_trainer_script_sparse(tmp_path: Path) -> None:
+    (diff,) = blocks("diff")
+    script = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    tokens = torch.arange(16) % 8
+    scope: dict[str, Any] = {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "Trainer": Trainer,
+        "config": GPT2Config(
+            vocab_size=8, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        ),
+        "args": TrainingArguments(
+            str(tmp_path), max_steps=2, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        "dataset": [{"input_ids": tokens, "labels": tokens}] * 16,
+        "resume": None,
+    }  # fmt: skip
+    exec(compile(script, "README.md", "exec"), scope)
+    assert len(sparse_layers(scope["model"])) == 4
+    assert (tmp_path / "checkpoint-2" / "sparse_masks.safetensors").is_file()
+    added = [line for line in diff.splitlines() if line.startswith("+")]
+    assert len(added) <= 6
+
+
+def test_shell_commands_name_things_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert len(commands) >= 5
+    for command in commands:
+        program, *words = shlex.split(command)
+        if program == "make":
+            assert words[0] in targets
+        elif program == "accelerate":
+            assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
+        else:
+            assert program == "sparseift"
+            assert sparseift(words) == 0
+    assert "399.76 MFLOP" in capsys.readouterr().out
+
+
+def test_named_recipes_and_links_exist() -> None:
+    for name in re.findall(r"`(\w+\.yaml)`", TEXT):
+        assert (ROOT / "recipes" / name).is_file()
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
+        assert (ROOT / target).exists()
