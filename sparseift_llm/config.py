@@ -117,7 +117,7 @@ class SparseIFTConfig:
                     )
         if self.init == "supar" and self.dst.algorithm == "gmp":
             raise ValueError(
-                "init='supar' assumes a constant sparsity, which algorithm='gmp' has not; use init='preserve'"
+                "init='supar' assumes a constant sparsity, unlike algorithm='gmp'; use init='preserve'"
             )
         if self.accounting == "whole_model" and self.seq_len is None:
             raise ValueError("accounting='whole_model' needs seq_len: attention FLOPs depend on it")

@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -34,15 +34,22 @@ class Source:
         name: how error messages call the text.
         fingerprint: JSON-ready value that changes whenever the documents may have changed.
         read: gives (key, text) pairs; the key is all that decides whether a document is held out.
+        joined: the texts are no documents but, one after the other, the pieces of a single one.
     """
 
     name: str
     fingerprint: dict[str, Any]
     read: Callable[[], Iterable[tuple[str, str]]]
+    joined: bool = False
 
     def documents(self) -> Iterator[str]:
-        """The texts, those that are empty or only white space left out."""
-        return (text for _, text in self.read() if not _blank(text))
+        """The texts, those that are empty or only white space left out; if `joined`, only the empty ones."""
+        return (text for _, text in self.read() if (text if self.joined else not _blank(text)))
+
+
+def join_rows(source: Source) -> Source:
+    """The same rows as the pieces of one running text, as they are; white space in between counts."""
+    return replace(source, fingerprint={"joined": source.fingerprint}, joined=True)
 
 
 def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
@@ -143,28 +150,39 @@ def local_files(option: str, pattern: str) -> list[Path]:
     return sorted(file.resolve() for file in files)
 
 
-def file_source(option: str, pattern: str, text_field: str) -> Source:
+def file_source(option: str, pattern: str, text_field: str, joined: bool = False) -> Source:
     """Documents of local files, in the order of `local_files`; the key of a document is its text.
 
     A `.txt` file is one document, a `.json` or `.jsonl` file has one object per line, a
-    `.parquet` file one document per row. Text is UTF-8.
+    `.parquet` file one document per row. Text is UTF-8. With `joined` the rows of all files, one
+    after the other, are a single text instead.
 
     Raises:
-        ValueError: as `local_files`. While reading: a file that is truncated, corrupt or not
+        ValueError: as `local_files`, or `joined` with a `.txt` file. While reading: a file that is truncated, corrupt or not
             UTF-8, or a record without a text in `text_field`; the message names the file.
     """
     files = local_files(option, pattern)
+    whole = next((file for file in files if _kind(file) == "txt"), None)
+    if joined and whole is not None:
+        raise ValueError(
+            f"{option}: {whole} is one document and has no rows; rows_are_documents=False is for "
+            "hub data sets and .jsonl, .json or .parquet files"
+        )
     stats = [(str(file), file.stat()) for file in files]
     fingerprint = {"files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats], "text_field": text_field}
-    return Source(f"{option}={pattern!r}", fingerprint, partial(_read_files, files, text_field))
+    source = Source(f"{option}={pattern!r}", fingerprint, partial(_read_files, files, text_field))
+    return join_rows(source) if joined else source
+
+
+def _kind(file: Path) -> str:
+    match = _SUFFIX.search(file.name)
+    assert match is not None
+    return (match[1] or match[3]).lower()
 
 
 def _read_files(files: list[Path], text_field: str) -> Iterator[tuple[str, str]]:
     for file in files:
-        match = _SUFFIX.search(file.name)
-        assert match is not None
-        kind = (match[1] or match[3]).lower()
-        reader = {"txt": _read_text, "parquet": _read_parquet}.get(kind, _read_json_lines)
+        reader = {"txt": _read_text, "parquet": _read_parquet}.get(_kind(file), _read_json_lines)
         try:
             yield from ((text, text) for text in reader(file, text_field))
         except _UnusableTextError:
@@ -185,7 +203,7 @@ def _open_text(file: Path) -> IO[str]:
     """Open a text file, decompressing by suffix; utf-8-sig drops the mark that Windows editors put first."""
     suffix = file.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8-sig")  # type: ignore[return-value]
+        return gzip.open(file, "rt", encoding="utf-8-sig")
     if suffix == ".xz":
         return lzma.open(file, "rt", encoding="utf-8-sig")
     if suffix == ".zst":

@@ -1,27 +1,30 @@
-"""From documents to token sequences: the data options, the tokenizer, packing, and their cache on disk.
+"""The data of a run: its options, its tokenizer, and its training and held-out sequences.
 
-Reading documents is in corpora.py; batching and shuffling are the trainer's.
+Reading documents is in corpora.py, making sequences of them in packing.py; batching and shuffling are the trainer's.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
-
-from sparseift_llm.corpora import Source, builtin_source, file_source, hold_out, hub_source, is_local, local_files
+from sparseift_llm.corpora import (
+    Source,
+    builtin_source,
+    file_source,
+    hold_out,
+    hub_source,
+    is_local,
+    join_rows,
+    local_files,
+)
+from sparseift_llm.packing import TRAIN_ADVICE, PackedDataset, PackedStream, pieces, too_short
+from sparseift_llm.token_cache import cached, cached_tokens, tokenizer_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
-_FORMAT = 1  # part of every cache key: raise it when the same input would give other tokens
-_PIECE_CHARS = 1_000_000
-_BATCH_CHARS = 4_000_000
 _BPE_CHARS = 100_000_000
-_TRAIN_ADVICE = "give more text or lower seq_len"
 _EVAL_ADVICE = (
     "give more held-out text in eval_corpus, raise eval_fraction or lower seq_len (a .txt file is one document, "
     "held out as a whole or not at all)"
@@ -53,6 +52,9 @@ class DataConfig:
         train_split: the hub data set's split to train on.
         eval_split: its held-out split, or None to hold out `eval_fraction` of the training split.
         text_field: the field (JSON) or column (parquet, hub) with the text.
+        rows_are_documents: False: the rows of JSON, parquet or hub data are consecutive pieces of
+            one running text, such as WikiText's lines, to be joined as they are. The held-out
+            text, whose rows are joined too, then comes from `eval_corpus` or `eval_split`.
         eval_fraction: share of the documents held out where there is no separate held-out text
             (builtin, or local files without `eval_corpus`), in (0, 1).
         streaming: tokenise the training text while training, storing nothing; the trainer then
@@ -76,6 +78,7 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str | None = "validation"
     text_field: str = "text"
+    rows_are_documents: bool = True
     eval_fraction: float = 0.05
     streaming: bool = False
     tokenizer: str = "bpe"
@@ -93,6 +96,10 @@ class DataConfig:
                 raise ValueError(f"{name} must not be empty; leave it out or set it to null")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be in (0, 1), got {self.eval_fraction}")
+        if self.corpus == "builtin" and not self.rows_are_documents:
+            raise ValueError(
+                "rows_are_documents=False is for rows of text; corpus='builtin' has files, each a document"
+            )
         if self.vocab_size < 257:
             raise ValueError(f"vocab_size must be at least 257 (256 bytes and {EOS}), got {self.vocab_size}")
         if self.seq_len < 2:
@@ -115,6 +122,9 @@ class LoadedData:
         num_eval_tokens: tokens in `eval`.
         bytes_per_eval_token: UTF-8 bytes of held-out text per token, end-of-text tokens counted, so
             that bits per byte = loss in nats / ln 2 / bytes_per_eval_token.
+        fingerprint: hex digest of the tokenizer and of the training and held-out token streams, the
+            same wherever and whenever those are the same; sequence length is no part of it. A
+            streamed training text is known by its files' paths, sizes and times or by the hub's version.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -123,6 +133,7 @@ class LoadedData:
     num_train_tokens: int | None
     num_eval_tokens: int
     bytes_per_eval_token: float
+    fingerprint: str
 
 
 def load_data(config: DataConfig, cache_dir: str | Path) -> LoadedData:
@@ -143,18 +154,21 @@ def load_data(config: DataConfig, cache_dir: str | Path) -> LoadedData:
     train_source, eval_source = _open_sources(config)
     tokenizer = _cached_tokenizer(config, train_source, folder)
     limit = config.max_eval_sequences and config.max_eval_sequences * config.seq_len
-    eval_file, eval_info = _cached_tokens(tokenizer, eval_source, folder, limit)
+    eval_file, eval_info = cached_tokens(tokenizer, eval_source, folder, limit)
     held_out = PackedDataset(eval_file, config.seq_len, config.max_eval_sequences)
     if len(held_out) == 0:
-        raise ValueError(_too_short(eval_source, eval_info["tokens"], config.seq_len, _EVAL_ADVICE))
+        raise ValueError(too_short(eval_source, eval_info["tokens"], config.seq_len, _EVAL_ADVICE))
     train: PackedDataset | PackedStream
     if config.streaming:
         train = PackedStream(train_source, tokenizer, config.seq_len)
+        train_identity: Any = train_source.fingerprint
     else:
-        train_file, train_info = _cached_tokens(tokenizer, train_source, folder, None)
+        train_file, train_info = cached_tokens(tokenizer, train_source, folder, None)
         train = PackedDataset(train_file, config.seq_len)
+        train_identity = train_info["sha256"]
         if len(train) == 0:
-            raise ValueError(_too_short(train_source, train_info["tokens"], config.seq_len, _TRAIN_ADVICE))
+            raise ValueError(too_short(train_source, train_info["tokens"], config.seq_len, TRAIN_ADVICE))
+    identity = json.dumps([tokenizer_identity(tokenizer), train_identity, eval_info["sha256"]], sort_keys=True)
     return LoadedData(
         tokenizer=tokenizer,
         train=train,
@@ -162,32 +176,40 @@ def load_data(config: DataConfig, cache_dir: str | Path) -> LoadedData:
         num_train_tokens=len(train) * config.seq_len if isinstance(train, PackedDataset) else None,
         num_eval_tokens=len(held_out) * config.seq_len,
         bytes_per_eval_token=eval_info["text_bytes"] / eval_info["tokens"],
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     )
 
 
 def _open_sources(config: DataConfig) -> tuple[Source, Source]:
     """The training and the held-out documents that the options mean."""
     hub = config.corpus != "builtin" and not is_local(config.corpus)
+    joined = not config.rows_are_documents
     if config.corpus_config is not None and not hub:
         raise ValueError(
             f"corpus_config={config.corpus_config!r} is for hub data sets; corpus={config.corpus!r} is not one"
         )
 
     def hub_split(split: str) -> Source:
-        return hub_source(config.corpus, config.corpus_config, split, config.text_field, config.streaming)
+        rows = hub_source(config.corpus, config.corpus_config, split, config.text_field, config.streaming)
+        return join_rows(rows) if joined else rows
 
     if config.corpus == "builtin":
         source = builtin_source()
     elif hub:
         source = hub_split(config.train_split)
     else:
-        source = file_source("corpus", config.corpus, config.text_field)
+        source = file_source("corpus", config.corpus, config.text_field, joined)
     if config.eval_corpus is not None:
         if config.corpus != "builtin" and not hub:
             _check_disjoint(config.corpus, config.eval_corpus)
-        return source, file_source("eval_corpus", config.eval_corpus, config.text_field)
+        return source, file_source("eval_corpus", config.eval_corpus, config.text_field, joined)
     if hub and config.eval_split is not None:
         return source, hub_split(config.eval_split)
+    if joined:
+        raise ValueError(
+            "rows_are_documents=False needs eval_corpus or eval_split (of a hub data set): "
+            "rows of one running text cannot be held out one by one"
+        )
     return hold_out(source, config.eval_fraction)
 
 
@@ -202,11 +224,12 @@ def _cached_tokenizer(config: DataConfig, source: Source, folder: Path) -> PreTr
     if config.tokenizer != "bpe":
         return load_tokenizer(config, ())
 
-    def build(entry: Path) -> dict[str, int]:
-        load_tokenizer(config, source.documents()).save_pretrained(entry)
+    def build(entry: Path) -> dict[str, Any]:
+        texts = (piece for piece, _ in pieces(source.documents(), source.joined))
+        load_tokenizer(config, texts).save_pretrained(entry)
         return {}
 
-    entry, _ = _cached(folder, "tokenizer", {"bpe": config.vocab_size, "text": source.fingerprint}, build)
+    entry, _ = cached(folder, "tokenizer", {"bpe": config.vocab_size, "text": source.fingerprint}, build)
     return _pretrained(str(entry))
 
 
@@ -251,12 +274,11 @@ def _train_bpe(vocab_size: int, documents: Iterable[str]) -> PreTrainedTokenizer
 
 def _first_chars(documents: Iterable[str], count: int) -> Iterator[str]:
     """The first pieces, about `count` characters: more text hardly changes a BPE, and a stream may never end."""
-    for text in documents:
-        for piece, _ in _pieces(text):
-            yield piece
-            count -= len(piece)
-            if count <= 0:
-                return
+    for piece, _ in pieces(documents):
+        yield piece
+        count -= len(piece)
+        if count <= 0:
+            return
 
 
 def _pretrained(name: str) -> PreTrainedTokenizerBase:

@@ -25,22 +25,48 @@ _BATCH_CHARS = 4_000_000
 TRAIN_ADVICE = "give more text or lower seq_len"
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Cut a text after newlines into pieces of at most `_PIECE_CHARS`, inside a line only if the line is longer.
+def pieces(documents: Iterable[str], joined: bool = False) -> Iterator[tuple[str, bool]]:
+    """Cut documents into pieces of bounded size; where depends on nothing but each document's text.
+
+    Args:
+        documents: texts.
+        joined: they are, one after the other, the parts of a single document.
 
     Returns:
-        An iterator of (piece, whether it is the text's last).
+        An iterator of (piece, whether it is its document's last).
     """
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        end = start + _PIECE_CHARS
-        cut = text.rfind("\n", start, end) + 1 or end
-        yield text[start:cut], False
-        start = cut
-    yield text[start:], True
+    for parts in [documents] if joined else ([text] for text in documents):
+        yield from _cut(parts)
 
 
-def token_batches(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Cut a text, given in parts, after newlines; inside a line only if the line is longer than a piece.
+
+    No piece is longer than `_PIECE_CHARS`; no parts give no piece.
+    """
+    waiting: list[str] = []
+    size = 0
+    for part in parts:
+        waiting.append(part)
+        size += len(part)
+        if size <= _PIECE_CHARS:
+            continue
+        text = "".join(waiting)
+        start = 0
+        while len(text) - start > _PIECE_CHARS:
+            end = start + _PIECE_CHARS
+            cut = text.rfind("\n", start, end) + 1 or end
+            yield text[start:cut], False
+            start = cut
+        waiting = [text[start:]]
+        size = len(waiting[0])
+    if waiting:
+        yield "".join(waiting), True
+
+
+def token_batches(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], joined: bool = False
+) -> Iterator[tuple[np.ndarray, int]]:
     """Tokenise documents, each followed by the end-of-text token, many at a time.
 
     Text that spells a special token is tokenised as plain text: it cannot end a document.
@@ -48,6 +74,7 @@ def token_batches(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) 
     Args:
         tokenizer: has an end-of-text token.
         documents: texts; long ones are tokenised in pieces, so that memory stays bounded.
+        joined: they are, one after the other, the parts of a single document.
 
     Returns:
         An iterator of (uint32 token ids (n,), UTF-8 bytes of the text they stand for). The ids of
@@ -55,13 +82,12 @@ def token_batches(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) 
     """
     batch: list[tuple[str, bool]] = []
     size = 0
-    for text in documents:
-        for piece in _pieces(text):
-            batch.append(piece)
-            size += len(piece[0])
-            if size >= _BATCH_CHARS:
-                yield _encode(tokenizer, batch)
-                batch, size = [], 0
+    for piece in pieces(documents, joined):
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= _BATCH_CHARS:
+            yield _encode(tokenizer, batch)
+            batch, size = [], 0
     if batch:
         yield _encode(tokenizer, batch)
 
@@ -144,7 +170,7 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         rest = np.empty(0, dtype=np.uint32)
         empty = True
-        for tokens, _ in token_batches(self._tokenizer, self._source.documents()):
+        for tokens, _ in token_batches(self._tokenizer, self._source.documents(), self._source.joined):
             rest = np.concatenate([rest, tokens])
             cut = len(rest) - len(rest) % self._seq_len
             for start in range(0, cut, self._seq_len):
@@ -152,7 +178,7 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
                 yield _item(rest[start : start + self._seq_len])
             rest = rest[cut:]
         if empty:
-            raise ValueError(_too_short(self._source, len(rest), self._seq_len, _TRAIN_ADVICE))
+            raise ValueError(too_short(self._source, len(rest), self._seq_len, TRAIN_ADVICE))
 
 
 def _item(tokens: np.ndarray) -> dict[str, torch.Tensor]:
@@ -160,5 +186,6 @@ def _item(tokens: np.ndarray) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _too_short(source: Source, tokens: int, seq_len: int, advice: str) -> str:
+def too_short(source: Source, tokens: int, seq_len: int, advice: str) -> str:
+    """The error message about `source`, which has too few tokens for one sequence."""
     return f"{source.name} has {tokens} tokens, less than one sequence (seq_len={seq_len}); {advice}"

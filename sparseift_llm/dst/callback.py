@@ -52,8 +52,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             raise ValueError("SparseTrainingCallback does not support DeepSpeed or FSDP; use DistributedDataParallel")
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process (torch.nn.DataParallel) are not supported: start one process per GPU "
-                "with accelerate launch or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
+                f"{args.n_gpu} GPUs in one process (torch.nn.DataParallel) are not supported: start one process "
+                "per GPU with accelerate launch or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
             )
         assert model is not None
         if self.controller is not None:
