@@ -230,7 +230,7 @@ def build_model(config: PreTrainedConfig, meta: bool = False, **kwargs: Any) -> 
 
 
 def find_projections(model: PreTrainedModel) -> list[Projection]:
-    """All attention and MLP projections of the decoder layers, in the model's order.
+    """All attention and MLP projections of the decoder layers, layer by layer.
 
     Raises:
         ValueError: the architecture is not supported, or a decoder layer lacks a projection

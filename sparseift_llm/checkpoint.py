@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sparseift_llm.surgery import install_sparse_layers
 
 logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"
+_NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any] | None:
@@ -43,7 +45,7 @@ def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
     """
     moved = []
     for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        if folder.is_dir() and read_trainer_state(folder) is None:
+        if folder.is_dir() and _NUMBERED.fullmatch(folder.name) and read_trainer_state(folder) is None:
             target = folder.with_name(INCOMPLETE_PREFIX + folder.name)
             number = 1
             while target.exists():
@@ -72,9 +74,10 @@ def find_resumed_checkpoint(candidates: Iterable[str | Path | None], callback_na
     """
     tried = [Path(candidate) for candidate in candidates if isinstance(candidate, str | Path)]
     for folder in tried:
-        state = read_trainer_state(folder) or {}
-        recorded = state.get("stateful_callbacks", {}).get(callback_name, {})
-        if isinstance(recorded, dict) and recorded.get("attributes", {}).get("saved", {}).get("masks_digest") == digest:
+        recorded: Any = read_trainer_state(folder)
+        for key in ("stateful_callbacks", callback_name, "attributes", "saved", "masks_digest"):
+            recorded = recorded.get(key) if isinstance(recorded, dict) else None
+        if recorded == digest:
             return folder
     raise ValueError(
         "the masks of the resumed checkpoint were not found in any of: "

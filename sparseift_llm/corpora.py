@@ -158,8 +158,9 @@ def file_source(option: str, pattern: str, text_field: str, joined: bool = False
     after the other, are a single text instead.
 
     Raises:
-        ValueError: as `local_files`, or `joined` with a `.txt` file. While reading: a file that is truncated, corrupt or not
-            UTF-8, or a record without a text in `text_field`; the message names the file.
+        ValueError: as `local_files`, or `joined` with a `.txt` file. While reading: a file that is
+            truncated, corrupt or not UTF-8, or a record without a text in `text_field`; the message
+            names the file.
     """
     files = local_files(option, pattern)
     whole = next((file for file in files if _kind(file) == "txt"), None)

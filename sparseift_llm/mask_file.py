@@ -60,8 +60,11 @@ def save_masks(model: nn.Module, folder: str | Path) -> Path:
     shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
     header = {"format": _FORMAT, "shapes": shapes, "digest": digest(masks)}
     temporary = path.with_suffix(f".tmp{os.getpid()}")
-    save_file({name: pack(mask) for name, mask in masks.items()}, temporary, metadata=header)
-    os.replace(temporary, path)
+    try:
+        save_file({name: pack(mask) for name, mask in masks.items()}, temporary, metadata=header)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

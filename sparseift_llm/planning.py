@@ -143,6 +143,11 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
 
     Source: arXiv 2303.11525, section 3.
     """
+    if not isinstance(model, PreTrainedModel | PreTrainedConfig):
+        raise ValueError(
+            f"expected a transformers model or config, got {type(model).__name__}; sparsify before wrapping "
+            "the model for distributed training or compiling it"
+        )
     dense_config = model if isinstance(model, PreTrainedConfig) else model.config
     if getattr(dense_config, "sparse_ift", None) or (isinstance(model, nn.Module) and sparse_layers(model)):
         raise ValueError("the model is already a Sparse-IFT model; start from the dense one (or call to_dense first)")

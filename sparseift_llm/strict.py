@@ -94,7 +94,7 @@ def parse_yaml(text: str, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: typing.ClassVar = {
+        yaml_implicit_resolvers = {  # noqa: RUF012 - read once, never changed
             first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -46,12 +46,18 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
         sparse = build_model(result.hf_config)
     else:
         dense_config = model.config
-        sparse = build_model(result.hf_config, dtype=model.dtype)
+        sparse = build_model(result.hf_config, meta=model.device.type == "meta", dtype=model.dtype)
+        if type(sparse) is not type(model):
+            raise ValueError(
+                f"{type(model).__name__} is not {type(sparse).__name__}, the causal language model of its type; "
+                "sparsify that one"
+            )
         sparse.to(model.device)  # type: ignore[arg-type]  # transformers' decorator hides its signature
     sparse.config.sparse_ift = record(result, dense_config)
     scale_initial_weights(sparse, result, sparse.config.sparse_ift["dense_sizes"])
     if isinstance(model, PreTrainedModel):
         _copy_unchanged(model, sparse)
+        sparse.generation_config = copy.deepcopy(model.generation_config)
         sparse.train(model.training)
     install_sparse_layers(sparse, result)
     _set_initial_masks(sparse, config)
@@ -89,7 +95,8 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan) -> None:
         if layer.is_sparse:
             dense = model.get_submodule(layer.name)
             _replace(model, layer.name, masked_projection(dense, layer.num_active, layer.dense_shape))
-    model.save_pretrained = MethodType(_save_with_masks, model)  # type: ignore[method-assign]
+    # a partial, unlike a bound method, follows the model through deepcopy and pickle
+    model.save_pretrained = partial(_save_with_masks, model)  # type: ignore[method-assign]
     # every rank computes the same masks; broadcasting them before each forward would be waste
     model._ddp_params_and_buffers_to_ignore = [f"{name}.mask" for name in sparse_layers(model)]  # type: ignore[assignment]
 
@@ -104,10 +111,11 @@ def _set_initial_masks(model: PreTrainedModel, config: SparseIFTConfig) -> None:
 
 @torch.no_grad()
 def _copy_unchanged(source: nn.Module, target: nn.Module) -> None:
-    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-    for name, tensor in (*target.named_parameters(), *target.named_buffers()):
-        if tensor.shape == values[name].shape:
-            tensor.copy_(values[name])
+    values = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if parameter.shape == values[name].shape:
+            parameter.copy_(values[name])
+            parameter.requires_grad_(values[name].requires_grad)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module | MaskedProjection) -> None:
@@ -116,8 +124,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module | MaskedProjection) 
 
 
 def _save_with_masks(
-    self: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
 ) -> None:
-    type(self).save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     if is_main_process:
-        save_masks(self, save_directory)
+        save_masks(model, save_directory)

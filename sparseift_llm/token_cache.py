@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 2  # part of every name: raise it when the same input would give another content
 _ABANDONED_SECONDS = 24 * 3600
-_PARTIAL_NAME = re.compile(r"\.partial-.+-(?P<where>[0-9a-f]{12})-(?P<pid>\d+)-[0-9a-f]{32}")
+_PARTIAL_NAME = re.compile(r"\.partial-.+-(?P<where>[0-9a-f]{12})-(?P<pid>\d{1,9})-[0-9a-f]{32}")
 
 
 def cached_tokens(

@@ -110,11 +110,3 @@ def gradients_of(model: PreTrainedModel) -> dict[str, Tensor]:
         assert parameter.grad is not None, f"{name} got no gradient"
         gradients[name] = parameter.grad
     return gradients
-
-
-def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float) -> None:
-    """The same names, and for each of them close tensors."""
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        difference = (actual[name] - value).abs()
-        assert bool((difference <= atol + rtol * value.abs()).all()), f"{name} differs by {difference.max()}"

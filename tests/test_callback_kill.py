@@ -42,36 +42,31 @@ def run_script(*runs: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def folders(path: Path) -> list[str]:
-    return sorted(folder.name for folder in path.iterdir() if folder.is_dir())
-
-
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder per case, each holding what a killed run left; and `reference.pt`, an uninterrupted run's state."""
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder per case, killed and gone on to its end; `NAME.pt` and `reference.pt` hold final states.
+
+    The case `waiting` is killed but not resumed yet.
+    """
     base = tmp_path_factory.mktemp("killed")
-    runs: list[dict[str, Any]] = [{"output_dir": str(base / "reference"), "result": str(base / "reference.pt")}]
+    runs = [run_options(base, "reference")]
     for name, (kill, limit, _, _) in CASES.items():
-        runs.append({"output_dir": str(base / name), "result": str(base / f"{name}.pt"), "kill": kill, "limit": limit})
+        runs.append({**run_options(base, name), "kill": kill, "limit": limit})
+        runs.append({**run_options(base, name), "resume": True, "limit": limit})
+    runs.append({**run_options(base, "waiting"), "kill": "half_state"})
     done = run_script(*runs)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0] + [SIGKILLED] * len(CASES), done.stderr
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert outcomes.pop(0)[0] == 0, done.stderr
+    assert outcomes.pop() == [SIGKILLED, ["checkpoint-4", "checkpoint-8"]], done.stderr
+    for name, (*_, left) in CASES.items():
+        assert outcomes.pop(0) == [SIGKILLED, left], f"{name}: {done.stderr}"
+        assert outcomes.pop(0)[0] == 0, f"{name}: {done.stderr}"
     return base
 
 
-@pytest.fixture(scope="module")
-def resumed(killed: Path) -> Path:
-    """The same folder after every killed run has gone on to its end."""
-    for name, (*_, left) in CASES.items():
-        assert folders(killed / name) == left, name
-        assert not (killed / f"{name}.pt").exists()
-    runs = [
-        {"output_dir": str(killed / name), "result": str(killed / f"{name}.pt"), "resume": True, "limit": limit}
-        for name, (_, limit, _, _) in CASES.items()
-    ]
-    done = run_script(*runs)
-    assert json.loads(done.stdout.splitlines()[-1]) == [0] * len(CASES), done.stderr
-    return killed
+def run_options(base: Path, name: str) -> dict[str, Any]:
+    return {"output_dir": str(base / name), "result": str(base / f"{name}.pt")}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,19 +85,15 @@ def test_half_written_checkpoints_are_kept_out_of_the_way(name: str, resumed: Pa
     _, limit, first_step, left = CASES[name]
     complete = ["checkpoint-12"] if limit == 1 else ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
     cut = "checkpoint-4" if first_step == 8 else "checkpoint-8"
-    assert folders(resumed / name) == complete + ([f"incomplete-{cut}"] if cut in left else [])
+    found = sorted(path.name for path in (resumed / name).iterdir())
+    assert found == complete + ([f"incomplete-{cut}"] if cut in left else [])
 
 
-@pytest.mark.parametrize("algorithm", ["gmp"])
-def test_killed_and_resumed_in_interpreters_of_their_own(algorithm: str, tmp_path: Path) -> None:
+def test_resuming_in_another_interpreter(resumed: Path) -> None:
     """Nothing is shared with the killed process but its files."""
-    run = {"output_dir": str(tmp_path / "run"), "result": str(tmp_path / "run.pt"), "algorithm": algorithm}
-    assert run_script({**run, "kill": "half_state"}).returncode == SIGKILLED
-    done = run_script({**run, "resume": True})
+    done = run_script({**run_options(resumed, "waiting"), "resume": True})
     assert done.returncode == 0, done.stderr
-    reference = {**run, "output_dir": str(tmp_path / "reference"), "result": str(tmp_path / "reference.pt")}
-    assert run_script(reference).returncode == 0
-    expected = torch.load(tmp_path / "reference.pt", weights_only=True)
-    found = torch.load(tmp_path / "run.pt", weights_only=True)
+    expected = torch.load(resumed / "reference.pt", weights_only=True)
+    found = torch.load(resumed / "waiting.pt", weights_only=True)
     assert (expected.pop("first_step"), found.pop("first_step")) == (0, 4)
     assert not differences(expected, found)

@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseift_llm.architectures import ARCHITECTURES, build_model, sizes_of
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.families.wide import wide_config
-from sparseift_llm.planning import Plan, count_flops, plan
+from sparseift_llm.planning import Plan, count_flops, plan, plan_of, read_record, record
 from sparseift_llm.presets import load_config
 
 SEQ_LEN = 48
@@ -369,6 +369,46 @@ def test_a_sparse_ift_config_is_refused() -> None:
     config.sparse_ift = SparseIFTConfig().to_dict()
     with pytest.raises(ValueError, match="already a Sparse-IFT model"):
         plan(config, SparseIFTConfig())
+
+
+# ---- the record that a Sparse-IFT model carries
+
+
+def with_record(name: str, **options: Any) -> PreTrainedConfig:
+    result = planned(name, **options)
+    config = type(result.hf_config).from_dict(result.hf_config.to_dict())
+    config.sparse_ift = json.loads(json.dumps(record(result, TINY[name])))
+    return config
+
+
+@every_scope
+@every_architecture
+def test_a_plan_is_worked_out_again_from_its_record(name: str, scope: str) -> None:
+    model = build_model(with_record(name, scope=scope, sparsity=0.6, distribution="erk"), meta=True)
+    again = plan_of(model, SEQ_LEN)
+    assert again.to_dict() == planned(name, scope=scope, sparsity=0.6, distribution="erk").to_dict()
+
+
+def test_a_model_without_a_record_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a Sparse-IFT model"):
+        plan_of(dense_model("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"sparsity": 2}, "sparsity must be in"),
+        ({"sparsty": 0.5}, "unknown key 'sparsty'"),
+        ({"dense_sizes": {"hidden": 32}}, "dense_sizes"),
+        ({"dense_sizes": None}, "dense_sizes"),
+        ({"dense_sizes": {"hidden": "32", "ffn": 128, "head_dim": 8}}, "dense_sizes"),
+    ],
+)
+def test_a_damaged_record_is_refused(damage: dict[str, Any], message: str) -> None:
+    config = with_record("gpt2", sparsity=0.5)
+    config.sparse_ift = {**config.sparse_ift, **damage}
+    with pytest.raises(ValueError, match=message):
+        read_record(config)
 
 
 # ---- sequence length and output

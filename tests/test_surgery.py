@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseift_llm import DSTConfig, SparseIFTConfig, load_pretrained, plan, sparsify, to_dense
 from sparseift_llm.layers.masked import MaskedProjection, sparse_layers
 from sparseift_llm.mask_file import MASKS_NAME, digest, masks_of
-from tests.models import ARCHS, assert_all_close, gradients_of, logits_of, shake, tiny_config, tiny_model
+from tests.models import ARCHS, gradients_of, logits_of, shake, tiny_config, tiny_model
 
 INITS = ("paper", "preserve", "supar")
 BOTH_SCOPES = [*((arch, "model") for arch in ARCHS), ("gpt2", "ffn"), ("llama", "ffn")]
@@ -24,7 +24,7 @@ BOTH_SCOPES = [*((arch, "model") for arch in ARCHS), ("gpt2", "ffn"), ("llama", 
 def check_same_function(model: PreTrainedModel, expected: PreTrainedModel) -> None:
     """Equal logits and equal gradients of every parameter."""
     torch.testing.assert_close(logits_of(model), logits_of(expected), rtol=1e-12, atol=1e-14)
-    assert_all_close(gradients_of(model), gradients_of(expected), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gradients_of(model), gradients_of(expected), rtol=1e-10, atol=1e-14)
 
 
 def check_masked_gradients(sparse: PreTrainedModel) -> None:
@@ -35,7 +35,7 @@ def check_masked_gradients(sparse: PreTrainedModel) -> None:
         assert torch.equal(inactive, torch.zeros_like(inactive)), name
         assert torch.count_nonzero(gradients[f"{name}.weight"]) > layer.num_active // 2, name
         reference[f"{name}.weight"] *= layer.mask
-    assert_all_close(gradients, reference, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gradients, reference, rtol=1e-10, atol=1e-14)
 
 
 def sparse_model(arch: str, **changes: Any) -> PreTrainedModel:

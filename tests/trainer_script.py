@@ -1,21 +1,25 @@
 """Plain Trainer runs for test_callback_kill.py, each in a process of its own that may kill itself at a chosen point.
 
-Usage: `python -m tests.trainer_script '[{"output_dir": ..., "result": ..., "kill": ..., ...}, ...]'`; several runs
-are forked from one interpreter, to import torch once. Prints the exit status of each as a JSON list.
+Usage: `python -m tests.trainer_script '[{"output_dir": ..., "result": ..., "kill": ..., ...}, ...]'`. A single run
+is this process; several are forked from it one after the other, to import torch once, and a JSON list tells each
+one's exit status and the folders it left.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # slow to import, and needed by every run: before forking
 import transformers.trainer_utils
 from transformers import TrainerCallback, TrainerState
 
@@ -140,8 +144,8 @@ def run(
     torch.save({**final_state(trainer), "first_step": observer.first_step}, result)
 
 
-def forked(options: dict[str, Any]) -> int:
-    """`run` in a child process; its exit status, negative for a signal."""
+def forked(options: dict[str, Any]) -> tuple[int, list[str]]:
+    """`run` in a child process: its exit status, negative for a signal, and the folders in its `output_dir` then."""
     child = os.fork()
     if child == 0:
         try:
@@ -150,7 +154,8 @@ def forked(options: dict[str, Any]) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, sorted(path.name for path in Path(options["output_dir"]).iterdir() if path.is_dir())
 
 
 if __name__ == "__main__":
@@ -159,4 +164,7 @@ if __name__ == "__main__":
     if len(runs) == 1:
         run(**runs[0])
     else:
+        with tempfile.TemporaryDirectory() as folder:
+            sparse_gpt2().save_pretrained(folder)  # fills transformers' caches, once for all children
+        gc.freeze()
         print(json.dumps([forked(options) for options in runs]))

@@ -131,7 +131,7 @@ def sparse_layers(model: nn.Module) -> dict[str, MaskedProjection]:
     Prefixes that wrappers add (DistributedDataParallel, torch.compile) are taken off.
     """
     return {
-        name.removeprefix("module.").replace("_orig_mod.", ""): module
+        name.replace("_orig_mod.", "").removeprefix("module."): module
         for name, module in model.named_modules()
         if isinstance(module, MaskedProjection)
     }
