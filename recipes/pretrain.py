@@ -56,6 +56,8 @@ def prepare(words: list[str]) -> tuple[Recipe, TrainingArguments, Path | None, L
     with args.main_process_first(local=False, desc="preparing the run"):
         resume_from = prepare_output(recipe, output_dir, args)
         data = load_data(recipe.data, output_dir / "data")
+        if args.process_index == 0:
+            record_recipe(recipe, data.fingerprint, output_dir / RECIPE_NAME)
     set_seed(args.seed)
     return recipe, args, resume_from, data
 
@@ -85,8 +87,8 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
                 f"{output_dir} already holds a run; continue it with --resume_from_checkpoint true, "
                 "or choose another --output_dir"
             )
-        check_same_recipe(recipe, output_dir / RECIPE_NAME)
-        write_json(output_dir / RECIPE_NAME, {**recipe.to_dict(), "versions": versions()})
+        if not resume:
+            (output_dir / RECIPE_NAME).unlink(missing_ok=True)
     if isinstance(resume, str):
         return Path(resume)
     if not resume:
@@ -97,17 +99,17 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
     return checkpoint
 
 
-def check_same_recipe(recipe: Recipe, path: Path) -> None:
-    """Refuse to go on with another model, other data or other sparsity than the run began with."""
-    if not path.is_file():
-        return
-    before, now = json.loads(path.read_text(encoding="utf-8")), recipe.to_dict()
-    for section in ("model", "data", "sparse_ift"):
-        if before[section] != json.loads(json.dumps(now[section])):
+def record_recipe(recipe: Recipe, data_fingerprint: str, path: Path) -> None:
+    """Write `recipe.json`; refuse to go on with another model, data or sparsity than the run began with."""
+    now = {**recipe.to_dict(), "data_fingerprint": data_fingerprint, "versions": versions()}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    for key in ("model", "data", "sparse_ift", "data_fingerprint"):
+        if before[key] != now[key]:
             raise ValueError(
-                f"{path.parent} was begun with another {section} section: {before[section]}, now {now[section]}; "
-                "resume with the same recipe or choose another --output_dir"
+                f"{path.parent} was begun with another {key}: {before[key]}, now {now[key]}; resume with the same "
+                "recipe and text, or choose another --output_dir"
             )
+    write_json(path, now)
 
 
 def make_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:

@@ -106,6 +106,8 @@ class SparseIFTConfig:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         if self.width_multiple < 1:
             raise ValueError(f"width_multiple must be at least 1, got {self.width_multiple}")
+        if self.targets == ():
+            raise ValueError("targets is empty, so nothing would be sparse; leave it out to mean all projections")
         for kind in (*(self.targets or ()), *self.exclude):
             check_choice("targets/exclude", kind, KINDS)
         if self.scope == "ffn":
@@ -116,9 +118,7 @@ class SparseIFTConfig:
                         "use scope='model' or leave it out"
                     )
         if self.init == "supar" and self.dst.algorithm == "gmp":
-            raise ValueError(
-                "init='supar' assumes a constant sparsity, unlike algorithm='gmp'; use init='preserve'"
-            )
+            raise ValueError("init='supar' assumes a constant sparsity, unlike algorithm='gmp'; use init='preserve'")
         if self.accounting == "whole_model" and self.seq_len is None:
             raise ValueError("accounting='whole_model' needs seq_len: attention FLOPs depend on it")
         if self.seq_len is not None and self.seq_len < 1:

@@ -72,6 +72,7 @@ WRONG = [
     # combinations
     ("{scope: ffn, targets: [mlp_in, q]}", "targets: scope='ffn' widens only mlp_in and mlp_out, so 'q' cannot be"),
     ("accounting: whole_model", "accounting='whole_model' needs seq_len"),
+    ("{init: supar, dst: {algorithm: gmp}}", "init='supar' assumes a constant sparsity, unlike algorithm='gmp'"),
     ("targets: []", "targets"),
     # files
     ("sparsity: 0.5\nsparsity: 0.75", "key 'sparsity' stands twice"),
@@ -148,19 +149,23 @@ dst_configs = st.builds(
     drop_fraction=st.floats(0, 1, exclude_min=True, exclude_max=True),
     stop_fraction=st.floats(0, 1, exclude_min=True),
 )
-configs = st.builds(
-    SparseIFTConfig,
-    scope=st.just("model"),
-    sparsity=st.floats(0, 1, exclude_max=True),
-    distribution=st.sampled_from(["uniform", "erk"]),
-    accounting=st.sampled_from(["linears", "whole_model"]),
-    seq_len=st.integers(1, 10**6),
-    init=st.sampled_from(["paper", "preserve", "supar"]),
-    targets=st.none() | st.lists(st.sampled_from(KINDS), min_size=1, unique=True).map(tuple),
-    exclude=st.lists(st.sampled_from(KINDS), unique=True).map(tuple),
-    width_multiple=st.integers(1, 512),
-    seed=st.integers(0, 2**63),
-    dst=dst_configs,
+options = st.fixed_dictionaries(
+    {
+        "scope": st.just("model"),
+        "sparsity": st.floats(0, 1, exclude_max=True),
+        "distribution": st.sampled_from(["uniform", "erk"]),
+        "accounting": st.sampled_from(["linears", "whole_model"]),
+        "seq_len": st.integers(1, 10**6),
+        "init": st.sampled_from(["paper", "preserve", "supar"]),
+        "targets": st.none() | st.lists(st.sampled_from(KINDS), min_size=1, unique=True).map(tuple),
+        "exclude": st.lists(st.sampled_from(KINDS), unique=True).map(tuple),
+        "width_multiple": st.integers(1, 512),
+        "seed": st.integers(0, 2**63),
+        "dst": dst_configs,
+    }
+)
+configs = options.filter(lambda o: o["init"] != "supar" or o["dst"].algorithm != "gmp").map(
+    lambda o: SparseIFTConfig(**o)
 )
 
 
