@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 
 def stop_step(total_steps: int, stop_fraction: float) -> int:
-    """First optimizer step at which masks are final.
+    """First optimizer step at which masks are final, at least 1.
 
     >>> stop_step(1000, 0.75)
     750
     """
-    return int(total_steps * stop_fraction)
+    return max(1, int(total_steps * Fraction(str(stop_fraction))))  # 0.29 of 100 is 29, not 28.99
 
 
 def is_update_step(step: int, update_every_steps: int, stop: int) -> bool:

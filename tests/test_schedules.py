@@ -22,7 +22,7 @@ fractions = st.floats(0.01, 0.99)
 
 @pytest.mark.parametrize(
     ("total", "fraction", "stop"),
-    [(1000, 0.75, 750), (21511, 0.8, 17208), (7, 0.5, 3), (10, 1.0, 10), (10, 0.7, 7), (100, 0.29, 29)],
+    [(1000, 0.75, 750), (21511, 0.8, 17208), (7, 0.5, 3), (10, 1.0, 10), (10, 0.7, 7), (1, 0.75, 1), (100, 0.29, 29)],
 )
 def test_stop_step(total: int, fraction: float, stop: int) -> None:
     assert stop_step(total, fraction) == stop
@@ -31,7 +31,7 @@ def test_stop_step(total: int, fraction: float, stop: int) -> None:
 @given(st.integers(1, 10_000), st.integers(1, 100))
 @example(100, 57)
 def test_stop_step_of_whole_percentages_is_exact(total: int, percent: int) -> None:
-    assert stop_step(total, percent / 100) == total * percent // 100
+    assert stop_step(total, percent / 100) == max(1, total * percent // 100)
 
 
 def test_update_steps() -> None:

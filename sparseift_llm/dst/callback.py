@@ -48,6 +48,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        self._output_dir = args.output_dir or "."  # also when restored from a checkpoint, without on_init_end
         if args.deepspeed or args.fsdp:
             raise ValueError("SparseTrainingCallback does not support DeepSpeed or FSDP; use DistributedDataParallel")
         if args.n_gpu > 1:
@@ -66,6 +67,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         assert self.controller is not None
         name = type(self).__name__
         exported: Any = state.stateful_callbacks  # a mapping once it was loaded from a checkpoint
+        if isinstance(exported.get(name), list):
+            raise ValueError(f"the checkpoint was written with several {name}; pass the Trainer just one")
         saved = exported.get(name, {}).get("attributes", {}).get("saved", {})
         if not saved:
             raise ValueError(

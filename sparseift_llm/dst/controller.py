@@ -63,6 +63,7 @@ class SparseTrainingController:
         self.active_weight_steps = 0
         self.num_dense_gradient_steps = 0
         self._num_active = self._count_active()
+        check_same_masks({name: layer.mask for name, layer in self.layers.items()}, self.step)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
         self._arm()
 
@@ -84,7 +85,8 @@ class SparseTrainingController:
     def state_dict(self) -> dict[str, Any]:
         """Step, counters and packed masks: all that a resumed run needs."""
         masks = {name: pack(layer.mask) for name, layer in self.layers.items()}
-        return {**self.counters(), "masks": masks}
+        shapes = {name: list(layer.mask.shape) for name, layer in self.layers.items()}
+        return {**self.counters(), "masks": masks, "shapes": shapes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`'s state. Load the model's and optimizer's state as well.
@@ -92,10 +94,8 @@ class SparseTrainingController:
         Raises:
             ValueError: the state is of another model.
         """
-        shapes = {name: tuple(layer.mask.shape) for name, layer in self.layers.items()}
-        packed = state["masks"]
-        masks = {name: unpack(packed[name], shapes[name]) for name in packed if name in shapes}
-        apply_masks(self.model, masks if len(masks) == len(packed) else packed, "the controller's state")
+        masks = {name: unpack(packed, tuple(state["shapes"][name])) for name, packed in state["masks"].items()}
+        apply_masks(self.model, masks, "the controller's state")
         self.load_counters(state)
 
     def counters(self) -> dict[str, int]:
@@ -138,6 +138,9 @@ class SparseTrainingController:
 
     @torch.no_grad()
     def _after_optimizer_step(self, *_: Any) -> None:
+        # a fused optimizer is stepped by the gradient scaler also when it will skip, and told so
+        if bool(getattr(self.optimizer, "found_inf", False)):
+            return
         self.step += 1
         self.active_weight_steps += self._num_active
         for layer in self.layers.values():
