@@ -15,13 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
+from torch.utils.data import IterableDataset, Subset
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm import SparseTrainingCallback, optimizer_param_groups, sparsify
 from sparseift_llm.architectures import build_model, set_tokenizer_fields
-from sparseift_llm.checkpoint import last_complete_checkpoint
+from sparseift_llm.checkpoint import last_complete_checkpoint, read_trainer_state
 from sparseift_llm.data import LoadedData, load_data
+from sparseift_llm.packing import RepeatedStream
 from sparseift_llm.planning import cost_of
 from sparseift_llm.presets import load_config
 from sparseift_llm.recipe import Recipe, load_recipe
@@ -37,6 +47,7 @@ def main(words: list[str]) -> None:
     try:
         recipe, args, resume_from, data = prepare(words)
         model = make_model(recipe, data)
+        check_recipe(recipe, data, args)
     except (ValueError, FileNotFoundError) as error:  # the user's to mend: no traceback
         sys.exit(f"pretrain: {error}")
     summary = train(recipe, args, model, data, resume_from)
@@ -56,8 +67,6 @@ def prepare(words: list[str]) -> tuple[Recipe, TrainingArguments, Path | None, L
     with args.main_process_first(local=False, desc="preparing the run"):
         resume_from = prepare_output(recipe, output_dir, args)
         data = load_data(recipe.data, output_dir / "data")
-        if args.process_index == 0:
-            record_recipe(recipe, data.fingerprint, output_dir / RECIPE_NAME)
     set_seed(args.seed)
     return recipe, args, resume_from, data
 
@@ -90,6 +99,8 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
         if not resume:
             (output_dir / RECIPE_NAME).unlink(missing_ok=True)
     if isinstance(resume, str):
+        if read_trainer_state(Path(resume)) is None:
+            raise ValueError(f"resume_from_checkpoint={resume!r} is not a folder with a complete checkpoint")
         return Path(resume)
     if not resume:
         return None
@@ -99,9 +110,10 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
     return checkpoint
 
 
-def record_recipe(recipe: Recipe, data_fingerprint: str, path: Path) -> None:
+def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments) -> None:
     """Write `recipe.json`; refuse to go on with another model, data or sparsity than the run began with."""
-    now = {**recipe.to_dict(), "data_fingerprint": data_fingerprint, "versions": versions()}
+    path = Path(recipe.training["output_dir"]) / RECIPE_NAME
+    now = {**recipe.to_dict(), "data_fingerprint": data.fingerprint, "versions": versions()}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
     for key in ("model", "data", "sparse_ift", "data_fingerprint"):
         if before[key] != now[key]:
@@ -109,7 +121,8 @@ def record_recipe(recipe: Recipe, data_fingerprint: str, path: Path) -> None:
                 f"{path.parent} was begun with another {key}: {before[key]}, now {now[key]}; resume with the same "
                 "recipe and text, or choose another --output_dir"
             )
-    write_json(path, now)
+    if args.process_index == 0:
+        write_json(path, now)
 
 
 def make_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
@@ -160,24 +173,57 @@ class Pretrainer(Trainer):
         return self.lr_scheduler
 
 
+class AlreadyFinished(Exception):  # noqa: N818 - not an error
+    """The resumed checkpoint is the run's last."""
+
+
+class StopBeforeExtraStep(TrainerCallback):
+    """A Trainer that resumes at its last step would train one more; weights and masks are loaded by then."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise AlreadyFinished
+
+
+def sequences_per_step(args: TrainingArguments) -> int:
+    """Sequences of one optimizer step: all ranks, all micro-batches."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def whole_steps(dataset: Any, sequences_per_step: int) -> Any:
+    """The training sequences cut so that an epoch is a whole number of optimizer steps, all of the same size."""
+    if isinstance(dataset, IterableDataset):
+        return RepeatedStream(dataset)
+    length = len(dataset) // sequences_per_step * sequences_per_step
+    if length == 0:
+        raise ValueError(
+            f"the training text has {len(dataset)} sequences, one optimizer step needs {sequences_per_step}; lower "
+            "per_device_train_batch_size, gradient_accumulation_steps or seq_len, or give more text"
+        )
+    return Subset(dataset, range(length))
+
+
 def train(
     recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, data: LoadedData, resume_from: Path | None
 ) -> dict[str, Any]:
     """Run the Trainer to its end, save the model, and return the run's summary."""
-    tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * recipe.data.seq_len
     sparse = SparseTrainingCallback() if recipe.sparse_ift else None
+    tokens_per_step = sequences_per_step(args) * recipe.data.seq_len
     record = RunRecord(recipe.training["output_dir"], tokens_per_step, recipe.data.seq_len, sparse)
     trainer = Pretrainer(
         model=model,
         args=args,
-        train_dataset=data.train,
+        train_dataset=whole_steps(data.train, sequences_per_step(args)),
         eval_dataset=data.eval,
         processing_class=data.tokenizer,
         data_collator=default_data_collator,
-        callbacks=[record, *([sparse] if sparse else [])],
+        callbacks=[*([sparse] if sparse else []), record, StopBeforeExtraStep()],
     )
     trainer.recipe = recipe
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except AlreadyFinished:
+        logger.info("%s is the run's last checkpoint: only evaluating", resume_from)
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     totals = record.totals(trainer.state.global_step, model)

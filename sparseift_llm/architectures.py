@@ -157,6 +157,11 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
                 f"{config.model_type} is a mixture of experts ({name}={getattr(config, name)}), which is not "
                 f"supported; use a dense architecture: {', '.join(ARCHITECTURES)}"
             )
+    for name in ("is_encoder_decoder", "add_cross_attention"):
+        if getattr(config, name, False):
+            raise ValueError(
+                f"{config.model_type} with {name}=True is not supported; use a decoder-only language model"
+            )
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"model type {config.model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[config.model_type]
@@ -202,6 +207,12 @@ def valid_head_dim(config: PreTrainedConfig, head_dim: int) -> bool:
 def with_sizes(config: PreTrainedConfig, hidden: int, ffn: int, head_dim: int) -> PreTrainedConfig:
     """A copy of `config` with other widths; heads, layers and vocabulary stay."""
     architecture = architecture_of(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if head_dim != sizes_of(config).head_dim and any(isinstance(value, list) for value in rope.values()):
+        raise ValueError(
+            f"rope_parameters of type {rope.get('rope_type')!r} list a factor per head dimension, so heads cannot "
+            "grow; use scope='ffn'"
+        )
     config = copy.deepcopy(config)
     setattr(config, architecture.hidden, hidden)
     setattr(config, architecture.ffn, ffn)

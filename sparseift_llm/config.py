@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseift_llm.strict import check_choice, from_dict, load_yaml
+from sparseift_llm.strict import check_choice, check_fields, from_dict, load_yaml
 
 KINDS = ("q", "k", "v", "o", "mlp_in", "mlp_out")
 
@@ -39,6 +39,7 @@ class DSTConfig:
     stop_fraction: float = 0.75
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_choice("algorithm", self.algorithm, ("static", "set", "rigl", "gmp"))
         if self.update_every_steps < 1:
             raise ValueError(f"update_every_steps must be at least 1, got {self.update_every_steps}")
@@ -70,8 +71,8 @@ class SparseIFTConfig:
         targets: projection kinds to make sparse, any of q, k, v, o, mlp_in, mlp_out; `None` means
             all that the scope widens.
         exclude: projection kinds to leave dense.
-        width_multiple: widened sizes are rounded to a multiple of this (and of what the
-            architecture itself needs).
+        width_multiple: the widened hidden and FFN sizes are rounded to a multiple of this (and of
+            what the architecture itself needs).
         seed: seeds mask initialisation and random growth.
         dst: the mask updates during training.
 
@@ -96,6 +97,7 @@ class SparseIFTConfig:
     dst: DSTConfig = field(default_factory=DSTConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_choice("family", self.family, ("wide",))
         check_choice("scope", self.scope, ("model", "ffn"))
         check_choice("structure", self.structure, ("unstructured",))

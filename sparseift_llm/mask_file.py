@@ -57,8 +57,9 @@ def save_masks(model: nn.Module, folder: str | Path) -> Path:
     """
     masks = masks_of(model)
     path = Path(folder) / MASKS_NAME
-    shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
-    header = {"format": _FORMAT, "shapes": shapes, "digest": digest(masks)}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    # one entry only: safetensors writes several in random order, and equal masks should be equal files
+    header = {_FORMAT: json.dumps({"digest": digest(masks), "shapes": shapes}, sort_keys=True)}
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
         save_file({name: pack(mask) for name, mask in masks.items()}, temporary, metadata=header)
@@ -79,11 +80,11 @@ def read_masks(folder: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is missing: without it the masks of this checkpoint are lost; restore the file")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise ValueError(f"{path} has format {header.get('format')!r}, expected {_FORMAT!r}")
-            shapes = json.loads(header["shapes"])
-            masks = {name: unpack(file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
+            metadata = file.metadata() or {}
+            if _FORMAT not in metadata:
+                raise ValueError(f"{path} is not a mask file of format {_FORMAT!r}: it has {sorted(metadata)}")
+            header = json.loads(metadata[_FORMAT])
+            masks = {name: unpack(file.get_tensor(name), tuple(shape)) for name, shape in header["shapes"].items()}
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     if digest(masks) != header.get("digest"):

@@ -181,6 +181,20 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
             raise ValueError(too_short(self._source, len(rest), self._seq_len, TRAIN_ADVICE))
 
 
+class RepeatedStream(IterableDataset[dict[str, torch.Tensor]]):
+    """A stream that starts over whenever it ends, so that no batch at its end is smaller than the others.
+
+    Args:
+        stream: an iterable dataset that yields at least one item.
+    """
+
+    def __init__(self, stream: IterableDataset[dict[str, torch.Tensor]]) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return itertools.chain.from_iterable(itertools.repeat(self._stream))
+
+
 def _item(tokens: np.ndarray) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(tokens.astype(np.int64))
     return {"input_ids": ids, "labels": ids}

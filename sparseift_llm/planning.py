@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
-from sparseift_llm.architectures import Projection, build_model, find_projections, sizes_of, with_sizes
+from sparseift_llm.architectures import Projection, architecture_of, build_model, find_projections, sizes_of, with_sizes
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.families.wide import wide_config
 from sparseift_llm.layers.masked import sparse_layers
@@ -151,6 +151,13 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
     dense_config = model if isinstance(model, PreTrainedConfig) else model.config
     if getattr(dense_config, "sparse_ift", None) or (isinstance(model, nn.Module) and sparse_layers(model)):
         raise ValueError("the model is already a Sparse-IFT model; start from the dense one (or call to_dense first)")
+    if seq_len is not None and seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, got {seq_len}")
+    if config.accounting == "whole_model" and seq_len not in (None, config.seq_len):
+        raise ValueError(
+            f"seq_len={seq_len} differs from the config's seq_len={config.seq_len}, at which "
+            "accounting='whole_model' solves the sparsity; give one of them"
+        )
     return _plan(dense_config, config, seq_len)
 
 
@@ -185,11 +192,15 @@ def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str,
             "the model is not a Sparse-IFT model (no sparse_ift record in its config): call sparsify first"
         )
     dense_sizes = values.pop("dense_sizes")
+    valid = isinstance(dense_sizes, dict) and dense_sizes.keys() == {"hidden", "ffn", "head_dim"}
+    if not valid or not all(type(size) is int and size > 0 for size in dense_sizes.values()):
+        raise ValueError(f"the sparse_ift record is damaged: dense_sizes is {dense_sizes!r}")
     return SparseIFTConfig.from_dict(values), dense_sizes
 
 
 def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None) -> Plan:
     seq_len = seq_len or config.seq_len or int(getattr(dense_config, "max_position_embeddings", 2048))
+    architecture_of(dense_config)
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
     widened_config = wide_config(dense_config, config)
@@ -202,7 +213,7 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
             f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
         )
     dense_cost = cost_of(dense_model, seq_len)
-    active = _active_counts(dense_projections, projections, chosen, config, dense_cost.flops, widened_config)
+    active = _active_counts(dense_projections, projections, chosen, config, dense_config, widened_config)
     layers = tuple(
         LayerPlan(p.name, p.kind, dense.shape, p.shape, count, is_chosen)
         for dense, p, count, is_chosen in zip(dense_projections, projections, active, chosen, strict=True)
@@ -262,7 +273,7 @@ def _active_counts(
     sparse: Sequence[Projection],
     chosen: Sequence[bool],
     config: SparseIFTConfig,
-    dense_flops: isoflop.FlopCount,
+    dense_config: PreTrainedConfig,
     widened_config: PreTrainedConfig,
 ) -> list[int]:
     """Active weights of every projection, those that stay dense included."""
@@ -271,7 +282,7 @@ def _active_counts(
     twins = [dense[index].num_weights for index in picked]
     total = sum(twins)
     if config.accounting == "whole_model":
-        assert config.seq_len is not None
+        dense_flops = _flops(dense_config, sum(projection.num_weights for projection in dense), config.seq_len or 0)
         total = _whole_model_total(counts, picked, dense_flops, widened_config, config)
     if config.distribution == "erk":
         shared = distributions.erdos_renyi_kernel([sparse[index].shape for index in picked], total)
@@ -300,4 +311,5 @@ def _whole_model_total(
             f"alone cost {around.forward / 1e6:.1f} of the dense model's {dense_flops.forward / 1e6:.1f} MFLOP per "
             f"token; lower sparsity={config.sparsity}, use scope='ffn' or a smaller vocabulary"
         )
-    return min(total, available)
+    assert total <= available, "a widened model never costs less than the dense one"
+    return total

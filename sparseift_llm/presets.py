@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
-from transformers import AutoConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from sparseift_llm.strict import nearest
 
@@ -47,10 +48,15 @@ def load_config(model: str) -> PreTrainedConfig:
     if model in PRESETS:
         return preset_config(model)
     path = Path(model)
+    if model and path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise ValueError(f"{model} is a folder without config.json")
     if path.is_file():
         return _config_from_file(path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{model} is a folder without config.json")
+    likely = difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.8)
+    if likely and "/" not in model:  # do not wait for the hub over a slip of the pen
+        raise ValueError(f"{model!r} is no preset; did you mean {likely[0]!r}? (presets: {', '.join(PRESETS)})")
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -67,4 +73,9 @@ def _config_from_file(path: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"{path} is not a transformers config: it has no model_type")
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(f"{path} has model_type {values['model_type']!r}, which transformers does not know")
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception as error:  # transformers validates each field with exceptions of its own
+        raise ValueError(f"{path} is not a valid config: {error}") from error

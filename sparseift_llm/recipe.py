@@ -10,6 +10,7 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -95,23 +96,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _build(values: dict[str, Any]) -> Recipe:
-    training = _checked_training(values.get("training") or {})
-    data = from_dict(DataConfig, values.get("data") or {}, "data")
+    sections = {key: {} if values.get(key) is None else values[key] for key in ("model", "data", "training")}
+    training = _checked_training(sections["training"])
+    data = from_dict(DataConfig, sections["data"], "data")
     sparse_values = values.get("sparse_ift")
     if sparse_values is not None:
         if not isinstance(sparse_values, dict):
             raise ValueError(f"sparse_ift must be a mapping or null, got {sparse_values!r}")
         sparse_values = {"seed": training.get("seed", 42), "seq_len": data.seq_len, **sparse_values}
     decay_steps = values.get("lr_decay_steps")
-    if decay_steps is not None and (not isinstance(decay_steps, int) or decay_steps < 1):
+    if decay_steps is not None and (type(decay_steps) is not int or decay_steps < 1):
         raise ValueError(f"lr_decay_steps must be a whole number of steps, at least 1, got {decay_steps!r}")
     if decay_steps is not None and (
         training.get("lr_scheduler_type") != "cosine_with_min_lr"
-        or "min_lr_rate" not in (training.get("lr_scheduler_kwargs") or {})
+        or not isinstance(training.get("lr_scheduler_kwargs"), dict)
+        or "min_lr_rate" not in training["lr_scheduler_kwargs"]
     ):
         raise ValueError("lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in its kwargs")
     return Recipe(
-        model=from_dict(ModelConfig, values.get("model") or {}, "model"),
+        model=from_dict(ModelConfig, sections["model"], "model"),
         data=data,
         sparse_ift=None if sparse_values is None else SparseIFTConfig.from_dict(sparse_values),
         training=training,
@@ -133,18 +136,26 @@ def _checked_training(training: Any) -> dict[str, Any]:
         if key != "resume_from_checkpoint" and parts <= simple and len(parts - {type(None)}) == 1:
             value = convert(value, hint, f"training.{key}")
         checked[key] = value
-    resume, log_every = checked.get("resume_from_checkpoint"), checked.get("logging_steps", 500)
+    resume = checked.get("resume_from_checkpoint")
     if not isinstance(resume, bool | str | None):
         raise ValueError(f"training.resume_from_checkpoint must be true, false or a folder, got {resume!r}")
-    save_every = checked.get("save_steps", 500)
-    if log_every >= 1 and save_every % log_every:
-        raise ValueError(
-            f"training.save_steps={save_every} must be a multiple of logging_steps={log_every}, "
-            "otherwise a resumed run would log other averages than an uninterrupted one"
-        )
-    if "output_dir" not in checked:
+    _check_save_steps(checked)
+    if not checked.get("output_dir"):
         raise ValueError("training.output_dir is missing: say where the run is written")
     return checked
+
+
+def _check_save_steps(training: dict[str, Any]) -> None:
+    """A checkpoint between two log lines would lose the sum of losses since the last one."""
+    if training.get("save_strategy", "steps") != "steps":
+        return
+    save_every, log_every = training.get("save_steps", 500), training.get("logging_steps", 500)
+    ratio = Fraction(str(save_every)) / Fraction(str(log_every)) if log_every else 0
+    if training.get("logging_strategy", "steps") == "steps" and (log_every >= 1) == (save_every >= 1) and ratio % 1:
+        raise ValueError(
+            f"training.save_steps={save_every:g} must be a multiple of logging_steps={log_every:g}, "
+            "otherwise a resumed run would log other averages than an uninterrupted one"
+        )
 
 
 def _check_keys(values: Iterable[str], valid: Iterable[str], where: str) -> None:
@@ -176,6 +187,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if target.get(section) is None:
             target[section] = {}
         target = target[section]
+        if not isinstance(target, dict):
+            raise ValueError(f"{section} must be a mapping of options, got {type(target).__name__}: {target!r}")
     target[last] = value
 
 

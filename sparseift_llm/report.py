@@ -41,6 +41,9 @@ def read_summary(run: str | Path) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    missing = [key for _, key, _ in _ROWS if not isinstance(summary, dict) or key not in summary]
+    if missing:
+        raise ValueError(f"{path} is not the summary of a run: it has no {missing[0]!r}")
     return summary
 
 
@@ -56,8 +59,9 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
     """
     summaries = [read_summary(run) for run in runs]
     for summary, run in zip(summaries, runs, strict=True):
-        for key in ("corpus", "eval_corpus", "tokenizer", "vocab_size", "seq_len", "max_eval_sequences"):
-            first, other = summaries[0]["recipe"]["data"][key], summary["recipe"]["data"][key]
+        data, first_data = summary["recipe"]["data"], summaries[0]["recipe"]["data"]
+        for key in sorted((data.keys() | first_data.keys()) - {"cache_dir"}):
+            first, other = first_data.get(key), data.get(key)
             if first != other:
                 raise ValueError(f"{runs[0]} and {run} cannot be compared: data.{key} is {first!r} and {other!r}")
     header = ["", *(Path(run).name for run in runs), *(["ratio"] if len(runs) == 2 else [])]

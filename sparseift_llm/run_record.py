@@ -5,12 +5,13 @@ Written by a Trainer callback; read back by report.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
-    own = {"python": platform.python_version(), "sparseift_llm": sparseift_llm.__version__}
-    return own | {name: version(name) for name in packages}
+    found = {"python": platform.python_version(), "sparseift_llm": sparseift_llm.__version__}
+    for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers"):
+        with contextlib.suppress(PackageNotFoundError):  # datasets is optional
+            found[name] = version(name)
+    return found

@@ -38,8 +38,8 @@ def from_dict(cls: type[_Config], values: Any, where: str = "") -> _Config:
         where: how to call this mapping in error messages, e.g. `"data"`.
 
     Raises:
-        ValueError: unknown key (naming the nearest valid one), wrong type, or a value that
-            the class itself refuses. The message starts with the key's dotted path.
+        ValueError: unknown key (naming the nearest valid one), missing key, wrong type, or a value
+            that the class itself refuses. The message starts with the key's dotted path.
     """
     name = where or cls.__name__
     if not isinstance(values, dict):
@@ -51,7 +51,26 @@ def from_dict(cls: type[_Config], values: Any, where: str = "") -> _Config:
         if key not in known:
             raise ValueError(f"{name}: unknown key {key!r}{nearest(key, known)} (valid keys: {', '.join(known)})")
         converted[key] = convert(value, hints[key], f"{name}.{key}")
-    return cls(**converted)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.init and required and field.name not in converted:
+            raise ValueError(f"{name}: the key {field.name!r} is missing")
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_fields(config: Any) -> None:
+    """Check the types of a frozen dataclass's fields in `__post_init__`, as `from_dict` would.
+
+    Lists become tuples, mappings nested configs, whole numbers floats where the annotation says so.
+
+    Raises:
+        ValueError: a value of the wrong type, naming the field.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        object.__setattr__(config, name, convert(getattr(config, name), hint, name))
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -85,7 +104,10 @@ def load_yaml(path: str | Path) -> Any:
         ValueError: the file is not valid YAML or names a key twice; the message has the path and line.
         FileNotFoundError: no such file.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error}") from error
     return parse_yaml(text, str(path))
 
 
@@ -100,10 +122,12 @@ def parse_yaml(text: str, where: str) -> Any:
         }
 
     def unique_mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{where}: key {key!r} stands twice (line {node.start_mark.line + 1})")
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node)
+            if key in seen:
+                raise _DoubledKeyError(f"{where}: key {key!r} stands twice (line {key_node.start_mark.line + 1})")
+            seen.append(key)
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique_mapping)
@@ -113,5 +137,11 @@ def parse_yaml(text: str, where: str) -> Any:
     )
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except _DoubledKeyError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise ValueError(f"{where} is not valid YAML: {error}") from error
+
+
+class _DoubledKeyError(ValueError):
+    """An error whose message already says where."""

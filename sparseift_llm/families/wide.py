@@ -10,7 +10,7 @@ from sparseift_llm.config import SparseIFTConfig
 
 
 def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedConfig:
-    """The config of the widened model, widths rounded to what the architecture accepts.
+    """The config of the widened model, widths rounded to what the architecture accepts, never below the dense ones.
 
     Scope `ffn` changes the FFN's inner size only. Scope `model` changes the hidden size, the head
     size with it, and the FFN's inner size, and keeps the number of layers and heads.
@@ -29,21 +29,26 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
     if config.sparsity == 0:
         return with_sizes(dense, sizes.hidden, sizes.ffn, sizes.head_dim)
     if config.scope == "ffn":
-        ffn = isoflop.round_size(sizes.ffn * isoflop.wide_ffn_factor(config.sparsity), multiple)
+        target = sizes.ffn * isoflop.wide_ffn_factor(config.sparsity)
+        ffn = isoflop.round_size(target, multiple, lambda size: size >= sizes.ffn)
         return with_sizes(dense, sizes.hidden, ffn, sizes.head_dim)
     factor = isoflop.wide_model_factor(config.sparsity)
     if head_dim_is_free(dense):
-        hidden = isoflop.round_size(sizes.hidden * factor, multiple)
-        head_dim = isoflop.round_size(sizes.head_dim * factor, 1, lambda size: valid_head_dim(dense, size))
+        hidden = isoflop.round_size(sizes.hidden * factor, multiple, lambda size: size >= sizes.hidden)
+        head_dim = isoflop.round_size(
+            sizes.head_dim * factor, 1, lambda size: size >= sizes.head_dim and valid_head_dim(dense, size)
+        )
     else:
         hidden = isoflop.round_size(
             sizes.hidden * factor,
             sizes.num_heads,
-            lambda size: size % multiple == 0 and valid_head_dim(dense, size // sizes.num_heads),
+            lambda size: (
+                size >= sizes.hidden and size % multiple == 0 and valid_head_dim(dense, size // sizes.num_heads)
+            ),
         )
         head_dim = hidden // sizes.num_heads
     if sizes.ffn % sizes.hidden == 0:  # keep a whole ratio, as the authors do
         ffn = sizes.ffn // sizes.hidden * hidden
     else:
-        ffn = isoflop.round_size(sizes.ffn * factor, multiple)
+        ffn = isoflop.round_size(sizes.ffn * factor, multiple, lambda size: size >= sizes.ffn)
     return with_sizes(dense, hidden, ffn, head_dim)
