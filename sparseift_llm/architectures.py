@@ -157,13 +157,13 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
                 f"{config.model_type} is a mixture of experts ({name}={getattr(config, name)}), which is not "
                 f"supported; use a dense architecture: {', '.join(ARCHITECTURES)}"
             )
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"model type {config.model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     for name in ("is_encoder_decoder", "add_cross_attention"):
         if getattr(config, name, False):
             raise ValueError(
                 f"{config.model_type} with {name}=True is not supported; use a decoder-only language model"
             )
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"model type {config.model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[config.model_type]
     hidden = getattr(config, architecture.hidden)
     for twin in architecture.hidden_twins:

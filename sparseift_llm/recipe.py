@@ -112,7 +112,9 @@ def _build(values: dict[str, Any]) -> Recipe:
         or not isinstance(training.get("lr_scheduler_kwargs"), dict)
         or "min_lr_rate" not in training["lr_scheduler_kwargs"]
     ):
-        raise ValueError("lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in its kwargs")
+        raise ValueError(
+            "lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in lr_scheduler_kwargs"
+        )
     return Recipe(
         model=from_dict(ModelConfig, sections["model"], "model"),
         data=data,
@@ -150,8 +152,8 @@ def _check_save_steps(training: dict[str, Any]) -> None:
     if training.get("save_strategy", "steps") != "steps":
         return
     save_every, log_every = training.get("save_steps", 500), training.get("logging_steps", 500)
-    ratio = Fraction(str(save_every)) / Fraction(str(log_every)) if log_every else 0
-    if training.get("logging_strategy", "steps") == "steps" and (log_every >= 1) == (save_every >= 1) and ratio % 1:
+    fits = (log_every >= 1) == (save_every >= 1) and Fraction(str(save_every)) % Fraction(str(log_every)) == 0
+    if training.get("logging_strategy", "steps") == "steps" and not fits:
         raise ValueError(
             f"training.save_steps={save_every:g} must be a multiple of logging_steps={log_every:g}, "
             "otherwise a resumed run would log other averages than an uninterrupted one"

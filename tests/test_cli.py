@@ -149,7 +149,7 @@ def test_the_table_of_the_whole_recipe(capsys: pytest.CaptureFixture[str]) -> No
         (["--width-multiple", "0"], "width_multiple must be at least 1, got 0"),
         (
             ["--model", "gpt3-smal"],
-            "'gpt3-smal' is no preset (gpt3-small, gpt3-medium, ",
+            "'gpt3-smal' is no preset; did you mean 'gpt3-small'? (presets: gpt3-small, ",
         ),
         (["--model", "{folder}"], "is a folder without config.json"),
         (["--model", "{folder}/broken.json"], "broken.json is not valid JSON"),

@@ -76,8 +76,7 @@ def test_a_model_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpt3-smal", "'gpt3-smal' is no preset (gpt3-small, gpt3-medium, gpt3-large, gpt3-xl, llama-160m); "),
-        ("gpt3-smal", "did you mean 'gpt3-small'?"),
+        ("gpt3-smal", "'gpt3-smal' is no preset; did you mean 'gpt3-small'? (presets: gpt3-small, gpt3-medium, "),
         ("no-one/nothing", "no config.json, no model folder, and could not be loaded as a hub id: "),
         ("a/b/c", "could not be loaded as a hub id: "),
         ("missing/folder/config.json", "'missing/folder/config.json' is no preset"),
@@ -123,7 +122,7 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a valid JSON file"),
+        ("{", "is not valid JSON"),
         ('{"hidden_size": 32}', "model_type"),
         ('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}', "not a multiple"),
     ],

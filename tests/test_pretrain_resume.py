@@ -103,7 +103,7 @@ def test_a_rigl_run_killed_at_five_points(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_one_thread")
 def test_a_dense_run_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    recipe = str(tiny_recipe(tmp_path, num_words=100))
+    recipe = str(tiny_recipe(tmp_path, num_words=130))
     load_script("pretrain").main([recipe])
     assert epochs_of_checkpoints(tmp_path / "run")[4] == 1.0  # just at the end of an epoch
     again = [recipe, "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "true"]

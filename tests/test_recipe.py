@@ -20,7 +20,7 @@ DECAYING = (
     "training: {output_dir: out, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr_rate: 0.1}, "
     "max_steps: 100, logging_steps: 10, save_steps: 50}\n"
 )
-NO_SCHEDULE = "lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in its kwargs"
+NO_SCHEDULE = "lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in lr_scheduler_kwargs"
 
 
 def load(folder: Path, text: str, *overrides: str) -> Recipe:
@@ -190,7 +190,7 @@ def test_lr_decay_steps_can_be_taken_away(tmp_path: Path) -> None:
     assert load(tmp_path, DECAYING + "lr_decay_steps: 90\n", "--lr_decay_steps", "null").lr_decay_steps is None
 
 
-@pytest.mark.parametrize(("logging", "saving"), [("0.1", "10"), ("5", "5"), ("5", "500"), ("1", "7")])
+@pytest.mark.parametrize(("logging", "saving"), [("0.1", "0.3"), ("5", "5"), ("5", "500"), ("1", "7")])
 def test_steps_between_logs_and_checkpoints_that_fit(tmp_path: Path, logging: str, saving: str) -> None:
     training = load(tmp_path, MINIMAL, "--logging_steps", logging, "--save_steps", saving).training
     assert (training["logging_steps"], training["save_steps"]) == (float(logging), float(saving))
@@ -209,8 +209,8 @@ FILES = [
     ("training: {output_dir: a\n", "recipe.yaml is not valid YAML: while parsing a flow mapping"),
     ("training:\n\toutput_dir: a\n", "recipe.yaml is not valid YAML: "),
     ("training: {output_dir: a}\n---\nmodel: {}\n", "recipe.yaml is not valid YAML: expected a single document"),
-    ("training:\n  output_dir: a\n  output_dir: b\n", "recipe.yaml: key 'output_dir' stands twice (line 2)"),
-    (MINIMAL + MINIMAL, "recipe.yaml: key 'training' stands twice (line 1)"),
+    ("training:\n  output_dir: a\n  output_dir: b\n", "recipe.yaml: key 'output_dir' stands twice (line 3)"),
+    (MINIMAL + MINIMAL, "recipe.yaml: key 'training' stands twice (line 2)"),
     (MINIMAL + "model: !!python/object/apply:os.getcwd []\n", "recipe.yaml is not valid YAML: could not determine a"),
     ("1: 2\n", "recipe.yaml: unknown key 1"),
     # unknown keys, level by level

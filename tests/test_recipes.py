@@ -205,6 +205,7 @@ def test_two_tiny_steps(name: str, pretrain: ModuleType, tmp_path: Path) -> None
     assert args.bf16 == ("cpu" not in name and name != "demo")
     assert (args.learning_rate, args.weight_decay) == (recipe_of(name).training["learning_rate"], 0.1)
     model = pretrain.make_model(recipe, data)
+    pretrain.check_recipe(recipe, data, args)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     summary = pretrain.train(recipe, args, model, data, resume_from)
     assert math.isfinite(summary["eval_loss"])

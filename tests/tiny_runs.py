@@ -63,7 +63,10 @@ class ToyModel(PreTrainedModel):
     def __init__(self, weight: Tensor, mask: Tensor, dst: DSTConfig, seed: int = 0) -> None:
         super().__init__(PreTrainedConfig())
         self.layer = toy_layer(weight, mask)
-        self.config.sparse_ift = {**SparseIFTConfig(seed=seed, dst=dst).to_dict(), "dense_sizes": {}}
+        self.config.sparse_ift = {
+            **SparseIFTConfig(seed=seed, dst=dst).to_dict(),
+            "dense_sizes": {"hidden": 1, "ffn": 1, "head_dim": 1},
+        }
 
     def loss(self, gradient: Tensor) -> Tensor:
         """A loss whose gradient for the unmasked weight is exactly `gradient`."""

@@ -47,8 +47,6 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
             ),
         )
         head_dim = hidden // sizes.num_heads
-    if sizes.ffn % sizes.hidden == 0:  # keep a whole ratio, as the authors do
-        ffn = sizes.ffn // sizes.hidden * hidden
-    else:
-        ffn = isoflop.round_size(sizes.ffn * factor, multiple, lambda size: size >= sizes.ffn)
+    # from the rounded hidden size, so that a ratio of 4 stays 4, as in the authors' configs
+    ffn = isoflop.round_size(sizes.ffn * hidden / sizes.hidden, multiple, lambda size: size >= sizes.ffn)
     return with_sizes(dense, hidden, ffn, head_dim)
