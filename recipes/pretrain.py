@@ -115,6 +115,7 @@ def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments) -> N
     path = Path(recipe.training["output_dir"]) / RECIPE_NAME
     now = {**recipe.to_dict(), "data_fingerprint": data.fingerprint, "versions": versions()}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    before["data"]["cache_dir"] = now["data"]["cache_dir"]  # where tokens are kept does not matter
     for key in ("model", "data", "sparse_ift", "data_fingerprint"):
         if before[key] != now[key]:
             raise ValueError(
@@ -156,10 +157,11 @@ class Pretrainer(Trainer):
     recipe: Recipe
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.recipe.sparse_ift is None or self.recipe.sparse_ift.init != "supar":
+            return super().create_optimizer(model)
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = optimizer_param_groups(self.model, kwargs["lr"], self.args.weight_decay)
-            self.optimizer = cls(groups, **kwargs)
+            self.optimizer = cls(optimizer_param_groups(self.model, kwargs["lr"], self.args.weight_decay), **kwargs)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
