@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,16 @@ from sparseift_llm.packing import RepeatedStream
 from sparseift_llm.planning import cost_of
 from sparseift_llm.presets import load_config
 from sparseift_llm.recipe import Recipe, load_recipe
-from sparseift_llm.run_record import METRICS_NAME, RECIPE_NAME, SUMMARY_NAME, RunRecord, machine, versions, write_json
+from sparseift_llm.run_record import (
+    METRICS_NAME,
+    RECIPE_NAME,
+    SUMMARY_NAME,
+    RunRecord,
+    commit,
+    machine,
+    versions,
+    write_json,
+)
 from sparseift_llm.scaling import cosine_to_plateau, truncate_weights
 
 logger = logging.getLogger("pretrain")
@@ -53,7 +63,7 @@ def main(words: list[str]) -> None:
     summary = train(recipe, args, model, data, resume_from)
     if args.process_index == 0:
         path = Path(recipe.training["output_dir"]) / SUMMARY_NAME
-        write_json(path, summary)
+        write_json(path, {**summary, "command": shlex.join(["recipes/pretrain.py", *words]), "commit": commit()})
         logger.info("eval loss %.4f; wrote %s", summary["eval_loss"], path)
 
 
@@ -242,7 +252,7 @@ def train(
         "num_eval_tokens": data.num_eval_tokens,
         "num_ranks": args.world_size,
         "device": str(args.device),
-        "recipe": recipe.to_dict(),
+        "config": recipe.to_dict(),
         "machine": machine(),
         "versions": versions(),
     }

@@ -59,7 +59,7 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
     """
     summaries = [read_summary(run) for run in runs]
     for summary, run in zip(summaries, runs, strict=True):
-        data, first_data = summary["recipe"]["data"], summaries[0]["recipe"]["data"]
+        data, first_data = summary["config"]["data"], summaries[0]["config"]["data"]
         for key in sorted((data.keys() | first_data.keys()) - {"cache_dir"}):
             first, other = first_data.get(key), data.get(key)
             if first != other:

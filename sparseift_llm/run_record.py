@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -130,6 +132,16 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def commit() -> str | None:
+    """The git commit this package runs from, `-dirty` if files were changed; None outside a clone."""
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def machine() -> dict[str, Any]:

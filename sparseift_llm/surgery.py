@@ -15,7 +15,7 @@ from sparseift_llm.architectures import build_model
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection, sparse_layers
 from sparseift_llm.mask_file import save_masks
-from sparseift_llm.planning import Plan, plan, read_record, record
+from sparseift_llm.planning import Plan, plan, record
 from sparseift_llm.scaling import scale_initial_weights
 from sparseift_llm.topology.masks import derive_seed, random_mask
 
@@ -90,7 +90,6 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan) -> None:
 
     From then on `save_pretrained` writes the masks, and DistributedDataParallel does not broadcast them.
     """
-    read_record(model.config)
     for layer in plan.layers:
         if layer.is_sparse:
             dense = model.get_submodule(layer.name)

@@ -87,8 +87,8 @@ def test_summary_of_a_launched_run(launched: tuple[Path, str]) -> None:
     assert summary["num_ranks"] == 1
     assert 0 < summary["step_seconds"] < summary["wall_seconds"] < 200
     assert summary["tokens_per_second"] == pytest.approx(summary["train_tokens"] / summary["step_seconds"])
-    assert summary["recipe"]["training"]["max_steps"] == 8
-    assert summary["recipe"]["sparse_ift"]["dst"]["algorithm"] == "rigl"
+    assert summary["config"]["training"]["max_steps"] == 8
+    assert summary["config"]["sparse_ift"]["dst"]["algorithm"] == "rigl"
     assert {"python", "sparseift_llm", "torch", "transformers", "accelerate"} <= summary["versions"].keys()
     assert summary["versions"]["torch"] == torch.__version__
 

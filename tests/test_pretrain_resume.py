@@ -47,7 +47,7 @@ def trained(run: Path) -> dict[str, Any]:
         "summary": {
             key: value
             for key, value in summary.items()
-            if not key.endswith(("seconds", "per_second")) and key not in ("recipe", "machine")
+            if not key.endswith(("seconds", "per_second")) and key not in ("config", "machine", "command", "commit")
         },
     }
 

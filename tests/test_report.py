@@ -46,7 +46,7 @@ SPARSE = {
 
 def write_run(folder: Path, summary: dict[str, Any], **data: Any) -> Path:
     folder.mkdir(parents=True)
-    values = {**summary, "recipe": {"data": {**DATA, **data}}}
+    values = {**summary, "config": {"data": {**DATA, **data}}}
     (folder / "summary.json").write_text(json.dumps(values))
     return folder
 
