@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArgu
 
 from sparseift_llm.cli import main as sparseift
 from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.report import comparison_table
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,3 +75,15 @@ def test_named_recipes_and_links_exist() -> None:
         assert (ROOT / "recipes" / name).is_file()
     for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
         assert (ROOT / target).exists()
+
+
+def test_the_table_of_results_is_the_committed_one() -> None:
+    results = [ROOT / "benchmarks" / "results" / "demo" / name for name in ("dense", "sparse")]
+    assert comparison_table(results).partition("\n\n")[0] in TEXT
+
+
+def test_committed_results_say_how_they_were_made() -> None:
+    for path in (ROOT / "benchmarks" / "results").rglob("summary.json"):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        assert all(summary[key] for key in ("command", "commit", "machine", "versions", "config"))
+        assert not summary["commit"].endswith("-dirty")
