@@ -3,7 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin
 DEMO := runs/demo
-LAUNCH := $(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+LAUNCH := $(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(CORES)
 
 .PHONY: install demo test lint types clean
 
