@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm.checkpoint import find_resumed_checkpoint, set_aside_incomplete
 from sparseift_llm.dst.controller import SparseTrainingController
-from sparseift_llm.mask_file import apply_masks, read_masks
+from sparseift_llm.mask_file import apply_masks, digest, read_masks
 
 
 class SparseTrainingCallback(TrainerCallback, ExportableState):
@@ -85,11 +85,11 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             saved["masks_digest"],
         )
         masks = read_masks(folder)
-        apply_masks(model, masks, folder)
-        if self.controller.masks_digest() != saved["masks_digest"]:
+        if digest(masks) != saved["masks_digest"]:  # before a weight is set to 0
             raise ValueError(
                 f"the masks in {folder} are not those its trainer_state.json speaks of; restore the folder"
             )
+        apply_masks(model, masks, folder)
         self.controller.load_counters(saved)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
