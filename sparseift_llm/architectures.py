@@ -15,6 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from sparseift_llm.layers.block import BlockSparseLinear
+
 _SPLIT_ATTENTION = {
     "self_attn.q_proj": ("q",),
     "self_attn.k_proj": ("k",),
@@ -277,6 +279,6 @@ def _decoder_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 def _in_out(module: nn.Module, name: str) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | BlockSparseLinear):
         return module.in_features, module.out_features
     raise ValueError(f"{name} is a {type(module).__name__}, not a Linear or Conv1D, so it cannot be made sparse")

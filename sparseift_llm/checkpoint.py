@@ -12,16 +12,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from sparseift_llm.mask_file import apply_masks, read_masks
-from sparseift_llm.planning import plan_of
+from sparseift_llm.architectures import build_model
+from sparseift_llm.mask_file import apply_masks, digest, masks_of, read_masks
+from sparseift_llm.ops.block_reference import dense_weight
+from sparseift_llm.planning import plan_of, read_record
 from sparseift_llm.surgery import install_sparse_layers
 
 logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"
+_COLUMNS = ".columns"
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -88,18 +103,68 @@ def find_resumed_checkpoint(candidates: Iterable[str | Path | None], callback_na
 def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a saved Sparse-IFT model with its masks, ready to train on or to analyse.
 
-    For inference `AutoModelForCausalLM.from_pretrained(folder)` gives a stock model with the same logits.
+    For inference on an unstructured model, `AutoModelForCausalLM.from_pretrained(folder)` gives a stock
+    model with the same logits; a block-sparse one becomes stock with `to_dense(load_pretrained(folder))`.
 
     Args:
         folder: where `save_pretrained` or a Trainer wrote the model.
         kwargs: passed on to `from_pretrained`, e.g. `dtype`.
 
     Raises:
-        ValueError: no Sparse-IFT model, or its masks are missing or damaged.
+        ValueError: no Sparse-IFT model, or its weights or masks are missing or damaged.
     """
+    hf_config = AutoConfig.from_pretrained(folder)
+    if read_record(hf_config)[0].structure == "block":
+        return _load_block_sparse(Path(folder), hf_config, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     plan = plan_of(model)
     masks = read_masks(folder)
     install_sparse_layers(model, plan)
     apply_masks(model, masks, folder)
     return model
+
+
+def _load_block_sparse(folder: Path, hf_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Fill in the zeros, let transformers load the stock model, take the tiles out again."""
+    state, columns = _dense_state(folder, build_model(hf_config, meta=True))
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+    model: PreTrainedModel = model_class.from_pretrained(None, config=hf_config, state_dict=state, **kwargs)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    plan = plan_of(model)
+    planned = {layer.name: layer.num_active for layer in plan.layers if layer.is_sparse}
+    if {name: len(of_slots) * (plan.config.block_size or 1) ** 2 for name, of_slots in columns.items()} != planned:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: other layers, or other numbers of tiles")
+    install_sparse_layers(model, plan, columns)
+    if digest(masks_of(model)) != digest(read_masks(folder)):
+        raise ValueError(f"the masks in {folder} are not those of its weights; restore the folder")
+    return model
+
+
+def _dense_state(folder: Path, stock: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A block-sparse checkpoint's tensors in the shapes of the `stock` model, and its layers' columns by layer."""
+    state = _read_weights(folder)
+    columns = {name.removesuffix(_COLUMNS): state.pop(name) for name in [*state] if name.endswith(_COLUMNS)}
+    for name, of_slots in columns.items():
+        try:
+            module: Any = stock.get_submodule(name)
+            tiles = state[f"{name}.weight"]
+            is_conv1d = isinstance(module, Conv1D)
+            rows, width = module.weight.shape[::-1] if is_conv1d else module.weight.shape
+            matrix = dense_weight(tiles, of_slots, rows, width)
+        except (AttributeError, KeyError, IndexError) as error:
+            raise ValueError(f"the weights in {folder} do not fit its config.json: {name}: {error}") from error
+        state[f"{name}.weight"] = matrix.T.contiguous() if is_conv1d else matrix
+    return state, columns
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `model.safetensors`, or of the shards that its index names."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        names = {SAFE_WEIGHTS_NAME}
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return {key: value for name in sorted(names) for key, value in load_file(folder / name).items()}
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error

@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--family", default="wide")
     plan.add_argument("--scope", default="model", help="model or ffn")
     plan.add_argument("--sparsity", type=float, required=True, help="zero fraction in [0, 1)")
-    plan.add_argument("--structure", default="unstructured")
+    plan.add_argument("--structure", default="unstructured", help="unstructured or block")
+    plan.add_argument("--block-size", type=int, help="side of a tile, with --structure block")
     plan.add_argument("--distribution", default="uniform", help="uniform or erk")
     plan.add_argument("--accounting", default="linears", help="linears or whole_model")
     plan.add_argument("--seq-len", type=int, required=True, help="tokens per sequence, for attention FLOPs")
@@ -64,6 +65,7 @@ def _plan(arguments: argparse.Namespace) -> str:
         scope=arguments.scope,
         sparsity=arguments.sparsity,
         structure=arguments.structure,
+        block_size=arguments.block_size,
         distribution=arguments.distribution,
         accounting=arguments.accounting,
         seq_len=arguments.seq_len,

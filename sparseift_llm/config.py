@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparseift_llm.isoflop import BLOCK_SIZES
 from sparseift_llm.strict import check_choice, check_fields, from_dict, load_yaml
 
 KINDS = ("q", "k", "v", "o", "mlp_in", "mlp_out")
@@ -59,7 +60,11 @@ class SparseIFTConfig:
             inner size, by 1/(1-s), and leaves everything else as it was.
         sparsity: zero fraction s in [0, 1) that sets the widths. After rounding the widths, each
             layer's sparsity is solved again so that its multiply-adds equal the dense layer's.
-        structure: `unstructured`.
+        structure: `unstructured` (a dense weight, zeros and a mask; costs dense time and memory) or
+            `block` (only active tiles are stored and multiplied).
+        block_size: side of a tile, 4 to 256 (a power of 2), with `structure="block"` only; widths are
+            rounded to multiples of it. None: chosen by width, see `isoflop.default_block_size`.
+            Tiles below 16 have no fast kernel.
         distribution: `uniform` (each layer keeps its dense twin's multiply-adds) or `erk`
             (Erdos-Renyi; the total is kept, layers differ).
         accounting: `linears` makes the sparse projections iso-FLOP; `whole_model` solves the
@@ -86,6 +91,7 @@ class SparseIFTConfig:
     scope: str = "model"
     sparsity: float = 0.75
     structure: str = "unstructured"
+    block_size: int | None = None
     distribution: str = "uniform"
     accounting: str = "linears"
     seq_len: int | None = None
@@ -100,12 +106,13 @@ class SparseIFTConfig:
         check_fields(self)
         check_choice("family", self.family, ("wide",))
         check_choice("scope", self.scope, ("model", "ffn"))
-        check_choice("structure", self.structure, ("unstructured",))
+        check_choice("structure", self.structure, ("unstructured", "block"))
         check_choice("distribution", self.distribution, ("uniform", "erk"))
         check_choice("accounting", self.accounting, ("linears", "whole_model"))
         check_choice("init", self.init, ("paper", "preserve", "supar"))
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        self._check_block()
         if self.width_multiple < 1:
             raise ValueError(f"width_multiple must be at least 1, got {self.width_multiple}")
         if self.targets == ():
@@ -125,6 +132,17 @@ class SparseIFTConfig:
             raise ValueError("accounting='whole_model' needs seq_len: attention FLOPs depend on it")
         if self.seq_len is not None and self.seq_len < 1:
             raise ValueError(f"seq_len must be at least 1, got {self.seq_len}")
+
+    def _check_block(self) -> None:
+        if self.block_size is not None and self.structure != "block":
+            raise ValueError(f"block_size={self.block_size} needs structure='block'; set it or leave block_size out")
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size}")
+        if self.structure == "block" and self.dst.algorithm == "gmp":
+            raise ValueError(
+                "algorithm='gmp' starts dense, but structure='block' stores a fixed number of tiles; use "
+                "structure='unstructured', or static, set or rigl"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SparseIFTConfig:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 OPTIMIZER_TENSORS = 4  # weight, gradient and AdamW's two moments
 BYTES_PER_VALUE = 4  # float32 master weights
 BYTES_PER_MASK_ENTRY = 1  # torch.bool
+BYTES_PER_INDEX = 4  # int32
+BLOCK_SIZES = (4, 8, 16, 32, 64, 128, 256)
+MIN_TILES_PER_SIDE = 8
 TRAINING_FACTOR = 3  # one forward and a backward of twice its cost
 
 
@@ -46,7 +49,9 @@ def round_size(size: float, multiple: int, valid: Callable[[int], bool] = lambda
         candidates = [candidate for candidate in around if candidate >= multiple and valid(candidate)]
         if candidates:
             return min(candidates, key=lambda candidate: (abs(candidate - size), -candidate))
-    raise ValueError(f"no valid size that is a multiple of {multiple} near {size:.1f}; change width_multiple")
+    raise ValueError(
+        f"no valid size that is a multiple of {multiple} near {size:.1f}; change width_multiple or block_size"
+    )
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,34 @@ def run_flops(
     return tokens_per_step * (num_steps * around.training + sparse)
 
 
-def train_state_bytes(num_stored: int, num_masked: int) -> int:
-    """Bytes of weights, gradients, AdamW state (all float32) and boolean masks.
+def train_state_bytes(num_stored: int, topology_bytes: int) -> int:
+    """Bytes of weights, gradients and AdamW state (all float32), and of masks or tile indices.
 
     Args:
-        num_stored: parameters held in memory, zeros included.
-        num_masked: entries of all masks.
+        num_stored: parameters held in memory, stored zeros included.
+        topology_bytes: see `mask_bytes` and `block_index_bytes`.
     """
-    return OPTIMIZER_TENSORS * BYTES_PER_VALUE * num_stored + BYTES_PER_MASK_ENTRY * num_masked
+    return OPTIMIZER_TENSORS * BYTES_PER_VALUE * num_stored + topology_bytes
+
+
+def mask_bytes(num_weights: int) -> int:
+    """Bytes of the boolean mask of a layer with `num_weights` weights, zeros included."""
+    return BYTES_PER_MASK_ENTRY * num_weights
+
+
+def block_index_bytes(num_tiles: int, num_block_columns: int) -> int:
+    """Bytes of a block layer's three index buffers: two entries per active tile, one per column and one."""
+    return BYTES_PER_INDEX * (2 * num_tiles + num_block_columns + 1)
+
+
+def default_block_size(side: int) -> int:
+    """The largest tile, at least 16, of which `side` has `MIN_TILES_PER_SIDE` or more.
+
+    Args:
+        side: the narrowest width of the sparse model, usually its hidden size.
+
+    >>> [default_block_size(side) for side in (128, 512, 768, 1536, 4096)]
+    [16, 64, 64, 128, 256]
+    """
+    sizes = [size for size in BLOCK_SIZES if size >= 16 and side >= MIN_TILES_PER_SIDE * size]
+    return max(sizes, default=16)

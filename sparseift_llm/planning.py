@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sparseift_llm import isoflop
 from sparseift_llm.architectures import Projection, architecture_of, build_model, find_projections, sizes_of, with_sizes
 from sparseift_llm.config import SparseIFTConfig
-from sparseift_llm.families.wide import wide_config
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.families.wide import resolve_block_size, wide_config
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.topology import distributions
 
 
@@ -57,14 +58,14 @@ class ModelCost:
         linear_params: weights of these projections, zeros included.
         stored_params: parameters in memory, zeros included, tied ones once.
         flops: forward FLOPs per token.
-        num_masked: mask entries.
+        topology_bytes: bytes of masks, or of tile indices.
     """
 
     linear_active_params: int
     linear_params: int
     stored_params: int
     flops: isoflop.FlopCount
-    num_masked: int = 0
+    topology_bytes: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """The fields printed by `sparseift plan --json`."""
@@ -75,7 +76,7 @@ class ModelCost:
             "attention_flops_per_token": self.flops.attention,
             "logit_flops_per_token": self.flops.logit,
             "forward_flops_per_token": self.flops.forward,
-            "train_state_bytes": isoflop.train_state_bytes(self.stored_params, self.num_masked),
+            "train_state_bytes": isoflop.train_state_bytes(self.stored_params, self.topology_bytes),
         }
 
 
@@ -135,7 +136,8 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
 
     Returns:
         A `Plan`. Under `accounting="linears"` and `distribution="uniform"` every sparse projection
-        has exactly as many active weights as its dense twin has weights.
+        has exactly as many active weights as its dense twin has weights; with tiles, as near as
+        whole tiles come, and all together to half a tile.
 
     Raises:
         ValueError: unsupported model, already surgered, no projection matches `targets`/`exclude`,
@@ -201,6 +203,7 @@ def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str,
 def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None) -> Plan:
     seq_len = seq_len or config.seq_len or int(getattr(dense_config, "max_position_embeddings", 2048))
     architecture_of(dense_config)
+    config = resolve_block_size(dense_config, config)
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
     widened_config = wide_config(dense_config, config)
@@ -218,8 +221,13 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
         LayerPlan(p.name, p.kind, dense.shape, p.shape, count, is_chosen)
         for dense, p, count, is_chosen in zip(dense_projections, projections, active, chosen, strict=True)
     )
-    num_masked = sum(layer.num_weights for layer in layers if layer.is_sparse)
-    sparse_cost = _cost(widened_model, sum(active), sum(p.num_weights for p in projections), num_masked, seq_len)
+    sparse = [layer for layer in layers if layer.is_sparse]
+    num_linear, num_stored = sum(p.num_weights for p in projections), widened_model.num_parameters()
+    if config.block_size is not None:
+        num_stored -= sum(layer.num_weights - layer.num_active for layer in sparse)
+    topology_bytes = sum(_topology_bytes(layer, config.block_size) for layer in sparse)
+    flops = _flops(widened_config, sum(active), seq_len)
+    sparse_cost = ModelCost(sum(active), num_linear, num_stored, flops, topology_bytes)
     return Plan(config, widened_config, seq_len, layers, dense_cost, sparse_cost)
 
 
@@ -235,10 +243,13 @@ def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCos
     """
     if isinstance(model, PreTrainedConfig):
         model = build_model(model, meta=True)
-    masks = [layer.mask for layer in sparse_layers(model).values()]
-    inactive = sum(int((~mask).sum()) for mask in masks)
+    layers = sparse_layers(model).values()
+    inactive = sum(layer.mask.numel() * layer.unit_size - layer.count_active() for layer in layers)
     total = sum(projection.num_weights for projection in find_projections(model))
-    return _cost(model, total - inactive, total, sum(mask.numel() for mask in masks), seq_len)
+    flops = _flops(model.config, total - inactive, seq_len)
+    return ModelCost(
+        total - inactive, total, model.num_parameters(), flops, sum(layer.topology_bytes for layer in layers)
+    )
 
 
 def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isoflop.FlopCount:
@@ -253,9 +264,10 @@ def _flops(config: PreTrainedConfig, num_active: int, seq_len: int) -> isoflop.F
     )
 
 
-def _cost(model: PreTrainedModel, num_active: int, num_linear: int, num_masked: int, seq_len: int) -> ModelCost:
-    flops = _flops(model.config, num_active, seq_len)
-    return ModelCost(num_active, num_linear, model.num_parameters(), flops, num_masked)
+def _topology_bytes(layer: LayerPlan, block_size: int | None) -> int:
+    if block_size is None:
+        return isoflop.mask_bytes(layer.num_weights)
+    return isoflop.block_index_bytes(layer.num_active // block_size**2, layer.sparse_shape[1] // block_size)
 
 
 def _is_chosen(projection: Projection, config: SparseIFTConfig) -> bool:
@@ -284,15 +296,42 @@ def _active_counts(
     if config.accounting == "whole_model":
         dense_flops = _flops(dense_config, sum(projection.num_weights for projection in dense), config.seq_len or 0)
         total = _whole_model_total(counts, picked, dense_flops, widened_config, config)
-    if config.distribution == "erk":
-        shared = distributions.erdos_renyi_kernel([sparse[index].shape for index in picked], total)
-    elif config.accounting == "whole_model":
-        shared = distributions.uniform([counts[index] for index in picked], total)
-    else:
-        shared = twins
-    for index, count in zip(picked, shared, strict=True):
-        counts[index] = count
+    size = config.block_size or 1
+    for index in picked:
+        _check_sides(sparse[index], size)
+    shapes = [(sparse[index].out_features // size, sparse[index].in_features // size) for index in picked]
+    shared = _share_units(shapes, twins, total, config)
+    for index, (num_rows, _), units in zip(picked, shapes, shared, strict=True):
+        if size > 1 and units < num_rows:
+            raise ValueError(
+                f"{sparse[index].name}: {units} active tiles for {num_rows} block-rows would leave outputs without any "
+                f"input; use a block_size below {size} or a lower sparsity"
+            )
+        counts[index] = units * size**2
     return counts
+
+
+def _share_units(shapes: list[tuple[int, int]], twins: list[int], total: int, config: SparseIFTConfig) -> list[int]:
+    """`total` active weights in units (tiles or weights), shared among layers of `shapes` units."""
+    unit_size = (config.block_size or 1) ** 2
+    sizes = [rows * columns for rows, columns in shapes]
+    num_units = round(Fraction(total, unit_size))
+    if config.distribution == "erk":
+        return distributions.erdos_renyi_kernel(shapes, num_units)
+    if config.accounting == "whole_model":
+        return distributions.uniform(sizes, num_units)
+    ideal = [Fraction(twin * num_units, total) for twin in twins]
+    return distributions.round_to_total(ideal, sizes, num_units)
+
+
+def _check_sides(projection: Projection, block_size: int) -> None:
+    for side in projection.shape:
+        if side % block_size:
+            raise ValueError(
+                f"{projection.name} is {projection.out_features} x {projection.in_features}, and {side} is not a "
+                f"multiple of block_size={block_size}; choose a block_size that divides it, another scope, or leave "
+                f"{', '.join(projection.kinds)} dense with exclude"
+            )
 
 
 def _whole_model_total(

@@ -24,7 +24,7 @@ import sparseift_llm
 from sparseift_llm import isoflop
 from sparseift_llm.dst.callback import SparseTrainingCallback
 from sparseift_llm.dst.controller import SparseTrainingController
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.planning import count_flops
 
 METRICS_NAME = "metrics.jsonl"
@@ -109,7 +109,8 @@ def training_flops(
     if controller is None:
         return isoflop.run_flops(tokens_per_step, num_steps, flops)
     layers = sparse_layers(model).values()
-    active, size = sum(int(layer.mask.sum()) for layer in layers), sum(layer.mask.numel() for layer in layers)
+    active = sum(layer.count_active() for layer in layers)
+    size = sum(layer.mask.numel() * layer.unit_size for layer in layers)
     around = isoflop.FlopCount(flops.linear - isoflop.linear_flops(active), flops.attention, flops.logit)
     dense_gradient_weights = size * controller.num_dense_gradient_steps
     return isoflop.run_flops(tokens_per_step, num_steps, around, controller.active_weight_steps, dense_gradient_weights)

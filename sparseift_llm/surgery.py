@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm.architectures import build_model
 from sparseift_llm.config import SparseIFTConfig
-from sparseift_llm.layers.masked import MaskedProjection, masked_projection, sparse_layers
+from sparseift_llm.layers.base import SparseProjection, sparse_layers
+from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.mask_file import save_masks
-from sparseift_llm.planning import Plan, plan, record
+from sparseift_llm.planning import LayerPlan, Plan, plan, record
 from sparseift_llm.scaling import scale_initial_weights
+from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.masks import derive_seed, random_mask
 
 
 def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedModel:
     """Build the Sparse-IFT twin of a dense causal language model.
 
-    The result is a stock transformers model with other widths whose sparse projections hold exact
-    zeros; `save_pretrained` writes a stock checkpoint plus the packed masks. It is randomly
+    The result is a transformers model with other widths and sparse projections. Unstructured, its weights hold exact
+    zeros, and `save_pretrained` writes a stock checkpoint plus the packed masks. Block-sparse, it holds
+    active tiles only, and so does its checkpoint: `load_pretrained` reads it, `to_dense` makes it stock. It is randomly
     initialised (set torch's seed before), except that parameters whose shape did not change
     keep the values of `model`, when a model is given. The argument itself is not changed.
 
@@ -65,7 +70,7 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """A stock transformers model with the same logits, to the bit.
+    """A stock transformers model with the same logits: to the bit if unstructured, to rounding if block-sparse.
 
     Args:
         model: a Sparse-IFT model; it is not changed.
@@ -85,24 +90,40 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
-def install_sparse_layers(model: PreTrainedModel, plan: Plan) -> None:
-    """Swap the planned projections of a widened stock model for sparse layers, all weights active.
+def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[str, Tensor] | None = None) -> None:
+    """Swap the planned projections of a widened stock model for sparse layers.
 
-    From then on `save_pretrained` writes the masks, and DistributedDataParallel does not broadcast them.
+    Unstructured layers start with all weights active, block-sparse ones with random tiles, or with those in
+    `columns` (by layer name, see `BlockSparseLinear`). From then on `save_pretrained` writes the masks,
+    and DistributedDataParallel does not broadcast them.
     """
-    for layer in plan.layers:
-        if layer.is_sparse:
-            dense = model.get_submodule(layer.name)
-            _replace(model, layer.name, masked_projection(dense, layer.num_active, layer.dense_shape))
+    for index, layer in enumerate(layer for layer in plan.layers if layer.is_sparse):
+        given = (columns or {}).get(layer.name)
+        _replace(model, layer.name, _sparse_layer(model.get_submodule(layer.name), layer, plan.config, index, given))
     # a partial, unlike a bound method, follows the model through deepcopy and pickle
     model.save_pretrained = partial(_save_with_masks, model)  # type: ignore[method-assign]
-    # every rank computes the same masks; broadcasting them before each forward would be waste
-    model._ddp_params_and_buffers_to_ignore = [f"{name}.mask" for name in sparse_layers(model)]  # type: ignore[assignment]
+    # every rank computes the same masks and indices; broadcasting them before each forward would be waste
+    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        f"{name}.{buffer}" for name, layer in sparse_layers(model).items() for buffer, _ in layer.named_buffers()
+    ]
+
+
+def _sparse_layer(
+    dense: nn.Module, layer: LayerPlan, config: SparseIFTConfig, index: int, columns: Tensor | None
+) -> SparseProjection:
+    size = config.block_size
+    if size is None:
+        return masked_projection(dense, layer.num_active, layer.dense_shape)
+    if columns is None:
+        rows, width = layer.sparse_shape[0] // size, layer.sparse_shape[1] // size
+        seed = derive_seed(config.seed, "initial mask", index)
+        columns = random_columns(rows, width, layer.num_active // size**2, seed)
+    return BlockSparseLinear(dense, columns, size, layer.dense_shape)
 
 
 def _set_initial_masks(model: PreTrainedModel, config: SparseIFTConfig) -> None:
     for index, layer in enumerate(sparse_layers(model).values()):
-        if layer.weight.is_meta or config.dst.algorithm == "gmp":
+        if not isinstance(layer, MaskedProjection) or layer.weight.is_meta or config.dst.algorithm == "gmp":
             continue
         mask = random_mask(layer.weight.shape, layer.num_active, derive_seed(config.seed, "initial mask", index))
         layer.set_mask(mask.to(layer.weight.device))
@@ -117,7 +138,7 @@ def _copy_unchanged(source: nn.Module, target: nn.Module) -> None:
             parameter.requires_grad_(values[name].requires_grad)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module | MaskedProjection) -> None:
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

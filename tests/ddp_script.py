@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from sparseift_llm import SparseTrainingController
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from tests.tiny_runs import (
     batches,
     controller_of,

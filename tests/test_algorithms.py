@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseift_llm.config import DSTConfig
 from sparseift_llm.dst.algorithms import ALGORITHMS, Static
 from sparseift_llm.layers.masked import MaskedProjection
-from sparseift_llm.ops.masked_weight import DenseGradient
+from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.topology.masks import random_mask
 from tests.tiny_runs import bits, toy_layer
 
@@ -34,7 +34,8 @@ GRADIENT = torch.tensor([[0.1, -5.0, 0.2, 0.3], [4.0, 0.4, -6.0, 0.5]])
 
 
 def updated(name: str, step: int, gradient: Tensor | None = None, seed: int = 0, index: int = 0) -> str:
-    return text(algorithm(name, seed=seed).next_mask(toy_layer(WEIGHT, bits(MASK)), step, index, gradient))
+    growth = None if gradient is None else gradient.abs()
+    return text(algorithm(name, seed=seed).next_mask(toy_layer(WEIGHT, bits(MASK)), step, index, growth))
 
 
 # ---- static

@@ -17,7 +17,7 @@ from sparseift_llm.checkpoint import (
     read_trainer_state,
     set_aside_incomplete,
 )
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.mask_file import MASKS_NAME, digest, masks_of, save_masks
 from tests.models import tiny_config, tiny_model
 

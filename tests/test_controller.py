@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from sparseift_llm import DSTConfig, SparseTrainingController
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from tests.tiny_runs import ToyModel, batches, bits, differences, masks, sparse_gpt2, train
 
 

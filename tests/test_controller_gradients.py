@@ -15,8 +15,8 @@ from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 
 from sparseift_llm import DSTConfig, SparseTrainingController, to_dense
-from sparseift_llm.layers.masked import sparse_layers
-from sparseift_llm.ops.masked_weight import DenseGradient
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.ops.dense_gradient import DenseGradient
 from tests.tiny_runs import ToyModel, batches, differences, masks, sparse_gpt2, train
 
 

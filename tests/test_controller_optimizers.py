@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, AdamW, NAdam, Optimizer, RMSprop
 
 from sparseift_llm import SparseTrainingController
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from tests.tiny_runs import batches, differences, masks, sparse_gpt2, train, violations
 
 

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from sparseift_llm import DSTConfig, SparseTrainingController
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from tests.tiny_runs import Rows, ToyModel, batches, differences, masks, snapshot, sparse_gpt2, train
 
 ALGORITHMS = ["static", "set", "rigl", "gmp"]

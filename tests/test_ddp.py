@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from sparseift_llm import SparseTrainingController
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from tests.ddp_script import STEPS
 from tests.tiny_runs import batches, differences, final_state, masks, sparse_gpt2, sparse_trainer, train
 

@@ -64,7 +64,7 @@ def test_a_run_with_fixed_masks_costs_its_steps(tokens: int, num_steps: int, act
 
 
 def test_train_state_bytes_by_hand() -> None:
-    assert isoflop.train_state_bytes(num_stored=10, num_masked=6) == 10 * 4 * 4 + 6
+    assert isoflop.train_state_bytes(num_stored=10, topology_bytes=6) == 10 * 4 * 4 + 6
 
 
 @given(

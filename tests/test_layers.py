@@ -15,14 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from sparseift_llm.layers.masked import (
-    MaskedConv1D,
-    MaskedLinear,
-    MaskedProjection,
-    masked_projection,
-    sparse_layers,
-)
-from sparseift_llm.ops.masked_weight import DenseGradient, _MaskedGradient, masked_weight
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.masked import MaskedConv1D, MaskedLinear, MaskedProjection, masked_projection
+from sparseift_llm.ops.dense_gradient import DenseGradient
+from sparseift_llm.ops.masked_weight import _MaskedGradient, masked_weight
 from sparseift_llm.topology.masks import random_mask
 
 KINDS = ("linear", "linear_without_bias", "conv1d")

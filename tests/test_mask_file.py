@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparseift_llm import mask_file
-from sparseift_llm.layers.masked import masked_projection, sparse_layers
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.masked import masked_projection
 from sparseift_llm.mask_file import MASKS_NAME, apply_masks, digest, masks_of, pack, read_masks, save_masks, unpack
 from sparseift_llm.topology.masks import random_mask
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparseift_llm.ops.masked_weight import DenseGradient, _MaskedGradient, masked_weight
+from sparseift_llm.ops.dense_gradient import DenseGradient
+from sparseift_llm.ops.masked_weight import _MaskedGradient, masked_weight
 
 INF = float("inf")
 

@@ -34,7 +34,7 @@ def test_dense_costs_equal_a_really_built_model(name: str) -> None:
     assert len(shapes) == 2 * PER_LAYER[name]
     dense = planned(name).dense
     assert dense.linear_active_params == sum(rows * columns for rows, columns in shapes.values())
-    assert dense.num_masked == 0
+    assert dense.topology_bytes == 0
     check_costs(model, dense)
     assert {layer.name: layer.dense_shape for layer in planned(name).layers} == shapes
 
@@ -49,7 +49,7 @@ def test_the_widened_model_builds_runs_and_costs_what_was_planned(name: str, sco
     check_costs(model, result.sparse)
     masked = {layer.name for layer in result.layers if layer.is_sparse}
     shapes = weight_shapes(model)
-    assert result.sparse.num_masked == sum(shapes[layer][0] * shapes[layer][1] for layer in masked)
+    assert result.sparse.topology_bytes == sum(shapes[layer][0] * shapes[layer][1] for layer in masked)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
     assert logits.shape == (1, 3, 97)

@@ -53,7 +53,7 @@ def test_targets_and_exclude(options: dict[str, Any], sparse_kinds: set[str]) ->
         rows, columns = layer.dense_shape if layer.is_sparse else layer.sparse_shape
         assert layer.num_active == rows * columns
     assert result.sparse.linear_active_params == sum(layer.num_active for layer in result.layers)
-    assert result.sparse.num_masked == sum(layer.num_weights for layer in result.layers if layer.is_sparse)
+    assert result.sparse.topology_bytes == sum(layer.num_weights for layer in result.layers if layer.is_sparse)
 
 
 @pytest.mark.parametrize("options", [{"targets": ("q",)}, {"targets": ("q", "v", "o")}, {"exclude": ("k",)}])

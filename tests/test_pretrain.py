@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from sparseift_llm import data as data_module
 from sparseift_llm import load_pretrained
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from tests.pretrain_runs import (
     ENVIRONMENT,
     REPOSITORY,

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
 
 from sparseift_llm.cli import main as sparseift
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.report import comparison_table
 
 ROOT = Path(__file__).parent.parent

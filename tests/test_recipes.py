@@ -13,7 +13,7 @@ import yaml
 
 from sparseift_llm import DSTConfig, plan, sparsify
 from sparseift_llm.architectures import build_model
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.recipe import Recipe, load_recipe
 from sparseift_llm.scaling import cosine_to_plateau
 from tests.pretrain_runs import RECIPES, VOCAB, curve, load_script, read_json, write_corpus

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, optimizer_param_groups, plan, scaling, sparsify
 from sparseift_llm.architectures import build_model
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.scaling import fan_in_multipliers, scale_initial_weights
 from tests.models import ARCHS, shake, tiny_config, tiny_model, token_ids
 

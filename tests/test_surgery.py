@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, load_pretrained, plan, sparsify, to_dense
-from sparseift_llm.layers.masked import MaskedProjection, sparse_layers
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.mask_file import MASKS_NAME, digest, masks_of
 from tests.models import ARCHS, gradients_of, logits_of, shake, tiny_config, tiny_model
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from sparseift_llm import SparseIFTConfig, sparsify
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.mask_file import MASKS_NAME, digest, masks_of, read_masks
 from tests.models import FUSED_ARCHS, SPLIT_ARCHS, logits_of, tiny_config, tiny_model
 

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingCallback, sparsify
-from sparseift_llm.layers.masked import MaskedProjection, masked_projection, sparse_layers
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 
 VOCAB, LENGTH = 32, 8
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparseift_llm import schedules
 from sparseift_llm.config import DSTConfig
-from sparseift_llm.layers.masked import MaskedProjection
-from sparseift_llm.topology.masks import derive_seed, drop_and_grow, magnitude_mask, random_scores
+from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.topology.masks import derive_seed, magnitude_mask, random_phase, random_scores
 
 
 class Static:
@@ -34,17 +34,17 @@ class Static:
         """Whether masks change right after optimizer step `step`."""
         return False
 
-    def next_mask(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
+    def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
         """The layer's mask after `step`.
 
         Args:
             layer: a sparse projection, weights already updated by the optimizer.
             step: optimizer step, from 1.
             index: the layer's place in the model.
-            dense_gradient: gradient of the global batch, the weight's shape, if `needs_dense_gradient`.
+            growth: L1 norm of the global batch's gradient of every unit, if `needs_dense_gradient`.
 
         Returns:
-            Bool mask of the weight's shape on its device.
+            Bool mask, of the shape and on the device of the layer's.
         """
         return layer.mask
 
@@ -55,17 +55,15 @@ class SET(Static):
     def is_update_step(self, step: int) -> bool:
         return schedules.is_update_step(step, self.config.update_every_steps, self.stop)
 
-    def next_mask(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
+    def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
         fraction = schedules.cosine_drop_fraction(step, self.stop, self.config.drop_fraction)
-        active = int(layer.mask.sum())
-        num_changed = min(int(fraction * active), layer.mask.numel() - active)
-        growth = self.growth_scores(layer, step, index, dense_gradient)
-        return drop_and_grow(layer.mask, layer.weight.detach().abs(), growth, num_changed)
+        phase = random_phase(derive_seed(self.seed, "phase", step, index))
+        return layer.exchange(fraction, self.growth_scores(layer, step, index, growth), phase)
 
-    def growth_scores(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
-        """Scores of the weight's shape; the largest among the inactive ones grow."""
+    def growth_scores(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
+        """Scores of the mask's shape; the largest among the inactive ones grow."""
         seed = derive_seed(self.seed, "growth", step, index)
-        return random_scores(layer.weight.shape, seed).to(layer.weight.device)
+        return random_scores(layer.mask.shape, seed).to(layer.weight.device)
 
 
 class RigL(SET):
@@ -73,9 +71,9 @@ class RigL(SET):
 
     needs_dense_gradient = True
 
-    def growth_scores(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
-        assert dense_gradient is not None
-        return dense_gradient.abs()
+    def growth_scores(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
+        assert growth is not None
+        return growth
 
 
 class GMP(Static):
@@ -84,13 +82,13 @@ class GMP(Static):
     def is_update_step(self, step: int) -> bool:
         return schedules.is_pruning_step(step, self.config.update_every_steps, self.stop)
 
-    def next_mask(self, layer: MaskedProjection, step: int, index: int, dense_gradient: Tensor | None) -> Tensor:
+    def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
         size = layer.mask.numel()
         final_sparsity = 1 - layer.num_active / size
         num_active = size - int(size * schedules.cubic_sparsity(step, self.stop, final_sparsity))
         if step >= self.stop:
             num_active = layer.num_active
-        return magnitude_mask(layer.mask, layer.weight.detach().abs(), min(num_active, int(layer.mask.sum())))
+        return magnitude_mask(layer.mask, layer.magnitude(), min(num_active, int(layer.mask.sum())))
 
 
 ALGORITHMS: dict[str, type[Static]] = {"static": Static, "set": SET, "rigl": RigL, "gmp": GMP}

@@ -59,7 +59,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         assert model is not None
         if self.controller is not None:
             self.controller.close()  # of an earlier train() that ended in an exception
-        self.controller = SparseTrainingController(model, optimizer, state.max_steps)
+        self.controller = SparseTrainingController(model, optimizer, state.max_steps, args.gradient_accumulation_steps)
         if state.global_step > 0:
             self._resume(args, state, model)
 

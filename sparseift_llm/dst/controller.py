@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm.dst.algorithms import ALGORITHMS
-from sparseift_llm.dst.distributed import check_same_masks, mean_over_ranks
+from sparseift_llm.dst.distributed import check_same_masks, mean_over_ranks, world_size
 from sparseift_llm.dst.optimizer_state import zero_state
-from sparseift_llm.layers.masked import sparse_layers
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.mask_file import apply_masks, digest, pack, unpack
-from sparseift_llm.ops.masked_weight import DenseGradient
+from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.planning import read_record
 
 
@@ -36,6 +36,9 @@ class SparseTrainingController:
         model: a Sparse-IFT model, bare, compiled or in DistributedDataParallel.
         optimizer: a torch optimizer that holds all sparse weights, or accelerate's wrapper of one.
         total_steps: optimizer steps of the whole run, at least 1.
+        micro_batches: backward passes per optimizer step. With 1, in a single process, each layer's dense
+            gradient is reduced to scores at once and freed; otherwise, or if None (not known), the
+            dense gradients of all layers are held until the optimizer steps.
 
     Attributes:
         step: optimizer steps taken.
@@ -46,9 +49,11 @@ class SparseTrainingController:
         ValueError: the model has no sparse layers, or a sparse weight is not in the optimizer.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, total_steps: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, total_steps: int, micro_batches: int | None = None) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        if micro_batches is not None and micro_batches < 1:
+            raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
         self.model = model
         self.layers = sparse_layers(model)
         if not self.layers:
@@ -59,6 +64,7 @@ class SparseTrainingController:
         hf_config = _config_of(model)
         config, _ = read_record(hf_config)
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
+        self._reduces_at_once = micro_batches == 1 and world_size() == 1
         self.step = 0
         self.active_weight_steps = 0
         self.num_dense_gradient_steps = 0
@@ -134,7 +140,7 @@ class SparseTrainingController:
                 )
 
     def _count_active(self) -> int:
-        return sum(int(layer.mask.sum()) for layer in self.layers.values())
+        return sum(layer.count_active() for layer in self.layers.values())
 
     @torch.no_grad()
     def _after_optimizer_step(self, *_: Any) -> None:
@@ -153,36 +159,35 @@ class SparseTrainingController:
         if self.algorithm.needs_dense_gradient:
             self.num_dense_gradient_steps += 1
         for index, (name, layer) in enumerate(self.layers.items()):
-            gradient = self._global_gradient(name) if self.algorithm.needs_dense_gradient else None
-            mask = self.algorithm.next_mask(layer, self.step, index, gradient)
-            changed = mask != layer.mask
-            layer.set_mask(mask)
+            growth = self._growth(name) if self.algorithm.needs_dense_gradient else None
+            changed = layer.set_mask(self.algorithm.next_mask(layer, self.step, index, growth))
             zero_state(self.optimizer, layer.weight, changed, name)
         self._num_active = self._count_active()
         check_same_masks({name: layer.mask for name, layer in self.layers.items()}, self.step)
 
-    def _global_gradient(self, name: str) -> Tensor:
-        """The layer's dense gradient, summed over micro-batches, averaged over ranks; freed here."""
-        capture = self.layers[name].dense_gradient
+    def _growth(self, name: str) -> Tensor:
+        """Scores of the layer's dense gradient, summed over micro-batches, averaged over ranks; freed here."""
+        layer = self.layers[name]
+        capture = layer.dense_gradient
         if capture is None or capture.total is None:
             raise RuntimeError(
                 f"{name}: no dense gradient reached step {self.step}; run forward and backward of every sparse layer "
                 "between two optimizer steps"
             )
-        gradient = mean_over_ranks(capture.total)
+        scores = capture.total if self._reduces_at_once else layer.growth_scores(mean_over_ranks(capture.total))
         capture.total = None
-        if not gradient.isfinite().all():
+        if not scores.isfinite().all():
             raise RuntimeError(
                 f"{name}: the dense gradient at step {self.step} is not finite; training has diverged, or "
                 "a gradient scaler skipped a step: call controller.begin_step() before each step's first micro-batch"
             )
-        return gradient
+        return scores
 
     def _arm(self) -> None:
         """Capture dense gradients during the coming optimizer step, if it updates masks."""
         if self.algorithm.needs_dense_gradient and self.algorithm.is_update_step(self.step + 1):
             for layer in self.layers.values():
-                layer.dense_gradient = DenseGradient()
+                layer.dense_gradient = DenseGradient(layer.growth_scores if self._reduces_at_once else None)
             torch.compiler.set_stance("force_eager")  # compiled graphs do not capture
         else:
             self._disarm()

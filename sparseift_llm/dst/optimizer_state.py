@@ -18,7 +18,7 @@ def zero_state(optimizer: Optimizer, parameter: Tensor, positions: Tensor, name:
     Args:
         optimizer: the optimizer that owns `parameter`.
         parameter: a weight.
-        positions: bool mask of its shape.
+        positions: bool mask, broadcastable to its shape.
         name: the layer, for error messages.
 
     Raises:

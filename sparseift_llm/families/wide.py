@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 from transformers import PreTrainedConfig
 
 from sparseift_llm import isoflop
@@ -17,7 +20,7 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
 
     Args:
         dense: config of the dense model.
-        config: gives `scope`, `sparsity` and `width_multiple`.
+        config: gives `scope`, `sparsity`, `width_multiple` and, for tiles, a `block_size` (see `resolve_block_size`).
 
     Returns:
         A new stock config of the same type.
@@ -25,7 +28,7 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
     Source: arXiv 2303.11525, section 3.2; the authors' GPT-3 configs (768 -> 1092 at 50%).
     """
     sizes = sizes_of(dense)
-    multiple = config.width_multiple
+    multiple = math.lcm(config.width_multiple, config.block_size or 1)
     if config.sparsity == 0:
         return with_sizes(dense, sizes.hidden, sizes.ffn, sizes.head_dim)
     if config.scope == "ffn":
@@ -36,17 +39,39 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
     if head_dim_is_free(dense):
         hidden = isoflop.round_size(sizes.hidden * factor, multiple, lambda size: size >= sizes.hidden)
         head_dim = isoflop.round_size(
-            sizes.head_dim * factor, 1, lambda size: size >= sizes.head_dim and valid_head_dim(dense, size)
+            sizes.head_dim * factor,
+            1,
+            lambda size: size >= sizes.head_dim and valid_head_dim(dense, size) and _fills_tiles(dense, config, size),
         )
     else:
         hidden = isoflop.round_size(
             sizes.hidden * factor,
             sizes.num_heads,
             lambda size: (
-                size >= sizes.hidden and size % multiple == 0 and valid_head_dim(dense, size // sizes.num_heads)
+                size >= sizes.hidden
+                and size % multiple == 0
+                and valid_head_dim(dense, size // sizes.num_heads)
+                and _fills_tiles(dense, config, size // sizes.num_heads)
             ),
         )
         head_dim = hidden // sizes.num_heads
     # from the rounded hidden size, so that a ratio of 4 stays 4, as in the authors' configs
     ffn = isoflop.round_size(sizes.ffn * hidden / sizes.hidden, multiple, lambda size: size >= sizes.ffn)
     return with_sizes(dense, hidden, ffn, head_dim)
+
+
+def resolve_block_size(dense: PreTrainedConfig, config: SparseIFTConfig) -> SparseIFTConfig:
+    """`config` with a `block_size` chosen by the widened model's hidden size, where tiles are asked for without one."""
+    if config.structure != "block" or config.block_size is not None:
+        return config
+    factor = isoflop.wide_model_factor(config.sparsity) if config.scope == "model" else 1
+    return dataclasses.replace(config, block_size=isoflop.default_block_size(round(sizes_of(dense).hidden * factor)))
+
+
+def _fills_tiles(dense: PreTrainedConfig, config: SparseIFTConfig, head_dim: int) -> bool:
+    """Whether queries, keys and values of heads of this size have widths that are multiples of the tile."""
+    if config.block_size is None or not {"q", "k", "v", "o"} & set(config.target_kinds):
+        return True
+    num_heads = sizes_of(dense).num_heads
+    num_kv_heads = getattr(dense, "num_key_value_heads", None) or num_heads
+    return all(number * head_dim % config.block_size == 0 for number in (num_heads, num_kv_heads))

@@ -1,1 +1,1 @@
-"""Sparse replacements of the dense projections."""
+"""Sparse projections, one file per storage."""

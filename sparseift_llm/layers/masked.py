@@ -1,38 +1,26 @@
 """Unstructured sparse projections: a dense weight with zeros, and its mask.
 
-They keep the parameters, names and arithmetic of the layers they replace. Who sets the mask, and
-when, is not known here.
+They keep the parameters, names and arithmetic of the layers they replace.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparseift_llm.ops.masked_weight import DenseGradient, masked_weight
+from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.ops.masked_weight import masked_weight
+from sparseift_llm.topology.masks import drop_and_grow
 
 
-class MaskedProjection(nn.Module):
-    """What `MaskedLinear` and `MaskedConv1D` share: the mask and the capture of dense gradients.
+class MaskedProjection(SparseProjection):
+    """What `MaskedLinear` and `MaskedConv1D` share.
 
-    Attributes:
-        weight: parameter; 0 wherever `mask` is.
-        mask: bool buffer of the weight's shape, not part of the state dict (see mask_file.py).
-        dense_shape: (out, in) of the dense projection this one replaces.
-        num_active: active weights the plan gives this layer, the end point of gradual pruning.
-        dense_gradient: where the next backward passes add their unmasked weight gradient, or None.
+    `weight` is 0 wherever `mask`, a buffer of its shape, is; the mask is not part of the state dict
+    (see mask_file.py).
     """
-
-    weight: Tensor
-    bias: Any
-    mask: Tensor
-    dense_shape: tuple[int, int]
-    num_active: int
-    dense_gradient: DenseGradient | None
 
     def _adopt(self, dense: nn.Module, num_active: int, dense_shape: tuple[int, int]) -> None:
         self.weight = dense.weight  # type: ignore[assignment]
@@ -46,26 +34,31 @@ class MaskedProjection(nn.Module):
     def _weight(self) -> Tensor:
         return masked_weight(self.weight, self.mask, self.dense_gradient)
 
+    @property
+    def unit_size(self) -> int:
+        return 1
+
     @torch.no_grad()
-    def set_mask(self, mask: Tensor) -> None:
-        """Take over `mask` (bool, the weight's shape) in place and set inactive weights to exactly 0."""
+    def set_mask(self, mask: Tensor) -> Tensor:
+        changed = mask != self.mask
         self.mask.copy_(mask)
         self.zero_inactive()
+        return changed
 
     @torch.no_grad()
     def zero_inactive(self) -> None:
-        """Set inactive weights to exactly 0."""
         self.weight.masked_fill_(~self.mask, 0)
 
-    def to_dense(self) -> nn.Module:
-        """The stock layer with this one's weight and bias (shared, not copied)."""
-        raise NotImplementedError
+    def magnitude(self) -> Tensor:
+        return self.weight.detach().abs()
 
-    def extra_repr(self) -> str:
-        active = self.num_active if self.mask.is_meta else int(self.mask.sum())
-        size = self.mask.numel()
-        rows, columns = self.dense_shape
-        return f"sparsity={1 - active / size:.4f}, active {active:,} of {size:,}, replaces {columns}->{rows}"
+    def growth_scores(self, dense_gradient: Tensor) -> Tensor:
+        return dense_gradient.abs()
+
+    def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
+        active = int(self.mask.sum())
+        num_changed = min(int(fraction * active), self.mask.numel() - active)
+        return drop_and_grow(self.mask, self.magnitude(), growth, num_changed)
 
 
 class MaskedLinear(MaskedProjection, nn.Linear):
@@ -82,7 +75,7 @@ class MaskedLinear(MaskedProjection, nn.Linear):
         self._adopt(dense, num_active, dense_shape)
 
     def extra_repr(self) -> str:
-        return f"{nn.Linear.extra_repr(self)}, {MaskedProjection.extra_repr(self)}"
+        return f"{nn.Linear.extra_repr(self)}, {self.describe()}"
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -103,7 +96,7 @@ class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
         self._adopt(dense, num_active, dense_shape)
 
     def __repr__(self) -> str:
-        return f"MaskedConv1D(nf={self.nf}, nx={self.nx}, {self.extra_repr()})"
+        return f"MaskedConv1D(nf={self.nf}, nx={self.nx}, {self.describe()})"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), by the same operation as `Conv1D`."""
@@ -123,15 +116,3 @@ def masked_projection(dense: nn.Module, num_active: int, dense_shape: tuple[int,
         return MaskedConv1D(dense, num_active, dense_shape)
     assert isinstance(dense, nn.Linear)
     return MaskedLinear(dense, num_active, dense_shape)
-
-
-def sparse_layers(model: nn.Module) -> dict[str, MaskedProjection]:
-    """All sparse projections of a model by module path, in the model's own order.
-
-    Prefixes that wrappers add (DistributedDataParallel, torch.compile) are taken off.
-    """
-    return {
-        name.replace("_orig_mod.", "").removeprefix("module."): module
-        for name, module in model.named_modules()
-        if isinstance(module, MaskedProjection)
-    }

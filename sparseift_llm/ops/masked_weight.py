@@ -11,17 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-class DenseGradient:
-    """Sums the dense weight gradients of a layer's micro-batches, in float32 or wider."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def add(self, gradient: Tensor) -> None:
-        """Add one micro-batch's gradient, of the weight's shape."""
-        gradient = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
-        self.total = gradient.clone() if self.total is None else self.total.add_(gradient)
+from sparseift_llm.ops.dense_gradient import DenseGradient
 
 
 class _MaskedGradient(torch.autograd.Function):

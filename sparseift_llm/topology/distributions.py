@@ -24,7 +24,7 @@ def uniform(sizes: Sequence[int], total_active: int) -> list[int]:
     """
     _check_total(sizes, total_active)
     density = Fraction(total_active, sum(sizes))
-    return _round_to_total([density * size for size in sizes], sizes, total_active)
+    return round_to_total([density * size for size in sizes], sizes, total_active)
 
 
 def erdos_renyi_kernel(shapes: Sequence[tuple[int, int]], total_active: int) -> list[int]:
@@ -58,7 +58,7 @@ def erdos_renyi_kernel(shapes: Sequence[tuple[int, int]], total_active: int) -> 
             ideal[index] = Fraction(left * sum(shapes[index]), sides)
         overfull = {index for index in free if ideal[index] > sizes[index]}
         if not overfull:
-            return _round_to_total(ideal, sizes, total_active)
+            return round_to_total(ideal, sizes, total_active)
         saturated |= overfull
 
 
@@ -67,8 +67,8 @@ def _check_total(sizes: Sequence[int], total_active: int) -> None:
         raise ValueError(f"{total_active} active weights asked for, but the layers hold 0 to {sum(sizes)}")
 
 
-def _round_to_total(ideal: Sequence[Fraction], sizes: Sequence[int], total: int) -> list[int]:
-    """Largest-remainder rounding; ties go to the earlier layer."""
+def round_to_total(ideal: Sequence[Fraction], sizes: Sequence[int], total: int) -> list[int]:
+    """Largest-remainder rounding of `ideal`, which adds up to `total`; ties go to the earlier layer."""
     counts = [int(value) for value in ideal]
     by_remainder = sorted(range(len(ideal)), key=lambda index: (counts[index] - ideal[index], index))
     for index in by_remainder[: total - sum(counts)]:

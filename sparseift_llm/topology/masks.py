@@ -41,6 +41,11 @@ def random_scores(shape: torch.Size, seed: int) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
+def random_phase(seed: int) -> float:
+    """A uniform number in [0, 1) from `seed`."""
+    return float(random_scores(torch.Size((1,)), seed))
+
+
 def largest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     """Mask of the `count` eligible positions with the largest scores; among equals the lower index wins.
 

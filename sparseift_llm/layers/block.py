@@ -1,0 +1,178 @@
+"""`BlockSparseLinear`: a sparse projection that stores and multiplies its active tiles only.
+
+The number of tiles in a block-row never changes, so the parameter has one shape for the whole training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.ops.block_linear import block_linear_op
+from sparseift_llm.ops.block_reference import dense_weight, tiles_of
+from sparseift_llm.ops.dense_gradient import capture_dense_gradient
+from sparseift_llm.topology import blocks
+
+
+class BlockSparseLinear(SparseProjection):
+    """A linear map whose weight is a sum of few (block_size x block_size) tiles.
+
+    Args:
+        dense: the `Linear` or `Conv1D` to replace; the active tiles' weights are copied from it.
+        columns: block-column of every slot, int32 (N,), distinct within a block-row; slots of row r of
+            R are r * N // R to (r + 1) * N // R - 1.
+        block_size: b; both sides of the layer are multiples of it.
+        dense_shape: (out, in) of the dense twin.
+
+    Attributes:
+        weight: (N, b, b), a tile is (out, in).
+        columns: buffer, part of the state dict, because without it the weight has no meaning.
+
+    Raises:
+        ValueError: a side is not a multiple of `block_size`, or `columns` are not valid.
+    """
+
+    columns: Tensor
+    slots_by_column: Tensor
+    column_starts: Tensor
+
+    def __init__(self, dense: nn.Module, columns: Tensor, block_size: int, dense_shape: tuple[int, int]) -> None:
+        super().__init__()
+        matrix = dense.weight.detach().T if isinstance(dense, Conv1D) else dense.weight.detach()  # type: ignore[operator]
+        self.out_features, self.in_features = int(matrix.shape[0]), int(matrix.shape[1])
+        self.block_size = block_size
+        self.is_conv1d = isinstance(dense, Conv1D)
+        for side in matrix.shape:
+            if side % block_size:
+                raise ValueError(f"a side of {side} is not a multiple of block_size={block_size}; choose another one")
+        self.dense_shape = dense_shape
+        self.num_active = len(columns) * block_size**2
+        self.dense_gradient = None
+        device = matrix.device
+        self.register_buffer("columns", columns.to(device, torch.int32))
+        self._check_columns()
+        tiles = tiles_of(matrix, self.columns, block_size)
+        requires_grad = bool(dense.weight.requires_grad)
+        self.weight = nn.Parameter(tiles.clone(memory_format=torch.contiguous_format), requires_grad)
+        self.bias = dense.bias
+        order, starts = blocks.slots_by_column(self.columns, self.num_columns)
+        self.register_buffer("slots_by_column", order, persistent=False)
+        self.register_buffer("column_starts", starts, persistent=False)
+        self.register_load_state_dict_post_hook(_after_loading)
+        self.train(dense.training)
+
+    @property
+    def num_rows(self) -> int:
+        """Tiles along the output side."""
+        return self.out_features // self.block_size
+
+    @property
+    def num_columns(self) -> int:
+        """Tiles along the input side."""
+        return self.in_features // self.block_size
+
+    @property
+    def mask(self) -> Tensor:  # type: ignore[override]
+        """Which tiles are active: bool (R, C), made anew at each access."""
+        return blocks.tile_mask(self.columns, self.num_rows, self.num_columns)
+
+    @property
+    def unit_size(self) -> int:
+        return self.block_size**2
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        x, weight, bias = _autocast(input.reshape(-1, self.in_features), self.weight, self.bias)
+        y = block_linear_op(x, weight, bias, self.columns, self.slots_by_column, self.column_starts, self.out_features)
+        if self.dense_gradient is not None:
+            y = capture_dense_gradient(y, x, self.dense_gradient)
+        return y.view(*input.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> Tensor:
+        """As for every sparse layer: slots of dropped tiles go to the grown tiles of the same block-row.
+
+        Raises:
+            ValueError: another number of tiles in some block-row than now.
+        """
+        current = self.mask
+        mask = mask.to(current.device)
+        if mask.shape != current.shape or not torch.equal(mask.sum(1), current.sum(1)):
+            raise ValueError("the number of tiles in a block-row is fixed; the mask has another one, or another shape")
+        columns, changed = blocks.reassign(self.columns, current, mask)
+        self.columns.copy_(columns)
+        self._index_columns()
+        changed = changed[:, None, None]
+        self.weight.masked_fill_(changed, 0)
+        return changed
+
+    def zero_inactive(self) -> None:
+        """Nothing to do: inactive weights are not stored."""
+
+    @torch.no_grad()
+    def magnitude(self) -> Tensor:
+        scores = self.weight.new_zeros(self.num_rows, self.num_columns, dtype=_sum_dtype(self.weight))
+        rows = blocks.rows_of_slots(len(self.columns), self.num_rows).to(self.columns.device)
+        scores[rows, self.columns.long()] = self.weight.abs().sum((1, 2), dtype=scores.dtype)
+        return scores
+
+    def growth_scores(self, dense_gradient: Tensor) -> Tensor:
+        return blocks.tile_sums(dense_gradient, self.block_size)
+
+    def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
+        mask = self.mask
+        num_changed = blocks.changes_per_row(mask.sum(1), fraction, phase)
+        return blocks.drop_and_grow_per_row(mask, self.magnitude(), growth, num_changed)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        matrix = dense_weight(self.weight.detach(), self.columns, self.out_features, self.in_features)
+        with torch.device("meta"):
+            dense = (
+                Conv1D(self.out_features, self.in_features)
+                if self.is_conv1d
+                else nn.Linear(self.in_features, self.out_features, bias=False)
+            )
+        dense.weight = nn.Parameter(matrix.T.contiguous() if self.is_conv1d else matrix, self.weight.requires_grad)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        size = self.block_size
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, tiles {size}x{size}, {self.describe()}"
+        )
+
+    def _index_columns(self) -> None:
+        order, starts = blocks.slots_by_column(self.columns, self.num_columns)
+        self.slots_by_column.copy_(order)
+        self.column_starts.copy_(starts)
+
+    def _check_columns(self) -> None:
+        if self.columns.is_meta:
+            return
+        in_range = bool(((self.columns >= 0) & (self.columns < self.num_columns)).all())
+        if not in_range or int(self.mask.sum()) != len(self.columns):
+            raise ValueError("columns are damaged: they must be distinct within a block-row and inside the matrix")
+
+
+def _after_loading(layer: BlockSparseLinear, _: Any) -> None:
+    layer._check_columns()
+    layer._index_columns()
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in autocast's dtype where it is on, as for `nn.functional.linear`."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,0 +1,63 @@
+"""Block-sparse products by one BLAS call per tile on strided views, without copies: for CPUs without a C++ compiler.
+
+Float32 sums for every dtype but float64: half-precision operands are converted first. Functions as in
+block_reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseift_llm.topology.blocks import row_starts
+
+TOKENS_PER_CHUNK = 1024  # operands of a block-row stay in the second-level cache
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
+    """x (T, in) -> (T, out)."""
+    size = weight.shape[1]
+    starts = row_starts(len(weight), out_features // size).tolist()
+    return _gather(x, weight.transpose(1, 2), starts, columns.tolist(), list(range(len(weight))), bias)
+
+
+def input_gradient(
+    grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, out_features: int, in_features: int
+) -> Tensor:
+    """grad (T, out) -> (T, in)."""
+    slots, num_rows = slots_by_column.tolist(), out_features // weight.shape[1]
+    rows = [((slot + 1) * num_rows - 1) // len(slots) for slot in slots]
+    return _gather(grad, weight, column_starts.tolist(), rows, slots, None)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
+    """grad (T, out), x (T, in) -> tiles (N, b, b)."""
+    left, right = _widen(grad).split(block_size, 1), _widen(x).split(block_size, 1)
+    result = left[0].new_empty(len(columns), block_size, block_size)
+    starts, of_slot = row_starts(len(columns), len(left)).tolist(), columns.tolist()
+    for row, block in enumerate(left):
+        for slot in range(starts[row], starts[row + 1]):
+            torch.mm(block.T, right[of_slot[slot]], out=result[slot])
+    return result.to(x.dtype)
+
+
+def _gather(
+    x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], slots: list[int], bias: Tensor | None
+) -> Tensor:
+    """Output block j is the sum over e in starts[j]..starts[j+1] of input block sources[e] @ tiles[slots[e]]."""
+    size = tiles.shape[1]
+    tiles, outputs = _widen(tiles), []
+    for chunk in x.split(TOKENS_PER_CHUNK):
+        blocks = _widen(chunk).split(size, 1)
+        y = tiles.new_zeros(len(chunk), (len(starts) - 1) * size)
+        if bias is not None:
+            y += bias
+        for j, out in enumerate(y.split(size, 1)):
+            for e in range(starts[j], starts[j + 1]):
+                out.addmm_(blocks[sources[e]], tiles[slots[e]])
+        outputs.append(y.to(x.dtype))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,267 @@
+"""Products of a block-sparse weight with dense activations as Triton kernels that touch active tiles only.
+
+Here are the three products of a linear layer as plain tensor functions. Autograd, the choice of a backend and
+the order of the tiles ("slots": grouped by block-row, rows differ by at most one tile) are decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+except ImportError:
+    triton = None
+
+LARGEST_PART = 128  # of a tile, per program: a wider accumulator leaves no registers
+
+
+def is_available() -> bool:
+    """Whether the functions below can run: triton is installed and there is a CUDA device or its interpreter."""
+    return triton is not None and (_INTERPRETED.value or torch.cuda.is_available())
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
+    """x @ W.T + bias, for the block-sparse W whose active tiles are given.
+
+    Args:
+        x: (T, in_features), any row stride; float32, bfloat16 or float16.
+        weight: (N, b, b) tiles (out, in) of x's dtype, grouped by block-row; b is 16, 32, 64, 128 or 256.
+        bias: (out_features,) or None; added in float32.
+        columns: int32 (N,), the block-column of each tile.
+        out_features: rows of W, a multiple of b.
+
+    Returns:
+        (T, out_features) of x's dtype, summed in float32. The same call gives the same bits.
+    """
+    return _product(x, weight, bias, (columns, None, None), out_features, out_features)
+
+
+def input_gradient(
+    grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, out_features: int, in_features: int
+) -> Tensor:
+    """grad @ W, for the block-sparse W whose active tiles are given.
+
+    Args:
+        grad: (T, out_features), any row stride; float32, bfloat16 or float16.
+        weight: (N, b, b) tiles (out, in) of grad's dtype, grouped by block-row.
+        slots_by_column: int32 (N,), the tiles' numbers sorted by block-column.
+        column_starts: int32 (in_features / b + 1,), where each block-column starts in `slots_by_column`.
+        out_features: rows of W, a multiple of b.
+        in_features: columns of W, a multiple of b.
+
+    Returns:
+        (T, in_features) of grad's dtype, summed in float32, 0 where a block-column has no tile.
+    """
+    return _product(grad, weight, None, (None, slots_by_column, column_starts), out_features, in_features)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
+    """The active tiles of grad.T @ x.
+
+    Args:
+        grad: (T, out_features), any row stride; float32, bfloat16 or float16.
+        x: (T, in_features) of grad's dtype, any row stride.
+        columns: int32 (N,), the block-column of each tile; tiles are grouped by block-row.
+        block_size: b, the width and height of a tile: 16, 32, 64, 128 or 256.
+
+    Returns:
+        (N, b, b) tiles (out, in) of x's dtype, summed in float32.
+    """
+    _require_triton()
+    grad, x = _unit_inner_stride(grad), _unit_inner_stride(x)
+    gradient = torch.empty((columns.numel(), block_size, block_size), dtype=x.dtype, device=x.device)
+    if gradient.numel() == 0:
+        return gradient
+    part = min(block_size, LARGEST_PART)
+    # Tokens per step: many for a small tile, so that enough loads are under way; few for a large one, which fills
+    # shared memory, and for float32, whose unrolled scalar instructions would spill
+    depth = 32 if x.dtype == torch.float32 else min(128, 8192 // part)
+    with torch.cuda.device_of(x):
+        _weight_gradient_kernel[(gradient.numel() // part**2,)](
+            grad, grad.stride(0), x, x.stride(0), columns, gradient, len(x), len(gradient),
+            grad.shape[1] // block_size, _bucket(len(x)), block_size, part, depth, _precision(x.dtype),
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return gradient
+
+
+def _product(
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: tuple[Tensor | None, Tensor | None, Tensor | None],
+    out_features: int,
+    width: int,
+) -> Tensor:
+    """The (T, width) product of `source` and the tiles, which are transposed when `index` has no columns."""
+    _require_triton()
+    source, weight = _unit_inner_stride(source), weight.contiguous()
+    result = torch.empty((len(source), width), dtype=source.dtype, device=source.device)
+    if result.numel() == 0:
+        return result
+    tile = weight.shape[1]
+    part = min(tile, LARGEST_PART)
+    depth = 128 // source.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (triton.cdiv(len(source), meta["token_block"]) * (width // part),)
+
+    with torch.cuda.device_of(source):
+        _product_kernel[grid](
+            source, source.stride(0), weight, bias, *index, result, len(source), len(weight), out_features // tile,
+            width // tile, _bucket(len(source)), tile, part, depth, index[0] is None, _precision(source.dtype),
+            enable_fp_fusion=True,  # triton's default is about to change
+        )  # fmt: skip
+    return result
+
+
+def _require_triton() -> None:
+    if not is_available():
+        raise RuntimeError(
+            "block-sparse Triton kernels need triton (pip install 'sparseift_llm[gpu]') and a CUDA device, "
+            "or TRITON_INTERPRET=1 in the environment before the first import of triton"
+        )
+
+
+def _unit_inner_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _bucket(tokens: int) -> int:
+    """Token counts with the same bucket share a tuned configuration; all from 2**14 on do."""
+    return min(max(tokens.bit_length(), 6), 15)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """What tl.dot may do to float32 operands: the user's choice for torch's own products."""
+    # fp32_precision also tells what was set by allow_tf32, while allow_tf32 raises after the other was set
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
+    """Configurations whose accumulators leave registers for the operands; the others spill and compile slowly."""
+    largest = 64 if arguments["weight" if "weight" in arguments else "x"].element_size() == 4 else 128
+    part = arguments["part"]
+    return [
+        config for config in configs if config.kwargs.get("token_block", part) * part <= largest * 32 * config.num_warps
+    ]
+
+
+if triton is not None:
+    _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+    def _tuned(key: list[str], configs: list[tuple[dict[str, int], int, int]]) -> Any:
+        """Decorator: the best of `configs` (sizes, warps, stages), of which the interpreter takes the first."""
+        configs = configs[:1] if _INTERPRETED else configs
+        return triton.autotune(
+            [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in configs],
+            [*key, "token_bucket", "tile", "precision"],
+            prune_configs_by={"early_config_prune": _fitting},
+            cache_results=True,
+        )
+
+    @triton.jit
+    def _place(program, token_blocks, parts):  # type: ignore[no-untyped-def]
+        # Programs that run together should read the same memory. Eight token blocks pass through all parts of the
+        # output before the next eight: a tile is read once for eight programs that follow each other, and the rows
+        # of eight token blocks stay in the L2 cache while every block-row picks the columns it needs from them.
+        group = program // (8 * parts)
+        height = tl.minimum(token_blocks - group * 8, 8)
+        inside = program % (8 * parts)
+        return group * 8 + inside % height, inside // height
+
+    @triton.jit
+    def _first_slot(row, slots, rows):  # type: ignore[no-untyped-def]
+        return (row.to(tl.int64) * slots // rows).to(tl.int32)
+
+    @triton.jit
+    def _row_of(slot, slots, rows):  # type: ignore[no-untyped-def]
+        return (((slot.to(tl.int64) + 1) * rows - 1) // slots).to(tl.int32)
+
+    @triton.jit
+    def _add_product(left, right, total, precision: tl.constexpr):  # type: ignore[no-untyped-def]
+        if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        return tl.dot(left, right, total, input_precision=precision)
+
+    # The loads wait for an index, so every second stage only holds an index: 3 buffer two blocks of operands, 5 three
+    @_tuned(
+        ["transposed"], [({"token_block": n}, w, s) for n, w in ((64, 4), (128, 4), (128, 8), (256, 8)) for s in (3, 5)]
+    )
+    @triton.jit(do_not_specialize=["token_bucket"])
+    def _product_kernel(  # type: ignore[no-untyped-def]
+        source, source_stride, weight, bias, columns, slots_by_column, column_starts, result, tokens, slots, rows,
+        blocks, token_bucket, tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, transposed: tl.constexpr,
+        precision: tl.constexpr, token_block: tl.constexpr,
+    ):  # fmt: skip
+        parts = tile // part
+        where, position = _place(tl.program_id(0), tl.cdiv(tokens, token_block), blocks * parts)
+        block = position // parts
+        if transposed:
+            first = tl.load(column_starts + block)
+            count = tl.load(column_starts + block + 1) - first
+        else:
+            first = _first_slot(block, slots, rows)
+            count = _first_slot(block + 1, slots, rows) - first
+        token = where.to(tl.int64) * token_block + tl.arange(0, token_block)
+        present = (token < tokens)[:, None]
+        beside = (position % parts) * part + tl.arange(0, part)
+        run: tl.constexpr = min(tile, depth)
+        total = tl.zeros((token_block, part), tl.float32)
+        # One flat loop, which the compiler pipelines: `depth` features are part of a large tile or several small ones
+        for start in range(0, count * tile, depth):
+            entry = first + (start + tl.arange(0, depth)) // tile
+            along = (start + tl.arange(0, depth)) % tile
+            active = start + tl.arange(0, depth) < count * tile
+            if transposed:
+                slot = tl.load(slots_by_column + entry, mask=active, other=0)
+                other = _row_of(slot, slots, rows)
+                place = along[:, None] * tile + beside[None, :]
+            else:
+                slot = entry
+                other = tl.load(columns + entry, mask=active, other=0)
+                place = along[:, None] + beside[None, :] * tile
+            # The compiler cannot see that features which belong to one tile are neighbours: without this, no wide loads
+            feature = tl.max_contiguous(tl.multiple_of(other * tile + along, run), run)
+            values = tl.load(
+                source + token[:, None] * source_stride + feature[None, :], mask=present & active[None, :], other=0.0
+            )
+            weights = tl.load(
+                weight + (slot.to(tl.int64) * tile * tile)[:, None] + place, mask=active[:, None], other=0.0
+            )
+            total = _add_product(values, weights, total, precision)
+        column = block * tile + beside
+        if bias is not None:
+            total += tl.load(bias + column).to(tl.float32)[None, :]
+        target = result + token[:, None] * (blocks * tile) + column[None, :]
+        tl.store(target, total.to(result.dtype.element_ty), mask=present)
+
+    @_tuned([], [({}, 4, 3), ({}, 4, 4), ({}, 2, 4), ({}, 8, 3)])
+    @triton.jit(do_not_specialize=["token_bucket"])
+    def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
+        grad, grad_stride, x, x_stride, columns, gradient, tokens, slots, rows, token_bucket,
+        tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
+    ):  # fmt: skip
+        # Neighbours in the launch order work on one tile, then on its block-row, and walk through the tokens together:
+        # the columns of `grad` that they share, and the same rows of `x`, are in the L2 cache.
+        parts: tl.constexpr = tile // part
+        slot = tl.program_id(0) // (parts * parts)
+        out = (tl.program_id(0) // parts) % parts * part + tl.arange(0, part)
+        beside = tl.program_id(0) % parts * part + tl.arange(0, part)
+        grad += _row_of(slot, slots, rows) * tile
+        x += tl.load(columns + slot) * tile
+        total = tl.zeros((part, part), tl.float32)
+        for start in range(0, tokens, depth):
+            token = start + tl.arange(0, depth).to(tl.int64)
+            present = token < tokens
+            upstream = tl.load(grad + out[:, None] + token[None, :] * grad_stride, mask=present[None, :], other=0.0)
+            values = tl.load(x + token[:, None] * x_stride + beside[None, :], mask=present[:, None], other=0.0)
+            total = _add_product(upstream, values, total, precision)
+        target = gradient + slot.to(tl.int64) * tile * tile + out[:, None] * tile + beside[None, :]
+        tl.store(target, total.to(gradient.dtype.element_ty))
