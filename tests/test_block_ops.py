@@ -306,9 +306,9 @@ def test_a_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         use_block_kernel(None)
     monkeypatch.setenv("SPARSEIFT_BLOCK_KERNEL", "fast")
-    with pytest.raises(ValueError, match="SPARSEIFT_BLOCK_KERNEL.*fast.*native"):
+    with pytest.raises(ValueError, match=r"SPARSEIFT_BLOCK_KERNEL.*fast.*native"):
         kernel_name("cpu", torch.float32, 16)
-    with pytest.raises(ValueError, match="block kernel.*nativ"):
+    with pytest.raises(ValueError, match=r"block kernel.*nativ"):
         use_block_kernel("nativ")
 
 

@@ -6,6 +6,7 @@ the order of the tiles ("slots": grouped by block-row, rows differ by at most on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -155,15 +156,16 @@ def _fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[An
 if triton is not None:
     _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-    def _tuned(key: list[str], configs: list[tuple[dict[str, int], int, int]]) -> Any:
+    def _tuned(key: list[str], configs: list[tuple[dict[str, int], int, int]]) -> Callable[[Any], Any]:
         """Decorator: the best of `configs` (sizes, warps, stages), of which the interpreter takes the first."""
         configs = configs[:1] if _INTERPRETED else configs
-        return triton.autotune(
+        tuner: Callable[[Any], Any] = triton.autotune(
             [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in configs],
             [*key, "token_bucket", "tile", "precision"],
             prune_configs_by={"early_config_prune": _fitting},
             cache_results=True,
         )
+        return tuner
 
     @triton.jit
     def _place(program, token_blocks, parts):  # type: ignore[no-untyped-def]
@@ -183,18 +185,18 @@ if triton is not None:
     def _row_of(slot, slots, rows):  # type: ignore[no-untyped-def]
         return (((slot.to(tl.int64) + 1) * rows - 1) // slots).to(tl.int32)
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _add_product(left, right, total, precision: tl.constexpr):  # type: ignore[no-untyped-def]
         if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
             left = left.to(tl.float32)
             right = right.to(tl.float32)
         return tl.dot(left, right, total, input_precision=precision)
 
-    # The loads wait for an index, so every second stage only holds an index: 3 buffer two blocks of operands, 5 three
+    # Operands wait for the load of an index, which takes every second stage: 4 stages would buffer no more than 3
     @_tuned(
         ["transposed"], [({"token_block": n}, w, s) for n, w in ((64, 4), (128, 4), (128, 8), (256, 8)) for s in (3, 5)]
     )
-    @triton.jit(do_not_specialize=["token_bucket"])
+    @triton.jit(do_not_specialize=["token_bucket"])  # type: ignore[untyped-decorator]
     def _product_kernel(  # type: ignore[no-untyped-def]
         source, source_stride, weight, bias, columns, slots_by_column, column_starts, result, tokens, slots, rows,
         blocks, token_bucket, tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, transposed: tl.constexpr,
@@ -212,29 +214,32 @@ if triton is not None:
         token = where.to(tl.int64) * token_block + tl.arange(0, token_block)
         present = (token < tokens)[:, None]
         beside = (position % parts) * part + tl.arange(0, part)
-        run: tl.constexpr = min(tile, depth)
+        stride_along: tl.constexpr = tile if transposed else 1
+        stride_beside: tl.constexpr = 1 if transposed else tile
         total = tl.zeros((token_block, part), tl.float32)
         # One flat loop, which the compiler pipelines: `depth` features are part of a large tile or several small ones
         for start in range(0, count * tile, depth):
-            entry = first + (start + tl.arange(0, depth)) // tile
-            along = (start + tl.arange(0, depth)) % tile
-            active = start + tl.arange(0, depth) < count * tile
+            inner = start + tl.arange(0, depth)
+            active = inner < count * tile
+            if tile < depth:
+                entry = first + inner // tile
+                listed = active
+            else:  # a scalar takes fewer registers and copies than a vector of equal numbers
+                entry = first + start // tile
+                listed = start < count * tile
             if transposed:
-                slot = tl.load(slots_by_column + entry, mask=active, other=0)
+                slot = tl.load(slots_by_column + entry, mask=listed, other=0)
                 other = _row_of(slot, slots, rows)
-                place = along[:, None] * tile + beside[None, :]
             else:
                 slot = entry
-                other = tl.load(columns + entry, mask=active, other=0)
-                place = along[:, None] + beside[None, :] * tile
-            # The compiler cannot see that features which belong to one tile are neighbours: without this, no wide loads
-            feature = tl.max_contiguous(tl.multiple_of(other * tile + along, run), run)
+                other = tl.load(columns + entry, mask=listed, other=0)
+            along = inner % tile
+            feature = other * tile + along
             values = tl.load(
                 source + token[:, None] * source_stride + feature[None, :], mask=present & active[None, :], other=0.0
             )
-            weights = tl.load(
-                weight + (slot.to(tl.int64) * tile * tile)[:, None] + place, mask=active[:, None], other=0.0
-            )
+            row = slot.to(tl.int64) * tile * tile + along * stride_along
+            weights = tl.load(weight + row[:, None] + beside[None, :] * stride_beside, mask=active[:, None], other=0.0)
             total = _add_product(values, weights, total, precision)
         column = block * tile + beside
         if bias is not None:
@@ -243,7 +248,7 @@ if triton is not None:
         tl.store(target, total.to(result.dtype.element_ty), mask=present)
 
     @_tuned([], [({}, 4, 3), ({}, 4, 4), ({}, 2, 4), ({}, 8, 3)])
-    @triton.jit(do_not_specialize=["token_bucket"])
+    @triton.jit(do_not_specialize=["token_bucket"])  # type: ignore[untyped-decorator]
     def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
         grad, grad_stride, x, x_stride, columns, gradient, tokens, slots, rows, token_bucket,
         tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,

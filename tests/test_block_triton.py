@@ -1,0 +1,444 @@
+"""The Triton kernels against a float64 dense product with the same zeros, in Triton's interpreter where no GPU is.
+
+The interpreter shows that the numbers are right; that the kernels compile, and how, is shown by a subprocess.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparseift_llm.ops import block_triton
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of float32 sums: a tensor core cuts off where the interpreter rounds, hence not half of it
+UNIT = 2.0**-23
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One block-sparse product: the tiles with their index, activations and upstream gradient."""
+
+    weight: Tensor
+    columns: Tensor
+    slots_by_column: Tensor
+    column_starts: Tensor
+    bias: Tensor | None
+    x: Tensor
+    grad: Tensor
+
+    @property
+    def tile(self) -> int:
+        return self.weight.shape[1]
+
+    def rows(self) -> list[int]:
+        """Block-row of every slot, by the definition of the storage: row r ends at slot (r+1)*N//R."""
+        slots, rows = len(self.weight), self.grad.shape[1] // self.tile
+        return [row for row in range(rows) for _ in range(row * slots // rows, (row + 1) * slots // rows)]
+
+    def dense(self) -> Tensor:
+        """The float64 matrix with the same zeros."""
+        tile = self.tile
+        matrix = torch.zeros(self.grad.shape[1], self.x.shape[1], dtype=torch.float64, device=DEVICE)
+        for slot, (row, column) in enumerate(zip(self.rows(), self.columns.tolist(), strict=True)):
+            matrix[row * tile :, column * tile :][:tile, :tile] = self.weight[slot]
+        return matrix
+
+    def tiles_of(self, matrix: Tensor) -> Tensor:
+        """(N, b, b): the active tiles of a dense matrix."""
+        tile = self.tile
+        places = zip(self.rows(), self.columns.tolist(), strict=True)
+        tiles = [matrix[row * tile :, column * tile :][:tile, :tile] for row, column in places]
+        return torch.stack(tiles) if tiles else matrix.new_zeros(0, tile, tile)
+
+
+def problem(
+    tile: int,
+    rows: int,
+    columns: int,
+    slots: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = True,
+    first_column: int = 0,
+    seed: int = 0,
+) -> Problem:
+    """Random tiles in the given number of block-rows and block-columns; those before `first_column` are empty."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    order: list[int] = []
+    for row in range(rows):
+        count = (row + 1) * slots // rows - row * slots // rows
+        choice = torch.randperm(columns - first_column, generator=generator)[:count] + first_column
+        order += sorted(choice.tolist())
+    assert len(order) == slots
+    index = torch.tensor(order, dtype=torch.int32, device=DEVICE)
+    counts = torch.bincount(index.cpu().long(), minlength=columns)
+    return Problem(
+        weight=values(slots, tile, tile),
+        columns=index,
+        slots_by_column=torch.argsort(index, stable=True).int(),
+        column_starts=torch.cat([torch.zeros(1), counts.cumsum(0)]).int().to(DEVICE),
+        bias=values(rows * tile) if bias else None,
+        x=values(tokens, columns * tile),
+        grad=values(tokens, rows * tile),
+    )
+
+
+def run(given: Problem) -> dict[str, Tensor]:
+    rows, columns = given.grad.shape[1], given.x.shape[1]
+    return {
+        "forward": block_triton.forward(given.x, given.weight, given.bias, given.columns, rows),
+        "input_gradient": block_triton.input_gradient(
+            given.grad, given.weight, given.slots_by_column, given.column_starts, rows, columns
+        ),
+        "weight_gradient": block_triton.weight_gradient(given.grad, given.x, given.columns, given.tile),
+    }
+
+
+def check_close(actual: Tensor, left: Tensor, right: Tensor, added: Tensor | None, select: Any) -> None:
+    """`actual` is left @ right + added up to the error bound of a float32 sum and one rounding to its dtype."""
+    left, right = left.double(), right.double()
+    extra = torch.zeros((), dtype=torch.float64, device=DEVICE) if added is None else added.double()
+    expected, size = select(left @ right + extra), select(left.abs() @ right.abs() + extra.abs())
+    assert actual.shape == expected.shape
+    kind = torch.finfo(actual.dtype)
+    # one rounding: to the next number, not the nearest, because the interpreter cuts bfloat16 off
+    bound = (left.shape[1] + 1) * UNIT * size + kind.eps * expected.abs() + kind.smallest_normal
+    error = (actual.double() - expected).abs()
+    assert bool((error <= bound).all()), f"error {error.max():.2e}, of bound {(error / bound).max():.2f}"
+
+
+def check_forward(given: Problem, actual: Tensor) -> None:
+    assert actual.dtype == given.x.dtype
+    check_close(actual, given.x, given.dense().T, given.bias, lambda matrix: matrix)
+
+
+def check_input_gradient(given: Problem, actual: Tensor) -> None:
+    assert actual.dtype == given.grad.dtype
+    check_close(actual, given.grad, given.dense(), None, lambda matrix: matrix)
+
+
+def check_weight_gradient(given: Problem, actual: Tensor) -> None:
+    assert actual.dtype == given.x.dtype
+    check_close(actual, given.grad.T, given.x, None, given.tiles_of)
+
+
+CHECKS: dict[str, Callable[[Problem, Tensor], None]] = {
+    "forward": check_forward,
+    "input_gradient": check_input_gradient,
+    "weight_gradient": check_weight_gradient,
+}
+
+
+def check(given: Problem) -> None:
+    for name, actual in run(given).items():
+        CHECKS[name](given, actual)
+
+
+@pytest.fixture(autouse=True)
+def one_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning every little shape takes minutes on a GPU, and the interpreter has one configuration only."""
+    for kernel in (block_triton._product_kernel, block_triton._weight_gradient_kernel):
+        monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
+
+
+def test_the_kernels_run_here() -> None:
+    assert block_triton.is_available(), "no GPU: TRITON_INTERPRET must be set before triton is imported"
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    first_column = draw(st.integers(0, columns - 1))
+    return problem(
+        draw(st.sampled_from((16, 32))),
+        rows,
+        columns,
+        draw(st.integers(0, rows * (columns - first_column))),
+        draw(st.integers(0, 70)),
+        draw(st.sampled_from(DTYPES)),
+        bias=draw(st.booleans()),
+        first_column=first_column,
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@given(problems())
+@settings(max_examples=30)
+def test_products_equal_the_dense_reference(given: Problem) -> None:
+    check(given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tile", "slots"), [(16, 13), (32, 7), (64, 5), (128, 3), (256, 3)])
+def test_every_tile_size_and_dtype(tile: int, slots: int, dtype: torch.dtype) -> None:
+    """Rows are uneven, and tiles of 256 are split over programs."""
+    check(problem(tile, 2, slots // 2 + 2, slots, 37, dtype))
+
+
+@pytest.mark.parametrize("token_block", [128, 256])
+def test_every_tuned_token_block(token_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [triton.Config({"token_block": token_block}, num_warps=8, num_stages=3)]
+    monkeypatch.setattr(block_triton._product_kernel, "configs", configs)
+    check(problem(16, 2, 3, 5, 2 * token_block + 3))
+
+
+def test_many_token_blocks_pass_through_the_outputs_in_groups_of_eight() -> None:
+    check(problem(16, 3, 2, 5, 64 * 10 + 1))
+
+
+def test_no_tokens() -> None:
+    given = problem(16, 2, 3, 5, 0)
+    results = run(given)
+    assert results["forward"].shape == (0, 32)
+    assert results["input_gradient"].shape == (0, 48)
+    assert torch.equal(results["weight_gradient"], torch.zeros_like(given.weight))
+
+
+def test_empty_block_rows_give_the_bias_and_empty_block_columns_no_gradient() -> None:
+    given = problem(16, 3, 4, 1, 5, first_column=2)
+    results = run(given)
+    assert given.rows() == [2]
+    assert given.bias is not None
+    assert torch.equal(results["forward"][:, :32], given.bias[:32].expand(5, 32))
+    assert torch.equal(results["input_gradient"][:, :32], torch.zeros(5, 32, device=DEVICE))
+    assert torch.equal(run(replace(given, bias=None))["forward"][:, :32], torch.zeros(5, 32, device=DEVICE))
+    check(given)
+
+
+def test_no_tiles_at_all() -> None:
+    given = problem(16, 2, 2, 0, 3)
+    assert run(given)["weight_gradient"].shape == (0, 16, 16)
+    check(given)
+
+
+def inside_nan(matrix: Tensor) -> Tensor:
+    """A view of the same values with unit inner stride, surrounded by nan that no kernel may read."""
+    tokens, width = matrix.shape
+    surrounding = torch.full((tokens + 9, width + 48), torch.nan, dtype=matrix.dtype, device=DEVICE)
+    view = surrounding[4 : tokens + 4, 16 : width + 16]
+    return view.copy_(matrix)
+
+
+def with_inner_stride(matrix: Tensor) -> Tensor:
+    return matrix.T.contiguous().T
+
+
+def one_row_for_all(matrix: Tensor) -> Tensor:
+    """As the gradient of a sum: every row is the same memory."""
+    return matrix[:1].expand(matrix.shape)
+
+
+@pytest.mark.parametrize("layout", [inside_nan, with_inner_stride, one_row_for_all])
+@pytest.mark.parametrize("tile", [16, 64])
+def test_strided_activations_and_gradients(tile: int, layout: Callable[[Tensor], Tensor]) -> None:
+    given = problem(tile, 2, 3, 5, 19)
+    check(replace(given, x=layout(given.x), grad=layout(given.grad)))
+
+
+def test_non_contiguous_weight() -> None:
+    given = problem(16, 2, 3, 5, 7)
+    check(replace(given, weight=given.weight.mT.contiguous().mT))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # of the interpreter's numpy
+def test_an_infinity_reaches_only_the_outputs_that_use_it() -> None:
+    """A masked number must be 0 on both sides of the product: 0 times infinity is nan."""
+    given = problem(16, 2, 3, 3, 5)
+    given = replace(
+        given,
+        columns=torch.tensor([1, 0, 2], dtype=torch.int32, device=DEVICE),
+        slots_by_column=torch.tensor([1, 0, 2], dtype=torch.int32, device=DEVICE),
+        column_starts=torch.tensor([0, 1, 2, 3], dtype=torch.int32, device=DEVICE),
+    )
+    assert given.rows() == [0, 1, 1]
+    infinite = replace(given, x=given.x.clone(), grad=given.grad.clone())
+    infinite.x[:, 0], infinite.grad[:, 0] = torch.inf, torch.inf
+    expected, results = run(given), run(infinite)
+    assert torch.equal(results["forward"][:, :16], expected["forward"][:, :16])
+    assert not results["forward"][:, 16:].isfinite().any()
+    assert torch.equal(results["input_gradient"][:, :16], expected["input_gradient"][:, :16])
+    assert not results["input_gradient"][:, 16:32].isfinite().any()
+    assert torch.equal(results["weight_gradient"][2], expected["weight_gradient"][2])
+
+
+def test_tiles_beyond_those_given_are_not_read() -> None:
+    given = problem(16, 2, 3, 3, 5)
+    surrounding = torch.full((9, 16, 16), torch.nan, device=DEVICE)
+    check(replace(given, weight=surrounding[3:6].copy_(given.weight)))
+
+
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_every_number_of_the_results_is_written_and_none_beside_them(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffers: list[Tensor] = []
+
+    def poisoned(shape: tuple[int, ...], **kwargs: Any) -> Tensor:
+        size = torch.Size(shape).numel()
+        buffers.append(torch.full((size + 20000,), torch.nan, **kwargs))
+        return buffers[-1][10000 : 10000 + size].view(shape)
+
+    given = problem(16, 3, 4, 2, tokens, first_column=2)
+    monkeypatch.setattr(block_triton.torch, "empty", poisoned)
+    results = run(given)
+    assert [result.data_ptr() for result in results.values()] == [buffer[10000:].data_ptr() for buffer in buffers]
+    for result, buffer in zip(results.values(), buffers, strict=True):
+        assert not result.isnan().any()
+        assert buffer.isnan().sum() == 20000
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    given = problem(32, 3, 4, 8, 150, dtype)
+    first, second = run(given), run(given)
+    for name in first:
+        assert torch.equal(first[name], second[name])
+
+
+def test_offsets_beyond_two_to_the_31(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows, 2**30 numbers apart, in a sparse file of which only these rows are ever touched."""
+    if DEVICE == "cpu":  # the interpreter would copy the whole storage onto itself
+        monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, *_: self)
+        storage = torch.from_file(str(tmp_path / "rows"), shared=True, size=2**31 + 32, dtype=torch.float16)
+    else:
+        storage = torch.empty(2**31 + 32, dtype=torch.float16, device=DEVICE)
+    given = problem(16, 2, 2, 3, 3, torch.float16)
+    x = storage.as_strided((3, 32), (2**30, 1)).copy_(given.x)
+    check(replace(given, x=x))
+    check(replace(given, grad=x.copy_(given.grad)))
+
+
+def last_slot_skipped(given: Problem) -> Problem:
+    starts = given.column_starts.clone()
+    starts[-1] -= 1
+    weight = given.weight.clone()
+    weight[-1] = 0
+    return replace(given, weight=weight, column_starts=starts)
+
+
+def columns_shifted(given: Problem) -> Problem:
+    return replace(given, columns=given.columns.roll(1), slots_by_column=given.slots_by_column.roll(1))
+
+
+def tiles_transposed(given: Problem) -> Problem:
+    return replace(given, weight=given.weight.mT.contiguous())
+
+
+def last_token_lost(given: Problem) -> Problem:
+    x, grad = given.x.clone(), given.grad.clone()
+    x[-1], grad[-1] = 0, 0
+    return replace(given, x=x, grad=grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        *((name, fault) for name in CHECKS for fault in (columns_shifted, last_token_lost)),
+        *((name, fault) for name in ("forward", "input_gradient") for fault in (last_slot_skipped, tiles_transposed)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planted_fault_is_found(name: str, fault: Callable[[Problem], Problem], dtype: torch.dtype) -> None:
+    given = problem(16, 2, 3, 5, 19, dtype)
+    CHECKS[name](given, run(given)[name])
+    with pytest.raises(AssertionError, match="error"):
+        CHECKS[name](given, run(fault(given))[name])
+
+
+def test_a_partial_sum_in_bfloat16_is_found() -> None:
+    """The bound tells a sum that is float32 throughout from one that goes through bfloat16 on the way."""
+    given = problem(16, 2, 9, 18, 40, torch.bfloat16, bias=False)
+    odd = torch.arange(144, device=DEVICE) % 2
+    halves = [run(replace(given, x=given.x * part))["forward"] for part in (odd, 1 - odd)]
+    with pytest.raises(AssertionError, match="error"):
+        check_forward(given, halves[0] + halves[1])
+
+
+@pytest.mark.parametrize(("name", "value"), [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_float32_uses_tf32_only_where_torch_does(name: str, value: bool | str) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, name)
+    assert block_triton._precision(torch.float32) == "ieee"
+    setattr(matmul, name, value)
+    try:
+        assert block_triton._precision(torch.float32) == "tf32"
+        assert block_triton._precision(torch.bfloat16) == "ieee"
+    finally:
+        setattr(matmul, name, before)
+
+
+def test_token_counts_share_few_tuned_configurations() -> None:
+    buckets = [block_triton._bucket(tokens) for tokens in (0, 1, 63, 64, 127, 128, 8191, 8192, 16383, 16384, 10**7)]
+    assert buckets == [6, 6, 6, 7, 7, 8, 13, 14, 14, 15, 15]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(2, ["64/4", "128/4", "256/8"]), (4, ["64/4"])])
+def test_configurations_that_would_spill_are_not_tuned(size: int, kept: list[str]) -> None:
+    """Per thread: at most 128 accumulators beside 2-byte operands, 64 beside 4-byte operands."""
+    sizes = ((64, 4), (128, 4), (256, 4), (256, 8))
+    configs = [triton.Config({"token_block": block}, num_warps=warps) for block, warps in sizes]
+    weight = torch.empty(0, dtype={2: torch.bfloat16, 4: torch.float32}[size])
+    fitting = block_triton._fitting(configs, {"weight": weight, "part": 128}, grid=None)
+    assert [f"{config.kwargs['token_block']}/{config.num_warps}" for config in fitting] == kept
+
+
+def test_without_triton_the_module_imports_and_the_functions_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    specification = importlib.util.spec_from_file_location("without_triton", block_triton.__file__)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert not module.is_available()
+    given = problem(16, 1, 1, 1, 1)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: module.forward(given.x, given.weight, None, given.columns, 16),
+        lambda: module.input_gradient(given.grad, given.weight, given.slots_by_column, given.column_starts, 16, 16),
+        lambda: module.weight_gradient(given.grad, given.x, given.columns, 16),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="pip install"):
+            call()
+
+
+def test_kernels_compile_for_a_gpu_with_wide_copies_in_little_shared_memory(tmp_path: Path) -> None:
+    """The tuner and the compiler on real calls, for sm_90; an A100 offers 163 KiB of shared memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("block_triton_script.py")
+    command = [sys.executable, "-W", "error", str(script), str(block_triton.__file__)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
+    assert finished.returncode == 0, finished.stderr
+    kernels = json.loads(finished.stdout)
+    # per tile size: the product and its transpose, and the weight gradient, each with two configurations
+    assert [kernel["kernel"] for kernel in kernels].count("_product_kernel") == 8
+    assert [kernel["kernel"] for kernel in kernels].count("_weight_gradient_kernel") >= 3
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= 163 * 1024
+        # of all operands, in as many blocks as there are buffers: else the compiler does not see what lies together
+        assert kernel["bytes_copied_by_16"] >= 0.9 * kernel["shared_bytes"]
+        assert kernel["tensor_cores"]
