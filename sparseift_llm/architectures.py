@@ -43,6 +43,8 @@ class Architecture:
         rotary: whether heads carry rotary embeddings, which need an even size.
         qkv_layout: rows of a fused QKV matrix: `blocks` (all q, all k, all v) or `per_head`.
         norm_offset: what the norms add to their weight before multiplying (Gemma: 1).
+        activation: the module between mlp_in and mlp_out, named from the parent of mlp_out, where it stands alone
+            between them.
     """
 
     projections: Mapping[str, tuple[str, ...]]
@@ -55,6 +57,7 @@ class Architecture:
     rotary: bool = True
     qkv_layout: str | None = None
     norm_offset: float = 0.0
+    activation: str | None = None
 
 
 _LLAMA = Architecture(_LLAMA_PROJECTIONS, final_norm="model.norm")
@@ -73,6 +76,7 @@ ARCHITECTURES = {
         num_layers="n_layer",
         rotary=False,
         qkv_layout="blocks",
+        activation="act",
     ),
     "gpt_neox": Architecture(
         {
@@ -83,6 +87,7 @@ ARCHITECTURES = {
         },
         final_norm="gpt_neox.final_layer_norm",
         qkv_layout="per_head",
+        activation="act",
     ),
     "opt": Architecture(
         {**_SPLIT_ATTENTION, "self_attn.out_proj": ("o",), "fc1": ("mlp_in",), "fc2": ("mlp_out",)},

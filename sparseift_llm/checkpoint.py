@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,12 +32,12 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from sparseift_llm.architectures import build_model
 from sparseift_llm.mask_file import apply_masks, digest, masks_of, read_masks
 from sparseift_llm.ops.block_reference import dense_weight
-from sparseift_llm.planning import plan_of, read_record
+from sparseift_llm.planning import Plan, plan_of, read_record
 from sparseift_llm.surgery import install_sparse_layers
+from sparseift_llm.topology.blocks import are_valid
 
 logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"
-_COLUMNS = ".columns"
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -116,7 +117,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     hf_config = AutoConfig.from_pretrained(folder)
     if read_record(hf_config)[0].structure == "block":
         return _load_block_sparse(Path(folder), hf_config, **kwargs)
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    model = _load_stock(AutoModelForCausalLM, folder, folder, **kwargs)
     plan = plan_of(model)
     masks = read_masks(folder)
     install_sparse_layers(model, plan)
@@ -124,47 +125,63 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def _load_stock(model_class: Any, folder: str | Path, source: str | Path | None, **kwargs: Any) -> PreTrainedModel:
+    """`from_pretrained`, but parameters that `folder` lacks are an error, not random values."""
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model: PreTrainedModel
+    model, info = model_class.from_pretrained(source, **{**kwargs, **asked})
+    lost = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    if lost:
+        raise ValueError(f"the weights in {folder} are missing or damaged: no {min(lost)} of the model's shape")
+    return model
+
+
 def _load_block_sparse(folder: Path, hf_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     """Fill in the zeros, let transformers load the stock model, take the tiles out again."""
-    state, columns = _dense_state(folder, build_model(hf_config, meta=True))
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
-    model: PreTrainedModel = model_class.from_pretrained(None, config=hf_config, state_dict=state, **kwargs)
+    stock = build_model(hf_config, meta=True)
+    plan = plan_of(stock)
+    state, columns = _dense_state(folder, stock, plan)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+    model = _load_stock(model_class, folder, None, config=hf_config, state_dict=state, **kwargs)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    plan = plan_of(model)
-    planned = {layer.name: layer.num_active for layer in plan.layers if layer.is_sparse}
-    if {name: len(of_slots) * (plan.config.block_size or 1) ** 2 for name, of_slots in columns.items()} != planned:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: other layers, or other numbers of tiles")
     install_sparse_layers(model, plan, columns)
     if digest(masks_of(model)) != digest(read_masks(folder)):
         raise ValueError(f"the masks in {folder} are not those of its weights; restore the folder")
     return model
 
 
-def _dense_state(folder: Path, stock: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _dense_state(folder: Path, stock: PreTrainedModel, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A block-sparse checkpoint's tensors in the shapes of the `stock` model, and its layers' columns by layer."""
-    state = _read_weights(folder)
-    columns = {name.removesuffix(_COLUMNS): state.pop(name) for name in [*state] if name.endswith(_COLUMNS)}
-    for name, of_slots in columns.items():
-        try:
-            module: Any = stock.get_submodule(name)
-            tiles = state[f"{name}.weight"]
-            is_conv1d = isinstance(module, Conv1D)
-            rows, width = module.weight.shape[::-1] if is_conv1d else module.weight.shape
-            matrix = dense_weight(tiles, of_slots, rows, width)
-        except (AttributeError, KeyError, IndexError) as error:
-            raise ValueError(f"the weights in {folder} do not fit its config.json: {name}: {error}") from error
-        state[f"{name}.weight"] = matrix.T.contiguous() if is_conv1d else matrix
+    state, columns = _read_weights(folder), {}
+    size = plan.config.block_size or 1
+    for layer in plan.layers:
+        if not layer.is_sparse:
+            continue
+        (rows, width), num_tiles = layer.sparse_shape, layer.num_active // size**2
+        weight, of_slots = f"{layer.name}.weight", state.pop(f"{layer.name}.columns", torch.empty(0))
+        fits = of_slots.shape == (num_tiles,) and state.get(weight, of_slots).shape == (num_tiles, size, size)
+        if not fits or not are_valid(of_slots, rows // size, width // size):
+            raise ValueError(
+                f"the weights in {folder} are missing or damaged: {layer.name} should hold {num_tiles} tiles of "
+                f"{size}x{size} and their columns, distinct within a block-row"
+            )
+        matrix = dense_weight(state[weight], of_slots, rows, width)
+        is_conv1d = isinstance(stock.get_submodule(layer.name), Conv1D)
+        state[weight] = matrix.T.contiguous() if is_conv1d else matrix
+        columns[layer.name] = of_slots
     return state, columns
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the shards that its index names."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    index, names = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
     try:
-        names = {SAFE_WEIGHTS_NAME}
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            # saving without shards over an earlier save deletes that one's shards, but not its index
+            is_stale = (folder / SAFE_WEIGHTS_NAME).is_file() and not any((folder / name).exists() for name in shards)
+            names = names if is_stale else shards
         return {key: value for name in sorted(names) for key, value in load_file(folder / name).items()}
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error

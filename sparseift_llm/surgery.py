@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation
 
-from sparseift_llm.architectures import build_model
+from sparseift_llm.architectures import architecture_of, build_model
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
-from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.mask_file import save_masks
 from sparseift_llm.planning import LayerPlan, Plan, plan, record
@@ -86,6 +87,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     dense = copy.deepcopy(model)
     for name, layer in sparse_layers(dense).items():
         _replace(dense, name, layer.to_dense())
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, AppliedByNextLayer):
+            _replace(dense, name, module.original)
     del dense.config.sparse_ift, dense.save_pretrained, dense._ddp_params_and_buffers_to_ignore
     return dense
 
@@ -100,6 +104,7 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[s
     for index, layer in enumerate(layer for layer in plan.layers if layer.is_sparse):
         given = (columns or {}).get(layer.name)
         _replace(model, layer.name, _sparse_layer(model.get_submodule(layer.name), layer, plan.config, index, given))
+    _fuse_activations(model, plan)
     # a partial, unlike a bound method, follows the model through deepcopy and pickle
     model.save_pretrained = partial(_save_with_masks, model)  # type: ignore[method-assign]
     # every rank computes the same masks and indices; broadcasting them before each forward would be waste
@@ -114,11 +119,27 @@ def _sparse_layer(
     size = config.block_size
     if size is None:
         return masked_projection(dense, layer.num_active, layer.dense_shape)
-    if columns is None:
+    num_tiles = layer.num_active // size**2
+    if dense.weight.is_meta:  # type: ignore[union-attr]
+        columns = torch.empty(num_tiles, dtype=torch.int32, device="meta")
+    elif columns is None:
         rows, width = layer.sparse_shape[0] // size, layer.sparse_shape[1] // size
-        seed = derive_seed(config.seed, "initial mask", index)
-        columns = random_columns(rows, width, layer.num_active // size**2, seed)
+        columns = random_columns(rows, width, num_tiles, derive_seed(config.seed, "initial mask", index))
     return BlockSparseLinear(dense, columns, size, layer.dense_shape)
+
+
+def _fuse_activations(model: PreTrainedModel, plan: Plan) -> None:
+    """Let block-sparse mlp_out layers apply the GELU before them: the widened activation is then never stored."""
+    act = architecture_of(model.config).activation
+    for planned in plan.layers if act else ():
+        layer = model.get_submodule(planned.name)
+        name = f"{planned.name.rpartition('.')[0]}.{act}"
+        if planned.kind != "mlp_out" or not isinstance(layer, BlockSparseLinear):
+            continue
+        activation = model.get_submodule(name)
+        if isinstance(activation, GELUTanh | NewGELUActivation):  # one formula, with and without its own kernel
+            layer.applies_gelu = True
+            _replace(model, name, AppliedByNextLayer(activation))
 
 
 def _set_initial_masks(model: PreTrainedModel, config: SparseIFTConfig) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -20,3 +23,30 @@ def default_compiler_stance() -> Iterator[None]:
     """A controller dropped in the middle of an update step leaves compiled code switched off."""
     yield
     torch.compiler.set_stance("default")
+
+
+@contextmanager
+def tiny_models_of(structure: str) -> Iterator[str]:
+    """`tiny_runs.sparse_gpt2` builds models of this structure, also in processes that are started meanwhile."""
+    from sparseift_llm.ops import block_native
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.tiny_runs.STRUCTURE", structure)
+        patch.setenv("SPARSEIFT_TEST_STRUCTURE", structure)
+        # forced, so that it does not warn of small tiles in processes that turn warnings into errors
+        patch.setenv("SPARSEIFT_BLOCK_KERNEL", "native" if block_native.is_available() else "blas")
+        yield structure
+
+
+@pytest.fixture(params=["unstructured", "block"])
+def either_structure(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once per structure."""
+    with tiny_models_of(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="module", params=["unstructured", "block"])
+def every_structure(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs all tests of a module once per structure; for modules in which every test asks for it."""
+    with tiny_models_of(request.param):
+        yield request.param

@@ -35,6 +35,8 @@ CASES = {
     "in_rotation_limit_1": ("in_rotation", 1, 8, ["checkpoint-4", "checkpoint-8"]),
 }
 
+pytestmark = pytest.mark.usefixtures("every_structure")
+
 
 def run_script(*runs: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -43,7 +45,7 @@ def run_script(*runs: dict[str, Any]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def resumed(every_structure: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder per case, killed and gone on to its end; `NAME.pt` and `reference.pt` hold final states.
 
     The case `waiting` is killed but not resumed yet.

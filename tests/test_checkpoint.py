@@ -31,6 +31,8 @@ BROKEN: dict[str, bytes | None] = {
     "zeros": bytes(100),  # what a crash of the machine can leave of a file
 }
 
+pytestmark = pytest.mark.usefixtures("every_structure")
+
 
 def checkpoint(folder: Path, step: int, state: bytes | None = json.dumps(STATE).encode()) -> Path:
     path = folder / f"checkpoint-{step}"

@@ -49,6 +49,7 @@ def check_accumulation() -> None:
         assert not differences(reference, mask_history(num_micro))
 
 
+@pytest.mark.usefixtures("either_structure")
 def test_masks_do_not_depend_on_accumulation() -> None:
     check_accumulation()
 
@@ -65,6 +66,7 @@ def sum_of_magnitudes(self: DenseGradient, gradient: Tensor) -> None:
     self.total = gradient.detach().abs() if self.total is None else self.total + gradient.detach().abs()
 
 
+@pytest.mark.usefixtures("either_structure")
 @pytest.mark.parametrize("fault", [keep_last, keep_first, sum_of_magnitudes])
 def test_the_check_of_accumulation_catches_faults(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DenseGradient, "add", fault)

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adagrad, AdamW, NAdam, Optimizer, RMSprop
 
 from sparseift_llm import SparseTrainingController
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.block import BlockSparseLinear
 from tests.tiny_runs import batches, differences, masks, sparse_gpt2, train, violations
 
 
@@ -85,6 +86,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     ("name", "algorithm"),
     [*((name, "rigl") for name in OPTIMIZERS), ("adamw", "set"), ("adamw", "gmp"), ("lion", "gmp")],
 )
+@pytest.mark.usefixtures("either_structure")
 def test_inactive_weights_and_state_stay_zero(name: str, algorithm: str) -> None:
     model = sparse_gpt2(algorithm, every=3)
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -109,22 +111,17 @@ def check_invariants(model: Any, optimizer: Optimizer, algorithm: str) -> None:
         assert violations(model, optimizer) == []
         history.append(masks(model))
         if algorithm != "gmp":
-            assert {name: int(mask.sum()) for name, mask in history[-1].items()} == planned
+            assert {name: layer.count_active() for name, layer in sparse_layers(model).items()} == planned
 
     train(model, optimizer, batches(30), 2, check)
     assert controller.step == 30
-    assert {name: int(mask.sum()) for name, mask in history[-1].items()} == planned
-    assert [step for step in range(1, 31) if differences(history[step - 1], history[step])][:7] == [
-        3,
-        6,
-        9,
-        12,
-        15,
-        18,
-        21,
-    ]
+    assert {name: layer.count_active() for name, layer in sparse_layers(model).items()} == planned
+    assert [step for step in range(1, 31) if differences(history[step - 1], history[step])][:6] == [*range(3, 19, 3)]
     for name, layer in sparse_layers(model).items():
         assert layer.weight.isfinite().all()
+        if isinstance(layer, BlockSparseLinear):
+            assert (layer.weight != weights[name]).float().mean() > 0.9
+            continue
         kept = layer.mask & history[0][name]
         assert (layer.weight != weights[name])[kept].float().mean() > 0.9
 
@@ -155,6 +152,7 @@ def test_weights_that_an_optimizer_moves_without_gradient_are_masked_before_the_
     assert violations(model, optimizer) == []
 
 
+@pytest.mark.usefixtures("either_structure")
 def test_fused_and_foreach_agree_with_the_plain_loop_on_masks() -> None:
     def final(name: str) -> dict[str, Tensor]:
         model = sparse_gpt2("rigl")

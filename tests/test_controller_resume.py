@@ -22,6 +22,8 @@ from tests.tiny_runs import Rows, ToyModel, batches, differences, masks, snapsho
 
 ALGORITHMS = ["static", "set", "rigl", "gmp"]
 
+pytestmark = pytest.mark.usefixtures("every_structure")
+
 
 @pytest.fixture(autouse=True)
 def _clean_globals() -> Iterator[None]:

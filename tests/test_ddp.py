@@ -26,9 +26,11 @@ ROOT = Path(__file__).parent.parent
 SCENARIOS = ("plain", "corrupted", "compiled", "trainer")
 SECONDS = 200  # a hang is a failure
 
+pytestmark = pytest.mark.usefixtures("every_structure")
+
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def results(every_structure: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What both ranks report, by scenario."""
     folder = tmp_path_factory.mktemp("ddp")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -25,6 +25,8 @@ MASKS = st.lists(st.integers(0, 5), max_size=3).flatmap(
     )
 )
 
+pytestmark = pytest.mark.usefixtures("every_structure")
+
 
 def small_model(rows: int = 3, names: tuple[str, ...] = ("a", "b")) -> nn.Module:
     torch.manual_seed(0)

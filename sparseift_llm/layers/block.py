@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +31,8 @@ class BlockSparseLinear(SparseProjection):
 
     Attributes:
         weight: (N, b, b), a tile is (out, in).
+        applies_gelu: whether forward applies GELU (tanh formula) to its input first. The activation is then
+            computed again in the backward pass instead of being stored.
         columns: buffer, part of the state dict, because without it the weight has no meaning.
 
     Raises:
@@ -52,6 +55,7 @@ class BlockSparseLinear(SparseProjection):
         self.dense_shape = dense_shape
         self.num_active = len(columns) * block_size**2
         self.dense_gradient = None
+        self.applies_gelu = False
         device = matrix.device
         self.register_buffer("columns", columns.to(device, torch.int32))
         self._check_columns()
@@ -87,7 +91,12 @@ class BlockSparseLinear(SparseProjection):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         x, weight, bias = _autocast(input.reshape(-1, self.in_features), self.weight, self.bias)
-        y = block_linear_op(x, weight, bias, self.columns, self.slots_by_column, self.column_starts, self.out_features)
+        gelu = self.applies_gelu
+        if gelu and self.dense_gradient is not None:  # the dense gradient needs what comes out of the activation
+            x, gelu = F.gelu(x, approximate="tanh"), False
+        y = block_linear_op(
+            x, weight, bias, self.columns, self.slots_by_column, self.column_starts, self.out_features, gelu
+        )
         if self.dense_gradient is not None:
             y = capture_dense_gradient(y, x, self.dense_gradient)
         return y.view(*input.shape[:-1], self.out_features)
@@ -143,9 +152,8 @@ class BlockSparseLinear(SparseProjection):
 
     def extra_repr(self) -> str:
         size = self.block_size
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, tiles {size}x{size}, {self.describe()}"
-        )
+        tiles = f"tiles {size}x{size}" + (", gelu first" if self.applies_gelu else "")
+        return f"in_features={self.in_features}, out_features={self.out_features}, {tiles}, {self.describe()}"
 
     def _index_columns(self) -> None:
         order, starts = blocks.slots_by_column(self.columns, self.num_columns)
@@ -153,11 +161,20 @@ class BlockSparseLinear(SparseProjection):
         self.column_starts.copy_(starts)
 
     def _check_columns(self) -> None:
-        if self.columns.is_meta:
-            return
-        in_range = bool(((self.columns >= 0) & (self.columns < self.num_columns)).all())
-        if not in_range or int(self.mask.sum()) != len(self.columns):
+        if not self.columns.is_meta and not blocks.are_valid(self.columns, self.num_rows, self.num_columns):
             raise ValueError("columns are damaged: they must be distinct within a block-row and inside the matrix")
+
+
+class AppliedByNextLayer(nn.Identity):
+    """Stands where an activation was that the following `BlockSparseLinear` applies (`applies_gelu`).
+
+    Args:
+        original: the activation, for `to_dense`.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
 
 
 def _after_loading(layer: BlockSparseLinear, _: Any) -> None:

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -43,6 +44,44 @@ static inline void store(float value, bfloat16* to) {  // round to nearest even;
     memcpy(&bits, &value, 4);
     const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
     to->bits = uint16_t(is_nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// exp(z) to one unit in the last place or two, in a form that compilers vectorise; z is cut to where floats reach.
+static inline float exponential(float z) {
+    z = z < -87.0f ? -87.0f : z > 88.0f ? 88.0f : z;
+    const float magic = 12582912.0f;  // adding it rounds to an integer, which then stands in the low bits
+    const float shifted = z * 1.44269504f + magic, n = shifted - magic;
+    const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits - 0x4b400000 + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+static inline double exponential(double z) { return exp(z); }
+
+// GELU with the tanh formula: x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3); and its derivative.
+template <class Sum>
+static inline Sum gelu_sigmoid(Sum x) {
+    const Sum twice_u = Sum(1.5957691216057308) * (x + Sum(0.044715) * x * x * x);
+    return 1 / (1 + exponential(-twice_u));
+}
+template <class Sum>
+static inline Sum gelu(Sum x) {
+    return x * gelu_sigmoid(x);
+}
+template <class Sum>
+static inline Sum gelu_derivative(Sum x) {
+    const Sum s = gelu_sigmoid(x), slope = Sum(1.5957691216057308) * (1 + Sum(3 * 0.044715) * x * x);
+    return s + x * s * (1 - s) * slope;
 }
 
 // A widened activation is fresh memory on every call: with 2 MiB pages the first touch costs a fraction.
@@ -102,9 +141,12 @@ struct Kernels {
             }
     }
 
-    static void pack(const IO* from, int64_t stride, int64_t tokens, Sum* to) {
-        for (int64_t t = 0; t < tokens; t++)
+    static void pack(const IO* from, int64_t stride, int64_t tokens, bool apply_gelu, Sum* to) {
+        for (int64_t t = 0; t < tokens; t++) {
             for (int j = 0; j < PANEL; j++) to[t * PANEL + j] = load(from[t * stride + j]);
+            if (apply_gelu)
+                for (int j = 0; j < PANEL; j++) to[t * PANEL + j] = gelu(to[t * PANEL + j]);
+        }
     }
 
     // One tile of the weight -> [panel of outputs][input][PANEL].
@@ -118,7 +160,8 @@ struct Kernels {
 
     static void gather(const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks, const IO* weight,
                        bool transpose, int64_t num_tiles, const int32_t* starts, const int32_t* sources,
-                       const int32_t* tiles, int64_t out_blocks, const IO* bias, IO* y, int64_t size) {
+                       const int32_t* tiles, int64_t out_blocks, const IO* bias, bool apply_gelu,
+                       const IO* before_gelu, IO* y, int64_t size) {
         const int64_t parts = size / PANEL, in_panels = in_blocks * parts, out_panels = out_blocks * parts;
         const int64_t panel_stride = (CHUNK + ROWS) * PANEL, y_stride = out_blocks * size;
         const int64_t group = std::max<int64_t>(1, WEIGHT_BYTES_IN_L1 / int64_t(sizeof(Sum) * PANEL * PANEL));
@@ -136,7 +179,8 @@ struct Kernels {
                 const int64_t subs = (tokens + SUB_CHUNK - 1) / SUB_CHUNK;
 #pragma omp for schedule(static)
                 for (int64_t p = 0; p < in_panels; p++)
-                    pack(x + begin * x_stride + p * PANEL, x_stride, tokens, panels + p * panel_stride);
+                    pack(x + begin * x_stride + p * PANEL, x_stride, tokens, apply_gelu,
+                         panels + p * panel_stride);
 #pragma omp for collapse(2) schedule(dynamic, 4)
                 for (int64_t sub = 0; sub < subs; sub++)
                     for (int64_t q = 0; q < out_panels; q++) {
@@ -155,12 +199,20 @@ struct Kernels {
                                     multiply<ROWS, PANEL, 1>(PANEL, a + (first + m) * PANEL, b + k * PANEL * PANEL, local);
                                 }
                                 keep<ROWS>(local, sums + m * PANEL, g > 0);
-                                if (g + group >= steps)
-                                    write(sums + m * PANEL, std::min<int64_t>(ROWS, here - m), shift, out + m * y_stride, y_stride);
+                                if (g + group < steps) continue;
+                                const int64_t rows = std::min<int64_t>(ROWS, here - m);
+                                if (before_gelu)
+                                    scale_by_derivative(sums + m * PANEL, rows, before_gelu + (out - y) + m * y_stride, y_stride);
+                                write(sums + m * PANEL, rows, shift, out + m * y_stride, y_stride);
                             }
                     }
             }
         }
+    }
+
+    static inline void scale_by_derivative(Sum* sums, int64_t rows, const IO* before_gelu, int64_t stride) {
+        for (int64_t t = 0; t < rows; t++)
+            for (int j = 0; j < PANEL; j++) sums[t * PANEL + j] *= gelu_derivative(load(before_gelu[t * stride + j]));
     }
 
     static inline void write(const Sum* sums, int64_t rows, const IO* bias, IO* y, int64_t stride) {
@@ -170,7 +222,7 @@ struct Kernels {
 
     static void outer(const IO* grad, int64_t grad_stride, int64_t out_blocks, const IO* x, int64_t x_stride,
                       int64_t in_blocks, int64_t num_tokens, const int32_t* rows, const int32_t* columns,
-                      int64_t num_tiles, IO* result, int64_t size) {
+                      int64_t num_tiles, bool apply_gelu, IO* result, int64_t size) {
         const int64_t parts = size / PANEL, out_panels = out_blocks * parts, in_panels = in_blocks * parts;
         Sum* const left = scratch<Sum>(LEFT, out_panels * CHUNK * PANEL);
         Sum* const right = scratch<Sum>(RIGHT, in_panels * CHUNK * PANEL);
@@ -185,10 +237,10 @@ struct Kernels {
                 const int64_t tokens = std::min(CHUNK, num_tokens - begin);
 #pragma omp for schedule(static) nowait
                 for (int64_t p = 0; p < out_panels; p++)
-                    pack(grad + begin * grad_stride + p * PANEL, grad_stride, tokens, left + p * CHUNK * PANEL);
+                    pack(grad + begin * grad_stride + p * PANEL, grad_stride, tokens, false, left + p * CHUNK * PANEL);
 #pragma omp for schedule(static)
                 for (int64_t p = 0; p < in_panels; p++)
-                    pack(x + begin * x_stride + p * PANEL, x_stride, tokens, right + p * CHUNK * PANEL);
+                    pack(x + begin * x_stride + p * PANEL, x_stride, tokens, apply_gelu, right + p * CHUNK * PANEL);
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t n = 0; n < num_tiles; n++)
                     for (int64_t q = 0; q < parts * parts; q++) {
@@ -240,23 +292,24 @@ static int with_kernels(int64_t size, Run run) {
     return 0;
 }
 
-#define FOR_TYPE(NAME, IO, SUM)                                                                                        \
-    extern "C" int gather_##NAME(const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,                 \
-                                 const IO* weight, int64_t transpose, int64_t num_tiles, const int32_t* starts,        \
-                                 const int32_t* sources, const int32_t* tiles, int64_t out_blocks, const IO* bias,     \
-                                 IO* y, int64_t size) {                                                                \
-        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                         \
-            kernels.gather(x, x_stride, num_tokens, in_blocks, weight, transpose != 0, num_tiles, starts, sources,     \
-                           tiles, out_blocks, bias, y, size);                                                          \
-        });                                                                                                            \
-    }                                                                                                                  \
-    extern "C" int outer_##NAME(const IO* grad, int64_t grad_stride, int64_t out_blocks, const IO* x,                  \
-                                int64_t x_stride, int64_t in_blocks, int64_t num_tokens, const int32_t* rows,          \
-                                const int32_t* columns, int64_t num_tiles, IO* result, int64_t size) {                 \
-        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                         \
-            kernels.outer(grad, grad_stride, out_blocks, x, x_stride, in_blocks, num_tokens, rows, columns, num_tiles, \
-                          result, size);                                                                               \
-        });                                                                                                            \
+#define FOR_TYPE(NAME, IO, SUM)                                                                                      \
+    extern "C" int gather_##NAME(const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,               \
+                                 const IO* weight, int64_t transpose, int64_t num_tiles, const int32_t* starts,      \
+                                 const int32_t* sources, const int32_t* tiles, int64_t out_blocks, const IO* bias,   \
+                                 int64_t apply_gelu, const IO* before_gelu, IO* y, int64_t size) {                   \
+        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                       \
+            kernels.gather(x, x_stride, num_tokens, in_blocks, weight, transpose != 0, num_tiles, starts, sources,   \
+                           tiles, out_blocks, bias, apply_gelu != 0, before_gelu, y, size);                          \
+        });                                                                                                          \
+    }                                                                                                                \
+    extern "C" int outer_##NAME(const IO* grad, int64_t grad_stride, int64_t out_blocks, const IO* x,                \
+                                int64_t x_stride, int64_t in_blocks, int64_t num_tokens, const int32_t* rows,        \
+                                const int32_t* columns, int64_t num_tiles, int64_t apply_gelu, IO* result,           \
+                                int64_t size) {                                                                      \
+        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                       \
+            kernels.outer(grad, grad_stride, out_blocks, x, x_stride, in_blocks, num_tokens, rows, columns,          \
+                          num_tiles, apply_gelu != 0, result, size);                                                 \
+        });                                                                                                          \
     }
 FOR_TYPE(float32, float, float)
 FOR_TYPE(float64, double, double)

@@ -34,36 +34,55 @@ def is_available() -> bool:
     return _library() is not None
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
-    """x (T, in) -> (T, out)."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int, gelu: bool = False
+) -> Tensor:
+    """x (T, in), or gelu(x), -> (T, out)."""
     starts = row_starts(len(weight), out_features // weight.shape[1])
     slots = torch.arange(len(weight), dtype=torch.int32)
-    return _gather(x, weight, True, starts, columns, slots, bias)
+    return _gather(x, weight, True, starts, columns, slots, bias, gelu)
 
 
 def input_gradient(
-    grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, out_features: int, in_features: int
+    grad: Tensor,
+    weight: Tensor,
+    slots_by_column: Tensor,
+    column_starts: Tensor,
+    out_features: int,
+    in_features: int,
+    before_gelu: Tensor | None = None,
 ) -> Tensor:
-    """grad (T, out) -> (T, in)."""
+    """grad (T, out) -> (T, in); times the derivative of gelu at `before_gelu` (T, in), if given."""
     rows = rows_of_slots(len(weight), out_features // weight.shape[1]).to(torch.int32)
-    return _gather(grad, weight, False, column_starts, rows[slots_by_column.long()], slots_by_column, None)
+    return _gather(
+        grad, weight, False, column_starts, rows[slots_by_column.long()], slots_by_column,
+        before_gelu=before_gelu,
+    )  # fmt: skip
 
 
-def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
-    """grad (T, out), x (T, in) -> tiles (N, b, b)."""
+def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int, gelu: bool = False) -> Tensor:
+    """grad (T, out), x (T, in) or gelu(x) -> tiles (N, b, b)."""
     grad, x = _unit_stride(grad), _unit_stride(x)
     result = torch.empty(len(columns), block_size, block_size, dtype=x.dtype)
     out_blocks, in_blocks = grad.shape[1] // block_size, x.shape[1] // block_size
     rows = rows_of_slots(len(columns), out_blocks).to(torch.int32)
     _call(
         "outer", x.dtype, grad, grad.stride(0), out_blocks, x, x.stride(0), in_blocks, len(x), rows,
-        columns.contiguous(), len(columns), result, block_size,
+        columns.contiguous(), len(columns), int(gelu), result, block_size,
     )  # fmt: skip
     return result
 
 
 def _gather(
-    x: Tensor, weight: Tensor, transpose: bool, starts: Tensor, sources: Tensor, slots: Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    transpose: bool,
+    starts: Tensor,
+    sources: Tensor,
+    slots: Tensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    before_gelu: Tensor | None = None,
 ) -> Tensor:
     """Output block j: sum over e in starts[j]..starts[j+1] of input block sources[e] times tile slots[e].
 
@@ -75,7 +94,8 @@ def _gather(
     _call(
         "gather", x.dtype, x, x.stride(0), len(x), x.shape[1] // size, weight, int(transpose), len(weight),
         starts.contiguous(), sources.contiguous(), slots.contiguous(), out_blocks,
-        None if bias is None else bias.contiguous(), y, size,
+        None if bias is None else bias.contiguous(), int(gelu),
+        None if before_gelu is None else before_gelu.contiguous(), y, size,
     )  # fmt: skip
     return y
 

@@ -43,18 +43,19 @@ def slots_by_column(columns: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
         Slot numbers sorted by column, then slot, int32 (N,); and each column's first place in
         them with N at the end, int32 (C + 1,).
     """
-    order = torch.argsort(columns, stable=True).to(torch.int32)
-    counts = torch.bincount(columns, minlength=num_columns)
-    starts = torch.zeros(num_columns + 1, dtype=torch.int32, device=columns.device)
-    starts[1:] = counts.cumsum(0)
-    return order, starts
+    if columns.is_meta:
+        return torch.empty_like(columns), columns.new_empty(num_columns + 1)
+    ascending, order = columns.sort(stable=True)
+    boundaries = torch.arange(num_columns + 1, dtype=columns.dtype, device=columns.device)
+    return order.to(torch.int32), torch.searchsorted(ascending, boundaries, out_int32=True)
 
 
 def random_columns(num_rows: int, num_columns: int, num_tiles: int, seed: int) -> Tensor:
     """Uniformly random, distinct columns for the slots of every block-row, ascending: int32 (N,)."""
-    scores = random_scores(torch.Size((num_rows, num_columns)), seed)
-    counts = row_starts(num_tiles, num_rows).diff()
-    return columns_of(_largest_per_row(scores, torch.ones_like(scores, dtype=torch.bool), counts))
+    with torch.device("cpu"):  # also while a model is built on the meta device
+        scores = random_scores(torch.Size((num_rows, num_columns)), seed)
+        counts = row_starts(num_tiles, num_rows).diff()
+        return columns_of(_largest_per_row(scores, torch.ones_like(scores, dtype=torch.bool), counts))
 
 
 def columns_of(mask: Tensor) -> Tensor:
@@ -67,6 +68,12 @@ def tile_mask(columns: Tensor, num_rows: int, num_columns: int) -> Tensor:
     mask = torch.zeros(num_rows, num_columns, dtype=torch.bool, device=columns.device)
     mask[rows_of_slots(len(columns), num_rows).to(columns.device), columns.long()] = True
     return mask
+
+
+def are_valid(columns: Tensor, num_rows: int, num_columns: int) -> bool:
+    """Whether all columns (N,) are inside a matrix of (R, C) tiles, and distinct within a block-row."""
+    inside = bool(((columns >= 0) & (columns < num_columns)).all())
+    return inside and int(tile_mask(columns, num_rows, num_columns).sum()) == len(columns)
 
 
 def reassign(columns: Tensor, mask: Tensor, new_mask: Tensor) -> tuple[Tensor, Tensor]:
