@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", metavar="RUN", help="output folders of recipes/pretrain.py, dense first")
     compare.add_argument("--output", type=Path, required=True, help="folder for comparison.md and loss.png")
     compare.set_defaults(run=_compare)
+    bench = commands.add_parser("bench", help="time and memory of dense, masked and block-sparse twins, side by side")
+    bench.add_argument("--only", metavar="NAME", help="one row: ffn_fp32, ffn_bf16, step_cpu, ffn_gpu or step_gpu")
+    bench.add_argument("--crossover", action="store_true", help="FFNs of several widths and tiles instead")
+    bench.add_argument("--repeats", type=int, default=9, help="timed turns of each contestant")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.add_argument("--output", type=Path, help="write the JSON object to this file as well")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -85,6 +92,28 @@ def _compare(arguments: argparse.Namespace) -> str:
     (arguments.output / COMPARISON_NAME).write_text(table, encoding="utf-8")
     loss_picture(arguments.runs, arguments.output / PICTURE_NAME)
     return f"{table}\nwrote {arguments.output / COMPARISON_NAME} and {arguments.output / PICTURE_NAME}"
+
+
+def _bench(arguments: argparse.Namespace) -> str:
+    import torch
+
+    from sparseift_llm.bench import CROSSOVER, ROWS, bench, render
+    from sparseift_llm.run_record import write_json
+    from sparseift_llm.strict import check_choice
+
+    if arguments.only is not None:
+        check_choice("--only", arguments.only, tuple(ROWS))
+    if arguments.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {arguments.repeats}")
+    here = [row for row in ROWS.values() if row.device == "cpu" or torch.cuda.is_available()]
+    rows = CROSSOVER if arguments.crossover else [ROWS[arguments.only]] if arguments.only else here
+    words = [f"--only {arguments.only}" if arguments.only else "", "--crossover" if arguments.crossover else ""]
+    command = " ".join(filter(None, ["sparseift bench", *words, f"--repeats {arguments.repeats}"]))
+    result = {**bench(rows, arguments.repeats), "command": command}
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.output, result)
+    return json.dumps(result, indent=2) if arguments.json else render(result)
 
 
 def render_plan(plan: Plan) -> str:

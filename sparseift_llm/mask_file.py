@@ -36,7 +36,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    """The live masks of a model's sparse layers by module path (not copies)."""
+    """The masks of a model's sparse layers by module path; unstructured ones are live, not copies."""
     return {name: layer.mask for name, layer in sparse_layers(model).items()}
 
 
@@ -101,7 +101,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path
         where: their origin, for error messages.
 
     Raises:
-        ValueError: layers or shapes differ from the model's; nothing is changed then.
+        ValueError: layers, shapes or numbers of tiles differ from the model's; nothing is changed then.
     """
     layers = sparse_layers(model)
     if layers.keys() != masks.keys():
@@ -112,6 +112,10 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path
             expected, found = tuple(layer.mask.shape), tuple(masks[name].shape)
             raise ValueError(
                 f"the masks in {where} are of another model: {name} has shape {found}, expected {expected}"
+            )
+        if not layer.accepts(masks[name]):
+            raise ValueError(
+                f"the masks in {where} are of another model: {name} has other numbers of tiles per block-row"
             )
     for name, layer in layers.items():
         layer.set_mask(masks[name].to(layer.mask.device))

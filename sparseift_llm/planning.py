@@ -5,20 +5,18 @@ Works on the meta device, so that a plan for any size takes no memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
+from sparseift_llm.allocation import active_counts, model_flops
 from sparseift_llm.architectures import Projection, architecture_of, build_model, find_projections, sizes_of, with_sizes
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.families.wide import resolve_block_size, wide_config
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.topology import distributions
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
             f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
         )
     dense_cost = cost_of(dense_model, seq_len)
-    active = _active_counts(dense_projections, projections, chosen, config, dense_config, widened_config)
+    active = active_counts(dense_projections, projections, chosen, config, dense_config, widened_config)
     layers = tuple(
         LayerPlan(p.name, p.kind, dense.shape, p.shape, count, is_chosen)
         for dense, p, count, is_chosen in zip(dense_projections, projections, active, chosen, strict=True)
@@ -226,7 +224,7 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
     if config.block_size is not None:
         num_stored -= sum(layer.num_weights - layer.num_active for layer in sparse)
     topology_bytes = sum(_topology_bytes(layer, config.block_size) for layer in sparse)
-    flops = _flops(widened_config, sum(active), seq_len)
+    flops = model_flops(widened_config, sum(active), seq_len)
     sparse_cost = ModelCost(sum(active), num_linear, num_stored, flops, topology_bytes)
     return Plan(config, widened_config, seq_len, layers, dense_cost, sparse_cost)
 
@@ -246,7 +244,7 @@ def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCos
     layers = sparse_layers(model).values()
     inactive = sum(layer.mask.numel() * layer.unit_size - layer.count_active() for layer in layers)
     total = sum(projection.num_weights for projection in find_projections(model))
-    flops = _flops(model.config, total - inactive, seq_len)
+    flops = model_flops(model.config, total - inactive, seq_len)
     return ModelCost(
         total - inactive, total, model.num_parameters(), flops, sum(layer.topology_bytes for layer in layers)
     )
@@ -255,13 +253,6 @@ def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCos
 def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isoflop.FlopCount:
     """Forward FLOPs per token of a dense or Sparse-IFT model; arguments and errors as `cost_of`."""
     return cost_of(model, seq_len).flops
-
-
-def _flops(config: PreTrainedConfig, num_active: int, seq_len: int) -> isoflop.FlopCount:
-    sizes = sizes_of(config)
-    return isoflop.forward_flops(
-        num_active, seq_len, sizes.attention_width, sizes.num_layers, sizes.hidden, sizes.vocab
-    )
 
 
 def _topology_bytes(layer: LayerPlan, block_size: int | None) -> int:
@@ -278,77 +269,3 @@ def _is_chosen(projection: Projection, config: SparseIFTConfig) -> bool:
             "or not at all; name all of them in targets/exclude"
         )
     return all(matched)
-
-
-def _active_counts(
-    dense: Sequence[Projection],
-    sparse: Sequence[Projection],
-    chosen: Sequence[bool],
-    config: SparseIFTConfig,
-    dense_config: PreTrainedConfig,
-    widened_config: PreTrainedConfig,
-) -> list[int]:
-    """Active weights of every projection, those that stay dense included."""
-    counts = [projection.num_weights for projection in sparse]
-    picked = [index for index, is_chosen in enumerate(chosen) if is_chosen]
-    twins = [dense[index].num_weights for index in picked]
-    total = sum(twins)
-    if config.accounting == "whole_model":
-        dense_flops = _flops(dense_config, sum(projection.num_weights for projection in dense), config.seq_len or 0)
-        total = _whole_model_total(counts, picked, dense_flops, widened_config, config)
-    size = config.block_size or 1
-    for index in picked:
-        _check_sides(sparse[index], size)
-    shapes = [(sparse[index].out_features // size, sparse[index].in_features // size) for index in picked]
-    shared = _share_units(shapes, twins, total, config)
-    for index, (num_rows, _), units in zip(picked, shapes, shared, strict=True):
-        if size > 1 and units < num_rows:
-            raise ValueError(
-                f"{sparse[index].name}: {units} active tiles for {num_rows} block-rows would leave outputs without any "
-                f"input; use a block_size below {size} or a lower sparsity"
-            )
-        counts[index] = units * size**2
-    return counts
-
-
-def _share_units(shapes: list[tuple[int, int]], twins: list[int], total: int, config: SparseIFTConfig) -> list[int]:
-    """`total` active weights in units (tiles or weights), shared among layers of `shapes` units."""
-    unit_size = (config.block_size or 1) ** 2
-    sizes = [rows * columns for rows, columns in shapes]
-    num_units = round(Fraction(total, unit_size))
-    if config.distribution == "erk":
-        return distributions.erdos_renyi_kernel(shapes, num_units)
-    if config.accounting == "whole_model":
-        return distributions.uniform(sizes, num_units)
-    ideal = [Fraction(twin * num_units, total) for twin in twins]
-    return distributions.round_to_total(ideal, sizes, num_units)
-
-
-def _check_sides(projection: Projection, block_size: int) -> None:
-    for side in projection.shape:
-        if side % block_size:
-            raise ValueError(
-                f"{projection.name} is {projection.out_features} x {projection.in_features}, and {side} is not a "
-                f"multiple of block_size={block_size}; choose a block_size that divides it, another scope, or leave "
-                f"{', '.join(projection.kinds)} dense with exclude"
-            )
-
-
-def _whole_model_total(
-    counts: list[int],
-    picked: list[int],
-    dense_flops: isoflop.FlopCount,
-    widened_config: PreTrainedConfig,
-    config: SparseIFTConfig,
-) -> int:
-    available = sum(counts[index] for index in picked)
-    around = _flops(widened_config, sum(counts) - available, config.seq_len or 0)
-    total = isoflop.num_active_for_whole_model(dense_flops.forward, around)
-    if total < len(picked):
-        raise ValueError(
-            f"accounting='whole_model' cannot be met: attention, logits and dense projections of the widened model "
-            f"alone cost {around.forward / 1e6:.1f} of the dense model's {dense_flops.forward / 1e6:.1f} MFLOP per "
-            f"token; lower sparsity={config.sparsity}, use scope='ffn' or a smaller vocabulary"
-        )
-    assert total <= available, "a widened model never costs less than the dense one"
-    return total

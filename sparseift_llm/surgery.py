@@ -120,7 +120,7 @@ def _sparse_layer(
     if size is None:
         return masked_projection(dense, layer.num_active, layer.dense_shape)
     num_tiles = layer.num_active // size**2
-    if dense.weight.is_meta:  # type: ignore[union-attr]
+    if dense.weight.is_meta:
         columns = torch.empty(num_tiles, dtype=torch.int32, device="meta")
     elif columns is None:
         rows, width = layer.sparse_shape[0] // size, layer.sparse_shape[1] // size

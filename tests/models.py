@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from sparseift_llm.layers.masked import MaskedProjection
+
 VOCAB = 100
 SPLIT_ARCHS = ("opt", "llama", "mistral", "qwen2", "qwen3", "gemma")
 FUSED_ARCHS = ("gpt2", "gpt_neox")
@@ -82,10 +84,10 @@ def tiny_model(arch: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
 def shake(model: nn.Module, std: float = 0.1) -> None:
     """Add noise to every parameter, so that no bias stays 0 and no norm stays 1; inactive weights stay 0."""
     for module in model.modules():
-        mask = getattr(module, "mask", None)
+        is_masked = isinstance(module, MaskedProjection)
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn_like(parameter) * std
-            parameter.add_(noise if mask is None or name != "weight" else noise * mask)
+            parameter.add_(noise * module.mask if is_masked and name == "weight" else noise)
 
 
 def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:

@@ -44,6 +44,10 @@ class SparseProjection(nn.Module):
         """Bytes of the buffers that say which weights are active."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers(recurse=False))
 
+    def accepts(self, mask: Tensor) -> bool:
+        """Whether `set_mask` would take a mask, as far as its shape and its number of active units go."""
+        return mask.shape == self.mask.shape
+
     def set_mask(self, mask: Tensor) -> Tensor:
         """Take over `mask`; weights that become inactive are lost, those that become active are 0.
 

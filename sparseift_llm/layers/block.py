@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -91,15 +90,23 @@ class BlockSparseLinear(SparseProjection):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         x, weight, bias = _autocast(input.reshape(-1, self.in_features), self.weight, self.bias)
-        gelu = self.applies_gelu
-        if gelu and self.dense_gradient is not None:  # the dense gradient needs what comes out of the activation
-            x, gelu = F.gelu(x, approximate="tanh"), False
         y = block_linear_op(
-            x, weight, bias, self.columns, self.slots_by_column, self.column_starts, self.out_features, gelu
+            x,
+            weight,
+            bias,
+            self.columns,
+            self.slots_by_column,
+            self.column_starts,
+            self.out_features,
+            self.applies_gelu,
         )
         if self.dense_gradient is not None:
-            y = capture_dense_gradient(y, x, self.dense_gradient)
+            y = capture_dense_gradient(y, x, self.applies_gelu, self.dense_gradient)
         return y.view(*input.shape[:-1], self.out_features)
+
+    def accepts(self, mask: Tensor) -> bool:
+        current = self.mask
+        return mask.shape == current.shape and torch.equal(mask.to(current.device).sum(1), current.sum(1))
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> Tensor:
@@ -108,11 +115,9 @@ class BlockSparseLinear(SparseProjection):
         Raises:
             ValueError: another number of tiles in some block-row than now.
         """
-        current = self.mask
-        mask = mask.to(current.device)
-        if mask.shape != current.shape or not torch.equal(mask.sum(1), current.sum(1)):
+        if not self.accepts(mask):
             raise ValueError("the number of tiles in a block-row is fixed; the mask has another one, or another shape")
-        columns, changed = blocks.reassign(self.columns, current, mask)
+        columns, changed = blocks.reassign(self.columns, self.mask, mask.to(self.columns.device))
         self.columns.copy_(columns)
         self._index_columns()
         changed = changed[:, None, None]

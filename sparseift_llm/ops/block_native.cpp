@@ -23,6 +23,7 @@ constexpr int VECTOR_BYTES = 16, NUM_SUMS = 24, MAX_VECTORS = 4;
 constexpr int VECTOR_BYTES = 16, NUM_SUMS = 12, MAX_VECTORS = 2;
 #endif
 constexpr int64_t SUB_CHUNK = 240, CHUNK = 480;  // tokens; multiples of every number of rows below
+constexpr int64_t PACKED_ROWS = 8;  // tokens that a thread copies at a time
 constexpr int64_t WEIGHT_BYTES_IN_L1 = 32768;
 
 struct bfloat16 {
@@ -44,44 +45,6 @@ static inline void store(float value, bfloat16* to) {  // round to nearest even;
     memcpy(&bits, &value, 4);
     const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
     to->bits = uint16_t(is_nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// exp(z) to one unit in the last place or two, in a form that compilers vectorise; z is cut to where floats reach.
-static inline float exponential(float z) {
-    z = z < -87.0f ? -87.0f : z > 88.0f ? 88.0f : z;
-    const float magic = 12582912.0f;  // adding it rounds to an integer, which then stands in the low bits
-    const float shifted = z * 1.44269504f + magic, n = shifted - magic;
-    const float r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits - 0x4b400000 + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
-}
-static inline double exponential(double z) { return exp(z); }
-
-// GELU with the tanh formula: x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3); and its derivative.
-template <class Sum>
-static inline Sum gelu_sigmoid(Sum x) {
-    const Sum twice_u = Sum(1.5957691216057308) * (x + Sum(0.044715) * x * x * x);
-    return 1 / (1 + exponential(-twice_u));
-}
-template <class Sum>
-static inline Sum gelu(Sum x) {
-    return x * gelu_sigmoid(x);
-}
-template <class Sum>
-static inline Sum gelu_derivative(Sum x) {
-    const Sum s = gelu_sigmoid(x), slope = Sum(1.5957691216057308) * (1 + Sum(3 * 0.044715) * x * x);
-    return s + x * s * (1 - s) * slope;
 }
 
 // A widened activation is fresh memory on every call: with 2 MiB pages the first touch costs a fraction.
@@ -141,12 +104,52 @@ struct Kernels {
             }
     }
 
-    static void pack(const IO* from, int64_t stride, int64_t tokens, bool apply_gelu, Sum* to) {
-        for (int64_t t = 0; t < tokens; t++) {
-            for (int j = 0; j < PANEL; j++) to[t * PANEL + j] = load(from[t * stride + j]);
-            if (apply_gelu)
-                for (int j = 0; j < PANEL; j++) to[t * PANEL + j] = gelu(to[t * PANEL + j]);
+    // exp(z) to a unit or two in the last place, for all lanes at once; z is cut to where floats reach.
+    static inline Vector exponential(Vector z) {
+        if constexpr (std::is_same_v<Sum, float>) {
+            typedef int32_t Bits __attribute__((vector_size(BYTES)));
+            z = z < -87.0f ? z * 0 - 87.0f : z;
+            z = z > 88.0f ? z * 0 + 88.0f : z;
+            const Vector shifted = z * 1.44269504f + 12582912.0f;  // rounds to an integer, held in the low bits
+            const Vector n = shifted - 12582912.0f;
+            const Vector r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
+            Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+            p = p * r + 8.3334519073e-3f;
+            p = p * r + 4.1665795894e-2f;
+            p = p * r + 1.6666665459e-1f;
+            p = p * r + 5.0000001201e-1f;
+            p = p * r * r + r + 1.0f;
+            return p * (Vector)(((Bits)shifted - 0x4b400000 + 127) << 23);
+        } else {
+            for (int lane = 0; lane < LANES; lane++) z[lane] = exp(z[lane]);
+            return z;
         }
+    }
+
+    // GELU with the tanh formula: x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3); and its derivative.
+    static inline Vector gelu_sigmoid(Vector x) {
+        return 1 / (1 + exponential(x * (Sum(-1.5957691216057308) - Sum(1.5957691216057308 * 0.044715) * x * x)));
+    }
+    static inline Vector gelu(Vector x) { return x * gelu_sigmoid(x); }
+    static inline Vector gelu_derivative(Vector x) {
+        const Vector s = gelu_sigmoid(x);
+        const Vector slope = Sum(1.5957691216057308) + Sum(3 * 1.5957691216057308 * 0.044715) * x * x;
+        return s + x * s * (1 - s) * slope;
+    }
+
+    // Rows first to first + count of a chunk -> [panel][token][PANEL], reading each row in order.
+    static void pack(const IO* chunk, int64_t stride, int64_t first, int64_t count, int64_t num_panels,
+                     int64_t panel_stride, bool apply_gelu, Sum* panels) {
+        for (int64_t p = 0; p < num_panels; p++)
+            for (int64_t t = first; t < first + count; t++) {
+                const IO* from = chunk + t * stride + p * PANEL;
+                Sum* to = panels + p * panel_stride + t * PANEL;
+                for (int j = 0; j < PANEL; j += LANES) {
+                    Vector x;
+                    for (int lane = 0; lane < LANES; lane++) x[lane] = load(from[j + lane]);
+                    *(Vector*)(to + j) = apply_gelu ? gelu(x) : x;
+                }
+            }
     }
 
     // One tile of the weight -> [panel of outputs][input][PANEL].
@@ -178,9 +181,9 @@ struct Kernels {
                 const int64_t tokens = std::min(CHUNK, num_tokens - begin);
                 const int64_t subs = (tokens + SUB_CHUNK - 1) / SUB_CHUNK;
 #pragma omp for schedule(static)
-                for (int64_t p = 0; p < in_panels; p++)
-                    pack(x + begin * x_stride + p * PANEL, x_stride, tokens, apply_gelu,
-                         panels + p * panel_stride);
+                for (int64_t t = 0; t < tokens; t += PACKED_ROWS)
+                    pack(x + begin * x_stride, x_stride, t, std::min(PACKED_ROWS, tokens - t), in_panels, panel_stride,
+                         apply_gelu, panels);
 #pragma omp for collapse(2) schedule(dynamic, 4)
                 for (int64_t sub = 0; sub < subs; sub++)
                     for (int64_t q = 0; q < out_panels; q++) {
@@ -212,7 +215,11 @@ struct Kernels {
 
     static inline void scale_by_derivative(Sum* sums, int64_t rows, const IO* before_gelu, int64_t stride) {
         for (int64_t t = 0; t < rows; t++)
-            for (int j = 0; j < PANEL; j++) sums[t * PANEL + j] *= gelu_derivative(load(before_gelu[t * stride + j]));
+            for (int j = 0; j < PANEL; j += LANES) {
+                Vector x;
+                for (int lane = 0; lane < LANES; lane++) x[lane] = load(before_gelu[t * stride + j + lane]);
+                *(Vector*)(sums + t * PANEL + j) *= gelu_derivative(x);
+            }
     }
 
     static inline void write(const Sum* sums, int64_t rows, const IO* bias, IO* y, int64_t stride) {
@@ -236,11 +243,13 @@ struct Kernels {
             for (int64_t begin = 0; begin == 0 || begin < num_tokens; begin += CHUNK) {
                 const int64_t tokens = std::min(CHUNK, num_tokens - begin);
 #pragma omp for schedule(static) nowait
-                for (int64_t p = 0; p < out_panels; p++)
-                    pack(grad + begin * grad_stride + p * PANEL, grad_stride, tokens, false, left + p * CHUNK * PANEL);
+                for (int64_t t = 0; t < tokens; t += PACKED_ROWS)
+                    pack(grad + begin * grad_stride, grad_stride, t, std::min(PACKED_ROWS, tokens - t), out_panels,
+                         CHUNK * PANEL, false, left);
 #pragma omp for schedule(static)
-                for (int64_t p = 0; p < in_panels; p++)
-                    pack(x + begin * x_stride + p * PANEL, x_stride, tokens, apply_gelu, right + p * CHUNK * PANEL);
+                for (int64_t t = 0; t < tokens; t += PACKED_ROWS)
+                    pack(x + begin * x_stride, x_stride, t, std::min(PACKED_ROWS, tokens - t), in_panels, CHUNK * PANEL,
+                         apply_gelu, right);
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t n = 0; n < num_tiles; n++)
                     for (int64_t q = 0; q < parts * parts; q++) {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,25 +45,26 @@ class DenseGradient:
 
 class _Capture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, sink: DenseGradient) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, gelu: bool, sink: DenseGradient) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.sink = sink
+        ctx.gelu, ctx.sink = gelu, sink
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.sink.add(gradient.T @ x)
-        return gradient, None, None
+        ctx.sink.add(gradient.T @ (F.gelu(x, approximate="tanh") if ctx.gelu else x))
+        return gradient, None, None, None
 
 
-def capture_dense_gradient(y: Tensor, x: Tensor, sink: DenseGradient) -> Tensor:
-    """`y` itself; its backward pass adds the dense weight gradient of y = x W^T to `sink`.
+def capture_dense_gradient(y: Tensor, x: Tensor, gelu: bool, sink: DenseGradient) -> Tensor:
+    """`y` itself; its backward pass adds the dense weight gradient of y = x W^T, or gelu(x) W^T, to `sink`.
 
     Args:
         y: (tokens, out).
         x: (tokens, in), of the same dtype.
+        gelu: whether y was computed from GELU (tanh formula) of x.
         sink: gets (out, in).
     """
-    captured: Tensor = _Capture.apply(y, x.detach(), sink)
+    captured: Tensor = _Capture.apply(y, x.detach(), gelu, sink)
     return captured
