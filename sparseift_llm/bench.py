@@ -131,6 +131,19 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def render_crossover(result: Mapping[str, Any]) -> str:
+    """A result of `CROSSOVER` as a Markdown table: block over dense, and masked over dense, by width and tile."""
+    ratios = {(row["hidden"], row["tile"]): row for row in result["rows"]}
+    hiddens, tiles = (sorted({key[index] for key in ratios}) for index in (0, 1))
+    lines = ["| dense hidden size | masked | " + " | ".join(f"tile {tile}" for tile in tiles) + " |"]
+    lines.append("| ---: | ---: |" + " ---: |" * len(tiles))
+    for hidden in hiddens:
+        masked = statistics.median(ratios[hidden, tile]["ratio_masked"] for tile in tiles)
+        cells = [f"{ratios[hidden, tile]['ratio_block']:.2f}x" for tile in tiles]
+        lines.append(f"| {hidden} | {masked:.2f}x | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 class FeedForward(nn.Module):
     """up, GELU, down: one FFN, whose layers may be of any kind."""
 

@@ -97,7 +97,7 @@ def _compare(arguments: argparse.Namespace) -> str:
 def _bench(arguments: argparse.Namespace) -> str:
     import torch
 
-    from sparseift_llm.bench import CROSSOVER, ROWS, bench, render
+    from sparseift_llm.bench import CROSSOVER, ROWS, bench, render, render_crossover
     from sparseift_llm.run_record import write_json
     from sparseift_llm.strict import check_choice
 
@@ -113,7 +113,9 @@ def _bench(arguments: argparse.Namespace) -> str:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, result)
-    return json.dumps(result, indent=2) if arguments.json else render(result)
+    if arguments.json:
+        return json.dumps(result, indent=2)
+    return render_crossover(result) if arguments.crossover else render(result)
 
 
 def render_plan(plan: Plan) -> str:

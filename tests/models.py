@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.masked import MaskedProjection
 
 VOCAB = 100
@@ -88,6 +90,18 @@ def shake(model: nn.Module, std: float = 0.1) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn_like(parameter) * std
             parameter.add_(noise * module.mask if is_masked and name == "weight" else noise)
+
+
+def stored_part(layer: SparseProjection, dense: Tensor) -> Tensor:
+    """What the layer keeps of a dense weight's gradient, in its own layout: entries under its mask, or its tiles."""
+    if not isinstance(layer, BlockSparseLinear):
+        return dense * layer.mask
+    matrix, size = dense.T if layer.is_conv1d else dense, layer.block_size
+    tiles, num_tiles = [], len(layer.columns)
+    for slot, column in enumerate(layer.columns.tolist()):
+        row = next(row for row in range(layer.num_rows) if slot < (row + 1) * num_tiles // layer.num_rows)
+        tiles.append(matrix[row * size : (row + 1) * size, column * size : (column + 1) * size])
+    return torch.stack(tiles)
 
 
 def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:

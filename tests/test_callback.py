@@ -63,10 +63,12 @@ def changes(history: list[dict[str, torch.Tensor]]) -> list[int]:
     return [step for step in range(2, len(history) + 1) if differences(history[step - 2], history[step - 1])]
 
 
-def test_masks_are_updated_on_schedule(tmp_path: Path) -> None:
-    assert changes(mask_history(tmp_path, "static")) == []
-    assert changes(mask_history(tmp_path, "set")) == [2, 4, 6, 8]  # before 9, which is 0.75 of 12
-    assert changes(mask_history(tmp_path, "gmp")) == [2, 4, 6, 8, 9]
+@pytest.mark.parametrize(
+    ("algorithm", "steps"),
+    [("static", []), ("set", [2, 4, 6, 8]), ("gmp", [2, 4, 6, 8, 9])],  # set ends before 9, which is 0.75 of 12
+)
+def test_masks_are_updated_on_schedule(algorithm: str, steps: list[int], tmp_path: Path) -> None:
+    assert changes(mask_history(tmp_path, algorithm)) == steps
 
 
 def test_accumulation_does_not_change_masks(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparseift_llm import SparseIFTConfig, load_pretrained, sparsify
@@ -30,8 +31,6 @@ BROKEN: dict[str, bytes | None] = {
     "no mapping": b"[1, 2]",
     "zeros": bytes(100),  # what a crash of the machine can leave of a file
 }
-
-pytestmark = pytest.mark.usefixtures("every_structure")
 
 
 def checkpoint(folder: Path, step: int, state: bytes | None = json.dumps(STATE).encode()) -> Path:
@@ -145,11 +144,20 @@ def test_no_candidate_has_the_digest(tmp_path: Path, state: bytes | None) -> Non
 # ---- loading
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    sparsify(tiny_model("llama", dtype=torch.float32), SparseIFTConfig()).save_pretrained(folder)
+STORAGES: dict[str, dict[str, Any]] = {"unstructured": {}, "block": {"structure": "block", "block_size": 8}}
+
+
+@pytest.fixture(scope="module", params=STORAGES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    config = SparseIFTConfig(**STORAGES[request.param])
+    sparsify(tiny_model("llama", dtype=torch.float32), config).save_pretrained(folder)
     return folder
+
+
+def storage_of(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "config.json").read_text())["sparse_ift"]
+    return STORAGES[record["structure"]]
 
 
 @pytest.fixture
@@ -164,13 +172,14 @@ def test_load_pretrained_passes_its_options_on(saved: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     for layer in sparse_layers(load_pretrained(str(saved))).values():
         assert torch.count_nonzero(layer.weight) == layer.num_active
-        assert torch.equal(layer.weight != 0, layer.mask)
+        assert torch.equal(layer.magnitude() != 0, layer.mask)
 
 
 def test_a_loaded_model_saves_its_masks_again(saved: Path, tmp_path: Path) -> None:
     model = load_pretrained(saved)
     layer = next(iter(sparse_layers(model).values()))
-    layer.set_mask(torch.zeros_like(layer.mask))
+    layer.set_mask(layer.mask.roll(1, dims=1))
+    assert digest(masks_of(model)) != digest(masks_of(load_pretrained(saved)))
     model.save_pretrained(tmp_path)
     assert digest(masks_of(load_pretrained(tmp_path))) == digest(masks_of(model))
 
@@ -179,7 +188,8 @@ def test_load_pretrained_without_masks(copied: Path) -> None:
     (copied / MASKS_NAME).unlink()
     with pytest.raises(ValueError, match=rf"{MASKS_NAME} is missing"):
         load_pretrained(copied)
-    AutoModelForCausalLM.from_pretrained(copied)  # for inference the weights are enough
+    if not storage_of(copied):
+        AutoModelForCausalLM.from_pretrained(copied)  # for inference the weights are enough
 
 
 def test_load_pretrained_with_damaged_masks(copied: Path) -> None:
@@ -190,8 +200,22 @@ def test_load_pretrained_with_damaged_masks(copied: Path) -> None:
 
 
 def test_load_pretrained_with_the_masks_of_another_model(copied: Path) -> None:
-    save_masks(sparsify(tiny_config("llama", intermediate_size=80), SparseIFTConfig()), copied)
-    with pytest.raises(ValueError, match=r"another model: .*gate_proj has shape \(160, 64\), expected \(144, 64\)"):
+    storage = storage_of(copied)
+    save_masks(sparsify(tiny_config("llama", intermediate_size=80), SparseIFTConfig(**storage)), copied)
+    message = r"another model: .*gate_proj has shape \(160, 64\), expected \(144, 64\)"
+    with pytest.raises(ValueError, match="the masks in .* are not those of its weights" if storage else message):
+        load_pretrained(copied)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter"])
+def test_load_pretrained_without_a_parameter(copied: Path, damage: str) -> None:
+    """Not filled with random values, as transformers does it."""
+    tensors = load_file(copied / "model.safetensors")
+    value = tensors.pop("model.norm.weight")
+    if damage == "shorter":
+        tensors["model.norm.weight"] = value[:-1].contiguous()
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"weights in {copied} are missing or damaged: no model\.norm\.weight"):
         load_pretrained(copied)
 
 

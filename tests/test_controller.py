@@ -13,6 +13,8 @@ from torch.optim import SGD, AdamW
 
 from sparseift_llm import DSTConfig, SparseTrainingController
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.mask_file import pack, unpack
+from tests.conftest import tiny_models_of
 from tests.tiny_runs import ToyModel, batches, bits, differences, masks, sparse_gpt2, train
 
 
@@ -78,6 +80,7 @@ def test_grown_weights_start_at_zero_with_zero_state() -> None:
     assert weight[0, 2] == 0
 
 
+@pytest.mark.usefixtures("either_structure")
 def test_updates_happen_when_the_schedule_says() -> None:
     model = sparse_gpt2("rigl", every=3)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -153,6 +156,7 @@ def test_only_rigl_pays_for_dense_gradients(algorithm: str) -> None:
     assert controller.num_dense_gradient_steps == 0
 
 
+@pytest.mark.usefixtures("either_structure")
 def test_evaluation_between_steps_changes_nothing() -> None:
     def run(evaluate: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         model = sparse_gpt2("rigl")
@@ -215,6 +219,7 @@ class Wrapper(nn.Module):
         self.module = module
 
 
+@pytest.mark.usefixtures("either_structure")
 def test_names_do_not_depend_on_wrappers() -> None:
     model = sparse_gpt2()
     expected = list(sparse_layers(model))
@@ -242,6 +247,7 @@ def test_total_steps_out_of_range(total_steps: int) -> None:
         SparseTrainingController(model, SGD(model.parameters(), lr=1.0), total_steps)
 
 
+@pytest.mark.usefixtures("either_structure")
 def test_sparse_weight_missing_from_the_optimizer() -> None:
     model = sparse_gpt2()
     name = "transformer.h.0.mlp.c_fc"
@@ -280,6 +286,7 @@ def test_gradient_that_is_not_finite(value: float) -> None:
     assert torch.equal(model.layer.mask, before)
 
 
+@pytest.mark.usefixtures("either_structure")
 def test_state_of_a_model_with_other_layers() -> None:
     model = toy_model()
     controller = SparseTrainingController(model, SGD(model.parameters(), lr=1.0), 10)
@@ -289,6 +296,7 @@ def test_state_of_a_model_with_other_layers() -> None:
         controller.load_state_dict(state)
 
 
+@pytest.mark.usefixtures("either_structure")
 @pytest.mark.parametrize("hidden", [12, 24])
 def test_state_of_a_model_of_another_width(hidden: int) -> None:
     """Same layer names, other shapes: must be refused, and change nothing."""
@@ -299,3 +307,19 @@ def test_state_of_a_model_of_another_width(hidden: int) -> None:
     with pytest.raises(ValueError, match="another model"):
         controller.load_state_dict(state)
     assert not differences(before, masks(model))
+
+
+def test_state_of_a_model_with_other_numbers_of_tiles() -> None:
+    """Same layers, same widths, one tile more in some rows of the second layer: the first must stay as it is, too."""
+    with tiny_models_of("block"):
+        model = sparse_gpt2()
+    controller = SparseTrainingController(model, SGD(model.parameters(), lr=1.0), 10)
+    state = controller.state_dict()
+    names = list(state["masks"])
+    first, second = (unpack(state["masks"][name], tuple(state["shapes"][name])) for name in names[:2])
+    second[0, int(second[0].int().argmin())] = True
+    state["masks"].update({names[0]: pack(first.roll(1, dims=1)), names[1]: pack(second)})
+    before = {"masks": masks(model), "weights": {name: value.clone() for name, value in model.state_dict().items()}}
+    with pytest.raises(ValueError, match=rf"controller's state are of another model: {names[1]} has other numbers of"):
+        controller.load_state_dict(state)
+    assert not differences(before, {"masks": masks(model), "weights": model.state_dict()})

@@ -93,6 +93,14 @@ def test_inactive_weights_and_state_stay_zero(name: str, algorithm: str) -> None
     check_invariants(model, optimizer, algorithm)
 
 
+@pytest.mark.usefixtures("either_structure")
+def test_the_check_catches_state_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparseift_llm.dst.controller.zero_state", lambda *_: None)
+    model = sparse_gpt2("rigl", every=3)
+    with pytest.raises(AssertionError):
+        check_invariants(model, AdamW(model.parameters(), lr=0.01), "rigl")
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch without Muon")
 def test_muon() -> None:
     model = sparse_gpt2("rigl", every=3)
@@ -100,15 +108,36 @@ def test_muon() -> None:
     check_invariants(model, optimizer, "rigl")
 
 
+def slots(model: Any) -> dict[str, Tensor]:
+    """Which tile every slot of the block-sparse layers holds."""
+    layers = sparse_layers(model).items()
+    return {name: layer.columns.clone() for name, layer in layers if isinstance(layer, BlockSparseLinear)}
+
+
+def left_behind(model: Any, optimizer: Optimizer, before: dict[str, Tensor]) -> list[str]:
+    """What a slot that has just got another tile kept of the old one: a weight, or per-element optimizer state."""
+    found = []
+    for name, columns in before.items():
+        layer = sparse_layers(model)[name]
+        weight, changed = layer.weight, layer.columns != columns
+        state = {key: value for key, value in optimizer.state[weight].items() if isinstance(value, Tensor)}
+        values = {"weight": weight, **{key: value for key, value in state.items() if value.shape == weight.shape}}
+        found += [f"{name}.{key}" for key, value in values.items() if value[changed].any()]
+    return found
+
+
 def check_invariants(model: Any, optimizer: Optimizer, algorithm: str) -> None:
     """30 steps with updates on every third up to 22: exact zeros after each, and training does take place."""
     controller = SparseTrainingController(model, optimizer, total_steps=30)
     planned = {name: layer.num_active for name, layer in sparse_layers(model).items()}
     weights = {name: layer.weight.detach().clone() for name, layer in sparse_layers(model).items()}
-    history = [masks(model)]
+    history, held = [masks(model)], slots(model)
 
     def check() -> None:
+        nonlocal held
         assert violations(model, optimizer) == []
+        assert left_behind(model, optimizer, held) == []
+        held = slots(model)
         history.append(masks(model))
         if algorithm != "gmp":
             assert {name: layer.count_active() for name, layer in sparse_layers(model).items()} == planned
@@ -164,6 +193,7 @@ def test_fused_and_foreach_agree_with_the_plain_loop_on_masks() -> None:
     assert not differences(final("adamw"), final("adamw_foreach"))
 
 
+@pytest.mark.usefixtures("either_structure")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
 def test_integer_state_is_refused(dtype: torch.dtype) -> None:
     model = sparse_gpt2("set")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from sparseift_llm import mask_file
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.masked import masked_projection
 from sparseift_llm.mask_file import MASKS_NAME, apply_masks, digest, masks_of, pack, read_masks, save_masks, unpack
+from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.masks import random_mask
 
 MASKS = st.lists(st.integers(0, 5), max_size=3).flatmap(
@@ -25,16 +28,21 @@ MASKS = st.lists(st.integers(0, 5), max_size=3).flatmap(
     )
 )
 
-pytestmark = pytest.mark.usefixtures("every_structure")
+every_structure = pytest.mark.parametrize("structure", ["unstructured", "block"])
 
 
-def small_model(rows: int = 3, names: tuple[str, ...] = ("a", "b")) -> nn.Module:
+def small_model(rows: int = 3, names: tuple[str, ...] = ("a", "b"), structure: str = "unstructured") -> nn.Module:
+    """7 of 5 x 3, 5 x 4, ... units active: weights, or tiles of 4x4."""
     torch.manual_seed(0)
     model = nn.ModuleDict()
     for index, name in enumerate(names):
-        layer = masked_projection(nn.Linear(5, rows + index), 7, (2, 2))
-        layer.set_mask(random_mask(layer.weight.shape, 7, seed=index))
-        model[name] = layer
+        if structure == "block":
+            columns = random_columns(rows + index, 5, 7, seed=index)
+            model[name] = BlockSparseLinear(nn.Linear(20, 4 * (rows + index)), columns, 4, (2, 2))
+        else:
+            layer = masked_projection(nn.Linear(5, rows + index), 7, (2, 2))
+            layer.set_mask(random_mask(layer.weight.shape, 7, seed=index))
+            model[name] = layer
     return model
 
 
@@ -91,8 +99,9 @@ def test_digest_changes_with_names_and_shapes_but_not_with_order() -> None:
     assert digest({"a": x.view(2, 2), "b": y}) != reference
 
 
-def test_save_and_read_give_the_same_masks(tmp_path: Path) -> None:
-    model = small_model()
+@every_structure
+def test_save_and_read_give_the_same_masks(structure: str, tmp_path: Path) -> None:
+    model = small_model(structure=structure)
     path = save_masks(model, tmp_path)
     assert path == tmp_path / MASKS_NAME
     assert [file.name for file in tmp_path.iterdir()] == [MASKS_NAME]
@@ -100,14 +109,18 @@ def test_save_and_read_give_the_same_masks(tmp_path: Path) -> None:
     assert masks.keys() == masks_of(model).keys() == {"a", "b"}
     for name, mask in masks_of(model).items():
         assert torch.equal(masks[name], mask)
-    other = small_model()
-    for layer in sparse_layers(other).values():
-        layer.set_mask(torch.ones_like(layer.mask))
+    other = small_model(structure=structure)
+    before = {}
+    for name, layer in sparse_layers(other).items():
+        layer.set_mask(torch.ones_like(layer.mask) if structure == "unstructured" else layer.mask.roll(1, dims=1))
         nn.init.ones_(layer.weight)
+        before[name] = layer.mask.clone()
     apply_masks(other, masks, tmp_path)
     assert digest(masks_of(other)) == digest(masks_of(model))
-    for layer in sparse_layers(other).values():
-        assert torch.equal(layer.weight, layer.mask.float())  # kept where active, 0 elsewhere
+    for name, layer in sparse_layers(other).items():  # kept where active before and now, 0 elsewhere
+        kept = before[name] & masks[name]
+        assert kept.any()
+        assert torch.equal(layer.magnitude(), kept * float(layer.unit_size))
 
 
 def test_masks_of_gives_the_live_masks() -> None:
@@ -176,37 +189,56 @@ def test_header_without_a_field(tmp_path: Path, key: str) -> None:
         read_masks(tmp_path)
 
 
+@every_structure
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (small_model(rows=4), r"a has shape \(4, 5\), expected \(3, 5\)"),
-        (small_model(names=("a", "c")), "layer b stands in only one"),
-        (small_model(names=("a", "b", "c")), "layer c stands in only one"),
-        (small_model(names=("a",)), "layer b stands in only one"),
+        ({"rows": 4}, r"a has shape \(4, 5\), expected \(3, 5\)"),
+        ({"names": ("a", "c")}, "layer b stands in only one"),
+        ({"names": ("a", "b", "c")}, "layer c stands in only one"),
+        ({"names": ("a",)}, "layer b stands in only one"),
     ],
 )
-def test_masks_of_another_model_change_nothing(other: nn.Module, message: str) -> None:
-    model = small_model()
+def test_masks_of_another_model_change_nothing(structure: str, other: dict[str, Any], message: str) -> None:
+    model = small_model(structure=structure)
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        apply_masks(model, masks_of(other), "somewhere")
+        apply_masks(model, masks_of(small_model(structure=structure, **other)), "somewhere")
     assert_unchanged(model, before)
 
 
-def test_a_late_shape_difference_leaves_the_earlier_layers_alone() -> None:
-    model = small_model()
-    masks = {"a": torch.zeros(3, 5, dtype=torch.bool), "b": torch.zeros(3, 5, dtype=torch.bool)}
+@pytest.mark.parametrize("late", ["another total", "the same total"])
+def test_a_late_difference_in_tiles_leaves_the_earlier_layers_alone(late: str) -> None:
+    """A mask of weights may hold any number of them; of tiles, each block-row has its own for ever."""
+    model = small_model(structure="block")
+    masks = {name: mask.roll(1, dims=1) for name, mask in masks_of(model).items()}
+    if late == "the same total":
+        masks["b"] = masks["b"].roll(1, dims=0)
+    else:
+        masks["b"][0] = True
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"somewhere are of another model: b has other numbers of tiles per block-row"):
+        apply_masks(model, masks, "somewhere")
+    assert_unchanged(model, before)
+
+
+@every_structure
+def test_a_late_shape_difference_leaves_the_earlier_layers_alone(structure: str) -> None:
+    model = small_model(structure=structure)
+    masks = {"a": masks_of(model)["a"].roll(1, dims=1), "b": torch.zeros(3, 5, dtype=torch.bool)}
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"somewhere.*b has shape \(3, 5\), expected \(4, 5\)"):
         apply_masks(model, masks, "somewhere")
     assert_unchanged(model, before)
 
 
-def test_planted_fault_a_change_after_an_error_is_found() -> None:
-    model = small_model()
+@every_structure
+def test_planted_fault_a_change_after_an_error_is_found(structure: str) -> None:
+    model = small_model(structure=structure)
     before = snapshot(model)
-    sparse_layers(model)["a"].mask.view(-1)[0] ^= True
-    with pytest.raises(AssertionError, match=r"a\.mask"):
+    layer = sparse_layers(model)["a"]
+    layer.set_mask(layer.mask.roll(1, dims=1))
+    with pytest.raises(AssertionError, match=r"a\.(mask|weight|columns)"):
         assert_unchanged(model, before)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.pretrain_runs import ENVIRONMENT, REPOSITORY, RIGL, curve, load_script, read_json, tiny_recipe
 from tests.tiny_runs import differences
@@ -113,10 +114,11 @@ def test_a_dense_run_killed_while_a_checkpoint_is_written(tmp_path: Path) -> Non
     assert_equal_runs(tmp_path / "run", tmp_path / "killed")
 
 
-def test_a_run_resumed_after_its_last_checkpoint_only_finishes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", [{}, {"structure": "block", "block_size": 4}], ids=["unstructured", "block"])
+def test_a_run_resumed_after_its_last_checkpoint_only_finishes(storage: dict[str, Any], tmp_path: Path) -> None:
     """Killed between the last checkpoint and the summary, as a job that ran out of time may be."""
     pretrain = load_script("pretrain")
-    recipe = str(tiny_recipe(tmp_path, RIGL, max_steps=4))
+    recipe = str(tiny_recipe(tmp_path, {**RIGL, **storage}, max_steps=4))
     pretrain.main([recipe])
     run = tmp_path / "run"
     summary, model = read_json(run / "summary.json"), (run / "model.safetensors").read_bytes()
@@ -128,5 +130,6 @@ def test_a_run_resumed_after_its_last_checkpoint_only_finishes(tmp_path: Path) -
     for key in ("step", "train_tokens", "train_flops", "eval_loss"):
         assert again[key] == summary[key], key
     assert (run / "model.safetensors").read_bytes() == model
+    assert any(name.endswith(".columns") for name in load_file(run / "model.safetensors")) == bool(storage)
     assert {json.dumps(line) for line in curve(run)} == lines
     assert again["tokens_per_second"] > 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
 
+from sparseift_llm.bench import render, render_crossover
 from sparseift_llm.cli import main as sparseift
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.report import comparison_table
@@ -38,7 +39,7 @@ def test_the_diff_makes_a_plain_trainer_script_sparse(tmp_path: Path) -> None:
         "AutoModelForCausalLM": AutoModelForCausalLM,
         "Trainer": Trainer,
         "config": GPT2Config(
-            vocab_size=8, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+            vocab_size=8, n_positions=16, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
         ),
         "args": TrainingArguments(
             str(tmp_path), max_steps=2, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
@@ -80,6 +81,22 @@ def test_named_recipes_and_links_exist() -> None:
 def test_the_table_of_results_is_the_committed_one() -> None:
     results = [ROOT / "benchmarks" / "results" / "demo" / name for name in ("dense", "sparse")]
     assert comparison_table(results).partition("\n\n")[0] in TEXT
+
+
+def test_the_tables_of_timings_are_the_committed_ones() -> None:
+    results = {
+        name: json.loads((ROOT / "benchmarks" / "results" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("cpu", "crossover")
+    }
+    assert render(results["cpu"]) in TEXT
+    assert render_crossover(results["crossover"]) in TEXT
+    (step,) = (row for row in results["cpu"]["rows"] if row["name"] == "step_cpu")
+    assert f"{step['state_bytes_ratio']:.3f} times" in TEXT
+    assert f"{step['state_bytes_ratio_masked']:.2f} times" in TEXT
+    for result in results.values():
+        assert result["commit"]
+        assert not result["commit"].endswith("-dirty")
+        assert result["command"].startswith("sparseift bench")
 
 
 def test_committed_results_say_how_they_were_made() -> None:
