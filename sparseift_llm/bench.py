@@ -263,11 +263,7 @@ def _models(row: Row) -> dict[str, PreTrainedModel]:
     fields: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     # one kernel instead of eight elementwise ones: the baseline should be as good as it gets
     fields["activation_function"] = "gelu_pytorch_tanh"
-    config = (
-        load_config(row.model)
-        if isinstance(row.model, str)
-        else GPT2Config(**row.model, bos_token_id=0, eos_token_id=0)
-    )
+    config = GPT2Config(**row.model) if isinstance(row.model, dict) else load_config(row.model)
     for key, value in fields.items():
         setattr(config, key, value)
     dst = DSTConfig("rigl", update_every_steps=1)

@@ -78,7 +78,7 @@ def test_peak_bytes_by_hand() -> None:
         del first
         second + 1
 
-    assert peak_bytes(run, "cpu") == 2 * 4 << 20
+    assert 0 <= peak_bytes(run, "cpu") - (2 * 4 << 20) < 1024  # and the scalars
 
 
 def test_the_command_writes_what_it_prints(
