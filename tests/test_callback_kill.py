@@ -5,17 +5,20 @@ The runs themselves are in trainer_script.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import tiny_models_of
 from tests.tiny_runs import differences
 
 ROOT = Path(__file__).parent.parent
@@ -38,9 +41,7 @@ CASES = {
 # with tiles: the columns are in the weights' file, so a kill between it and the masks, and one within the update
 OF_STRUCTURE = {"unstructured": [*CASES], "block": ["after_update", "before_masks", "half_state"]}
 every_case = pytest.mark.parametrize(
-    ("every_structure", "name"),
-    [(structure, name) for structure, names in OF_STRUCTURE.items() for name in names],
-    indirect=["every_structure"],
+    ("structure", "name"), [(structure, name) for structure, names in OF_STRUCTURE.items() for name in names]
 )
 
 
@@ -50,15 +51,29 @@ def run_script(*runs: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
+Resumed = Callable[[str], Path]
+
+
 @pytest.fixture(scope="module")
-def resumed(every_structure: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
+    """By structure, a folder as `killed_and_resumed` leaves it."""
+
+    @functools.cache
+    def folder(structure: str) -> Path:
+        base = tmp_path_factory.mktemp(structure)
+        with tiny_models_of(structure):
+            killed_and_resumed(base, OF_STRUCTURE[structure])
+        return base
+
+    return folder
+
+
+def killed_and_resumed(base: Path, names: list[str]) -> None:
     """One folder per case, killed and gone on to its end; `NAME.pt` and `reference.pt` hold final states.
 
     The case `waiting` is killed but not resumed yet.
     """
-    base = tmp_path_factory.mktemp("killed")
     runs = [run_options(base, "reference")]
-    names = OF_STRUCTURE[every_structure]
     for name in names:
         kill, limit, _, _ = CASES[name]
         runs.append({**run_options(base, name), "kill": kill, "limit": limit})
@@ -73,7 +88,6 @@ def resumed(every_structure: str, tmp_path_factory: pytest.TempPathFactory) -> P
         *_, left = CASES[name]
         assert outcomes.pop(0) == [SIGKILLED, left], f"{name}: {done.stderr}"
         assert outcomes.pop(0)[0] == 0, f"{name}: {done.stderr}"
-    return base
 
 
 def run_options(base: Path, name: str) -> dict[str, Any]:
@@ -81,31 +95,34 @@ def run_options(base: Path, name: str) -> dict[str, Any]:
 
 
 @every_case
-def test_a_killed_run_ends_as_if_it_had_not_been(name: str, resumed: Path) -> None:
-    expected = torch.load(resumed / "reference.pt", weights_only=True)
-    found = torch.load(resumed / f"{name}.pt", weights_only=True)
+def test_a_killed_run_ends_as_if_it_had_not_been(structure: str, name: str, resumed: Resumed) -> None:
+    expected = torch.load(resumed(structure) / "reference.pt", weights_only=True)
+    found = torch.load(resumed(structure) / f"{name}.pt", weights_only=True)
     assert expected.pop("first_step") == 0
     assert found.pop("first_step") == CASES[name][2]
     assert len(expected["log"]) == 12
+    assert expected["weights"]["transformer.h.0.mlp.c_fc.weight"].ndim == {"unstructured": 2, "block": 3}[structure]
     assert not differences(expected, found)
 
 
 @every_case
-def test_half_written_checkpoints_are_kept_out_of_the_way(name: str, resumed: Path) -> None:
+def test_half_written_checkpoints_are_kept_out_of_the_way(structure: str, name: str, resumed: Resumed) -> None:
     """The last checkpoint is in place, and a folder cut short has been renamed, not deleted and not resumed."""
     _, limit, first_step, left = CASES[name]
     complete = ["checkpoint-12"] if limit == 1 else ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
     cut = "checkpoint-4" if first_step == 8 else "checkpoint-8"
-    found = sorted(path.name for path in (resumed / name).iterdir())
+    found = sorted(path.name for path in (resumed(structure) / name).iterdir())
     assert found == complete + ([f"incomplete-{cut}"] if cut in left else [])
 
 
-@pytest.mark.parametrize("every_structure", OF_STRUCTURE, indirect=True)
-def test_resuming_in_another_interpreter(resumed: Path) -> None:
+@pytest.mark.parametrize("structure", OF_STRUCTURE)
+def test_resuming_in_another_interpreter(structure: str, resumed: Resumed) -> None:
     """Nothing is shared with the killed process but its files."""
-    done = run_script({**run_options(resumed, "waiting"), "resume": True})
+    base = resumed(structure)
+    with tiny_models_of(structure):
+        done = run_script({**run_options(base, "waiting"), "resume": True})
     assert done.returncode == 0, done.stderr
-    expected = torch.load(resumed / "reference.pt", weights_only=True)
-    found = torch.load(resumed / "waiting.pt", weights_only=True)
+    expected = torch.load(base / "reference.pt", weights_only=True)
+    found = torch.load(base / "waiting.pt", weights_only=True)
     assert (expected.pop("first_step"), found.pop("first_step")) == (0, 4)
     assert not differences(expected, found)

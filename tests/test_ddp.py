@@ -77,9 +77,10 @@ def test_masks_are_those_of_one_process_with_the_whole_batch(results: Results) -
             torch.testing.assert_close(rank["weights"][name], value.detach(), rtol=1e-6, atol=1e-9)
 
 
-def test_ranks_hold_the_same_everything(results: Results) -> None:
+def test_ranks_hold_the_same_everything(results: Results, every_structure: str) -> None:
     first, second = results["plain"]
     assert not differences(first, second)
+    assert first["weights"]["transformer.h.0.mlp.c_fc.weight"].ndim == {"unstructured": 2, "block": 3}[every_structure]
     assert first["violations"] == []
 
 

@@ -16,9 +16,13 @@ from sparseift_llm import DSTConfig, SparseIFTConfig, load_pretrained, plan, spa
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.mask_file import MASKS_NAME, digest, masks_of
-from tests.models import ARCHS, gradients_of, logits_of, shake, tiny_config, tiny_model
+from sparseift_llm.ops import block_reference
+from sparseift_llm.ops.block_linear import use_block_kernel
+from tests.models import ARCHS, gradients_of, logits_of, shake, stored_part, tiny_config, tiny_model
 
 INITS = ("paper", "preserve", "supar")
+STORAGES: dict[str, dict[str, Any]] = {"unstructured": {}, "block": {"structure": "block", "block_size": 8}}
+every_structure = pytest.mark.parametrize("structure", STORAGES)
 BOTH_SCOPES = [*((arch, "model") for arch in ARCHS), ("gpt2", "ffn"), ("llama", "ffn")]
 
 
@@ -29,13 +33,14 @@ def check_same_function(model: PreTrainedModel, expected: PreTrainedModel) -> No
 
 
 def check_masked_gradients(sparse: PreTrainedModel) -> None:
-    """Against autograd through the stock model: the same gradients, but exactly 0 where masks are."""
+    """Against autograd through the stock model: the same gradients, but exactly 0, or not there, where masks are."""
     gradients, reference = gradients_of(sparse), gradients_of(to_dense(sparse))
     for name, layer in sparse_layers(sparse).items():
-        inactive = gradients[f"{name}.weight"][~layer.mask]
-        assert torch.equal(inactive, torch.zeros_like(inactive)), name
+        if isinstance(layer, MaskedProjection):
+            inactive = gradients[f"{name}.weight"][~layer.mask]
+            assert torch.equal(inactive, torch.zeros_like(inactive)), name
         assert torch.count_nonzero(gradients[f"{name}.weight"]) > layer.num_active // 2, name
-        reference[f"{name}.weight"] *= layer.mask
+        reference[f"{name}.weight"] = stored_part(layer, reference[f"{name}.weight"])
     torch.testing.assert_close(gradients, reference, rtol=1e-10, atol=1e-14)
 
 
@@ -64,6 +69,18 @@ def test_at_sparsity_zero_it_is_the_dense_model(arch: str, init: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_with_every_tile_active_it_is_the_dense_model(arch: str) -> None:
+    dense = tiny_model(arch)
+    sparse = sparsify(dense, SparseIFTConfig(sparsity=0.0, **STORAGES["block"]))
+    assert all(bool(layer.mask.all()) for layer in sparse_layers(sparse).values())
+    torch.testing.assert_close(logits_of(sparse), logits_of(dense), rtol=1e-10, atol=1e-12)
+    gradients, expected = gradients_of(sparse), gradients_of(dense)
+    for name, layer in sparse_layers(sparse).items():
+        expected[f"{name}.weight"] = stored_part(layer, expected[f"{name}.weight"])
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_planted_faults_break_the_parity(arch: str) -> None:
     dense = tiny_model(arch)
     for fault in ("mask", "weight"):
@@ -78,16 +95,19 @@ def test_planted_faults_break_the_parity(arch: str) -> None:
 # ---- with sparsity
 
 
+@every_structure
 @pytest.mark.parametrize(("arch", "scope"), BOTH_SCOPES)
-def test_exact_zeros_planned_counts_and_masked_gradients(arch: str, scope: str) -> None:
-    sparse = sparse_model(arch, scope=scope, sparsity=0.75)
-    planned = {layer.name: layer for layer in plan(tiny_config(arch), SparseIFTConfig(scope=scope)).layers}
+def test_exact_zeros_planned_counts_and_masked_gradients(arch: str, scope: str, structure: str) -> None:
+    sparse = sparse_model(arch, scope=scope, sparsity=0.75, **STORAGES[structure])
+    config = SparseIFTConfig(scope=scope, **STORAGES[structure])
+    planned = {layer.name: layer for layer in plan(tiny_config(arch), config).layers}
     layers = sparse_layers(sparse)
     assert layers.keys() == {name for name, layer in planned.items() if layer.is_sparse}
     for name, layer in layers.items():
-        assert int(layer.mask.sum()) == layer.num_active == planned[name].num_active, name
+        assert layer.count_active() == layer.num_active == planned[name].num_active, name
         assert torch.count_nonzero(layer.weight) == layer.num_active, name
-        assert not layer.weight[~layer.mask].signbit().any(), name
+        if isinstance(layer, MaskedProjection):
+            assert not layer.weight[~layer.mask].signbit().any(), name
         assert layer.dense_shape == planned[name].dense_shape, name
     check_masked_gradients(sparse)
 
@@ -108,6 +128,18 @@ def test_planted_fault_gradients_without_masks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(MaskedProjection, "_weight", lambda layer: layer.weight)
     with pytest.raises(AssertionError):
         check_masked_gradients(sparse)
+
+
+def test_planted_fault_gradients_of_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = sparse_model("llama", **STORAGES["block"])
+    weight_gradient = block_reference.weight_gradient
+    monkeypatch.setattr(block_reference, "weight_gradient", lambda *operands: weight_gradient(*operands).roll(1, 0))
+    use_block_kernel("reference")
+    try:
+        with pytest.raises(AssertionError):
+            check_masked_gradients(sparse)
+    finally:
+        use_block_kernel(None)
 
 
 def test_gradual_pruning_starts_with_every_weight_active() -> None:
@@ -134,11 +166,12 @@ def test_the_argument_is_not_changed() -> None:
         assert torch.equal(value, weights[name]), name
 
 
+@every_structure
 @pytest.mark.parametrize("arch", ARCHS)
-def test_unchanged_parameters_keep_their_values(arch: str) -> None:
+def test_unchanged_parameters_keep_their_values(arch: str, structure: str) -> None:
     """Scope `ffn`: all but the FFN matrices and their inner bias."""
     dense = tiny_model(arch)
-    sparse = sparsify(dense, SparseIFTConfig(scope="ffn"))
+    sparse = sparsify(dense, SparseIFTConfig(scope="ffn", **STORAGES[structure]))
     widened = {name for name, value in dense.named_parameters() if sparse.get_parameter(name).shape != value.shape}
     inner = {f"{name}.weight" for name in sparse_layers(sparse)}
     assert inner <= widened
@@ -148,10 +181,12 @@ def test_unchanged_parameters_keep_their_values(arch: str) -> None:
             assert torch.equal(sparse.get_parameter(name), value), name
 
 
+@every_structure
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_dtype_and_mode_are_those_of_the_model(dtype: torch.dtype) -> None:
+def test_dtype_and_mode_are_those_of_the_model(dtype: torch.dtype, structure: str) -> None:
     for training in (True, False):
-        sparse = sparsify(tiny_model("llama", dtype=dtype).train(training), SparseIFTConfig())
+        config = SparseIFTConfig(**STORAGES[structure])
+        sparse = sparsify(tiny_model("llama", dtype=dtype).train(training), config)
         assert {parameter.dtype for parameter in sparse.parameters()} == {dtype}
         assert {module.training for module in sparse.modules()} == {training}
 
@@ -159,22 +194,26 @@ def test_dtype_and_mode_are_those_of_the_model(dtype: torch.dtype) -> None:
 # ---- seeds
 
 
-def test_masks_depend_on_the_seed_alone() -> None:
+@every_structure
+def test_masks_depend_on_the_seed_alone(structure: str) -> None:
+    five, six = (SparseIFTConfig(seed=seed, **STORAGES[structure]) for seed in (5, 6))
     torch.manual_seed(0)
-    reference = sparsify(tiny_model("llama"), SparseIFTConfig(seed=5))
+    reference = sparsify(tiny_model("llama"), five)
     torch.manual_seed(1)
-    assert masks_digest(sparsify(tiny_config("llama"), SparseIFTConfig(seed=5))) == masks_digest(reference)
-    assert masks_digest(sparsify(tiny_config("llama"), SparseIFTConfig(seed=6))) != masks_digest(reference)
-    first, *others = [layer.mask for layer in sparse_layers(reference).values() if layer.mask.shape == (64, 64)]
+    assert masks_digest(sparsify(tiny_config("llama"), five)) == masks_digest(reference)
+    assert masks_digest(sparsify(tiny_config("llama"), six)) != masks_digest(reference)
+    layers = [layer for layer in sparse_layers(reference).values() if layer.dense_shape == (32, 32)]
+    first, *others = [layer.mask for layer in layers]
     assert others
     assert not any(torch.equal(first, other) for other in others)  # each layer has a mask of its own
 
 
-def test_weights_depend_on_the_global_seed() -> None:
+@every_structure
+def test_weights_depend_on_the_global_seed(structure: str) -> None:
     models = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        models.append(sparsify(tiny_config("gpt2"), SparseIFTConfig()))
+        models.append(sparsify(tiny_config("gpt2"), SparseIFTConfig(**STORAGES[structure])))
     assert torch.equal(logits_of(models[0]), logits_of(models[1]))
     assert not torch.equal(logits_of(models[0]), logits_of(models[2]))
 
