@@ -1,7 +1,8 @@
 """Zeroing the per-element optimizer state of weights that a mask update changed.
 
 Works on any torch optimizer: every state tensor of the parameter's shape is per-element state,
-anything else (step counts, factored moments) has no entry to reset.
+anything else has no entry to reset: step counts, and Adafactor's factored moments, which belong to
+whole rows and columns of a weight or of each tile.
 """
 
 from __future__ import annotations
