@@ -84,7 +84,7 @@ def test_the_table_of_results_is_the_committed_one() -> None:
 
 
 def test_the_table_of_timings_is_the_committed_one() -> None:
-    names = ("ffn_fp32", "ffn_bf16")
+    names = ("ffn_fp32", "ffn_bf16", "step_cpu")
     results = [
         json.loads((ROOT / "benchmarks" / "results" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
         for name in names
@@ -93,6 +93,8 @@ def test_the_table_of_timings_is_the_committed_one() -> None:
     assert render({"rows": rows}) in TEXT
     assert f"{rows[0]['state_bytes_ratio']:.3f} times" in TEXT
     assert f"{rows[0]['state_bytes_ratio_masked']:.2f} times" in TEXT
+    assert f"{rows[2]['state_bytes_ratio']:.3f} times" in TEXT.replace("\n", " ")
+    assert f"{rows[2]['state_bytes_ratio_masked']:.2f} times" in TEXT
     for name, result in zip(names, results, strict=True):
         assert result["command"].startswith(f"sparseift bench --only {name}")
         assert not result["commit"].endswith("-dirty")

@@ -194,6 +194,9 @@ def tiny_words(name: str, folder: Path) -> list[str]:
         "training.use_cpu": "true",
         "training.disable_tqdm": "true",
     }
+    config = recipe_of(name).sparse_ift
+    if config is not None and config.structure == "block":
+        small["sparse_ift.block_size"] = 4  # 16 is half of the small model's width
     return [str(RECIPES / f"{name}.yaml"), *(f"--{key}={value}" for key, value in small.items())]
 
 
