@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -219,6 +220,20 @@ def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_native_gelu_does_not_overflow(dtype: torch.dtype) -> None:
+    """The cube of an activation may be too large for a float although its GELU is not."""
+    x = torch.tensor([[-1e30, -1e13, -100.0, -3.0, 3.0, 100.0, 1e13, 1e30]], dtype=dtype)
+    weight, zero, starts = torch.eye(8, dtype=dtype)[None], torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1])
+    expected = F.gelu(x.double(), approximate="tanh").nan_to_num(0.0)
+    value = block_native.forward(x, weight, None, zero, 8, gelu=True).double()
+    assert value.isfinite().all()
+    torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-6)
+    slope = block_native.input_gradient(torch.ones_like(x), weight, zero, starts.int(), 8, 8, before_gelu=x).double()
+    torch.testing.assert_close(slope[0, [0, 1, 2, 5, 6, 7]], torch.tensor([0.0, 0, 0, 1, 1, 1]).double())
 
 
 # ---- the operator

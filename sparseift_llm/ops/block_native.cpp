@@ -104,12 +104,16 @@ struct Kernels {
             }
     }
 
+    static inline Vector cut(Vector x, Sum low, Sum high) {  // nan stays nan
+        x = x < low ? Vector{} + low : x;
+        return x > high ? Vector{} + high : x;
+    }
+
     // exp(z) to a unit or two in the last place, for all lanes at once; z is cut to where floats reach.
     static inline Vector exponential(Vector z) {
         if constexpr (std::is_same_v<Sum, float>) {
             typedef int32_t Bits __attribute__((vector_size(BYTES)));
-            z = z < -87.0f ? z * 0 - 87.0f : z;
-            z = z > 88.0f ? z * 0 + 88.0f : z;
+            z = cut(z, -87.0f, 88.0f);
             const Vector shifted = z * 1.44269504f + 12582912.0f;  // rounds to an integer, held in the low bits
             const Vector n = shifted - 12582912.0f;
             const Vector r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -127,11 +131,14 @@ struct Kernels {
     }
 
     // GELU with the tanh formula: x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3); and its derivative.
+    // Beyond 64 the sigmoid is 0 or 1 to the last bit; x is cut there, lest its powers overflow.
     static inline Vector gelu_sigmoid(Vector x) {
+        x = cut(x, -64, 64);
         return 1 / (1 + exponential(x * (Sum(-1.5957691216057308) - Sum(1.5957691216057308 * 0.044715) * x * x)));
     }
     static inline Vector gelu(Vector x) { return x * gelu_sigmoid(x); }
     static inline Vector gelu_derivative(Vector x) {
+        x = cut(x, -64, 64);
         const Vector s = gelu_sigmoid(x);
         const Vector slope = Sum(1.5957691216057308) + Sum(3 * 1.5957691216057308 * 0.044715) * x * x;
         return s + x * s * (1 - s) * slope;
