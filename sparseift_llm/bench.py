@@ -154,7 +154,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, hidden) -> (T, hidden)."""
         h = self.up(x)
-        return self.down(h if getattr(self.down, "applies_gelu", False) else F.gelu(h, approximate="tanh"))
+        return self.down(h if getattr(self.up, "is_taken_over", False) else F.gelu(h, approximate="tanh"))
 
 
 def _feed_forwards(row: Row) -> dict[str, FeedForward]:
@@ -171,7 +171,7 @@ def _feed_forwards(row: Row) -> dict[str, FeedForward]:
         tiles = tile_mask(slots, rows, columns)
         masked.set_mask(tiles.repeat_interleave(row.tile, 0).repeat_interleave(row.tile, 1))
         pairs.append((masked, block))
-    pairs[1][1].applies_gelu = True
+    pairs[1][1].take_over(pairs[0][1])
     return {
         "dense": dense,
         "masked": FeedForward(pairs[0][0], pairs[1][0]),

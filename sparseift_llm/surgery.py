@@ -104,7 +104,7 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[s
     for index, layer in enumerate(layer for layer in plan.layers if layer.is_sparse):
         given = (columns or {}).get(layer.name)
         _replace(model, layer.name, _sparse_layer(model.get_submodule(layer.name), layer, plan.config, index, given))
-    _fuse_activations(model, plan)
+    _fuse_feed_forwards(model, plan)
     # a partial, unlike a bound method, follows the model through deepcopy and pickle
     model.save_pretrained = partial(_save_with_masks, model)  # type: ignore[method-assign]
     # every rank computes the same masks and indices; broadcasting them before each forward would be waste
@@ -128,18 +128,18 @@ def _sparse_layer(
     return BlockSparseLinear(dense, columns, size, layer.dense_shape)
 
 
-def _fuse_activations(model: PreTrainedModel, plan: Plan) -> None:
-    """Let block-sparse mlp_out layers apply the GELU before them: the widened activation is then never stored."""
+def _fuse_feed_forwards(model: PreTrainedModel, plan: Plan) -> None:
+    """Let block-sparse mlp_out layers compute mlp_in and GELU, too: the widened activation is then never stored."""
     act = architecture_of(model.config).activation
-    for planned in plan.layers if act else ():
-        layer = model.get_submodule(planned.name)
-        name = f"{planned.name.rpartition('.')[0]}.{act}"
-        if planned.kind != "mlp_out" or not isinstance(layer, BlockSparseLinear):
+    layers = {(layer.name.rpartition(".")[0], layer.kind): model.get_submodule(layer.name) for layer in plan.layers}
+    for (parent, kind), up in layers.items() if act else ():
+        down = layers.get((parent, "mlp_out"))
+        if kind != "mlp_in" or not isinstance(up, BlockSparseLinear) or not isinstance(down, BlockSparseLinear):
             continue
-        activation = model.get_submodule(name)
+        activation = model.get_submodule(f"{parent}.{act}")
         if isinstance(activation, GELUTanh | NewGELUActivation):  # one formula, with and without its own kernel
-            layer.applies_gelu = True
-            _replace(model, name, AppliedByNextLayer(activation))
+            down.take_over(up)
+            _replace(model, f"{parent}.{act}", AppliedByNextLayer(activation))
 
 
 def _set_initial_masks(model: PreTrainedModel, config: SparseIFTConfig) -> None:

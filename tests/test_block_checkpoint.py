@@ -41,7 +41,7 @@ def block_model(arch: str = "llama", seed: int = 0, scope: str = "model", **chan
 def whole_state(model: PreTrainedModel) -> dict[str, Any]:
     """Parameters and buffers, stored or derived, and what each layer knows of itself."""
     layers = {
-        name: (layer.num_active, layer.dense_shape, layer.block_size, layer.applies_gelu, layer.out_features)
+        name: (layer.num_active, layer.dense_shape, layer.block_size, layer.is_taken_over, layer.out_features)
         for name, layer in sparse_layers(model).items()
         if isinstance(layer, BlockSparseLinear)
     }

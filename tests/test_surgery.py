@@ -17,7 +17,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.mask_file import MASKS_NAME, digest, masks_of
 from sparseift_llm.ops import block_reference
-from sparseift_llm.ops.block_linear import use_block_kernel
+from sparseift_llm.ops.block_kernels import use_block_kernel
 from tests.models import ARCHS, gradients_of, logits_of, shake, stored_part, tiny_config, tiny_model
 
 INITS = ("paper", "preserve", "supar")

@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
 from sparseift_llm.ops.block_linear import block_linear_op
 from sparseift_llm.ops.block_reference import dense_weight, tiles_of
 from sparseift_llm.ops.dense_gradient import capture_dense_gradient
@@ -30,8 +33,7 @@ class BlockSparseLinear(SparseProjection):
 
     Attributes:
         weight: (N, b, b), a tile is (out, in).
-        applies_gelu: whether forward applies GELU (tanh formula) to its input first. The activation is then
-            computed again in the backward pass instead of being stored.
+        is_taken_over: whether another layer computes this one, see `take_over`; forward then returns its input.
         columns: buffer, part of the state dict, because without it the weight has no meaning.
 
     Raises:
@@ -54,7 +56,8 @@ class BlockSparseLinear(SparseProjection):
         self.dense_shape = dense_shape
         self.num_active = len(columns) * block_size**2
         self.dense_gradient = None
-        self.applies_gelu = False
+        self.is_taken_over = False
+        self._before: tuple[BlockSparseLinear, ...] = ()  # a tuple, because it is no child of this layer
         device = matrix.device
         self.register_buffer("columns", columns.to(device, torch.int32))
         self._check_columns()
@@ -88,21 +91,52 @@ class BlockSparseLinear(SparseProjection):
         return self.block_size**2
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """(..., in) -> (..., out); after `take_over`, (..., in of the other layer) -> (..., out)."""
+        if self.is_taken_over:
+            return input
+        if not self._before:
+            return self._multiply(input)
+        (up,) = self._before
+        if self.dense_gradient is None and up.dense_gradient is None:
+            return self._feed_forward(up, input)
+        # dense gradients need both inputs; kept for one layer at a time, they do not raise the peak of memory
+        return checkpoint(self._one_by_one, input, use_reentrant=False, preserve_rng_state=False)
+
+    def take_over(self, up: BlockSparseLinear) -> None:
+        """Compute `up` and GELU (tanh formula) in front of this layer, too: the activation between them is large.
+
+        `up` then returns its input, and so must whatever stands between the two.
+
+        Raises:
+            ValueError: the layers do not fit together.
+        """
+        if (up.out_features, up.block_size) != (self.in_features, self.block_size):
+            raise ValueError(f"{up} cannot feed {self}")
+        up.is_taken_over, self._before = True, (up,)
+
+    def _multiply(self, input: Tensor) -> Tensor:
         x, weight, bias = _autocast(input.reshape(-1, self.in_features), self.weight, self.bias)
-        y = block_linear_op(
-            x,
-            weight,
-            bias,
-            self.columns,
-            self.slots_by_column,
-            self.column_starts,
-            self.out_features,
-            self.applies_gelu,
-        )
+        y = block_linear_op(x, weight, bias, *self._index, self.out_features)
         if self.dense_gradient is not None:
-            y = capture_dense_gradient(y, x, self.applies_gelu, self.dense_gradient)
+            y = capture_dense_gradient(y, x, self.dense_gradient)
         return y.view(*input.shape[:-1], self.out_features)
+
+    def _one_by_one(self, input: Tensor) -> Tensor:
+        (up,) = self._before
+        return self._multiply(F.gelu(up._multiply(input), approximate="tanh"))
+
+    def _feed_forward(self, up: BlockSparseLinear, input: Tensor) -> Tensor:
+        x, up_weight, up_bias = _autocast(input.reshape(-1, up.in_features), up.weight, up.bias)
+        _, weight, bias = _autocast(x, self.weight, self.bias)
+        y, _ = block_feed_forward_op(
+            x, up_weight, up_bias, *up._index, up.out_features, weight, bias, *self._index, self.out_features,
+            keep_hidden=x.device.type != "cpu",
+        )  # fmt: skip
+        return y.view(*input.shape[:-1], self.out_features)
+
+    @property
+    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.columns, self.slots_by_column, self.column_starts
 
     def accepts(self, mask: Tensor) -> bool:
         current = self.mask
@@ -157,7 +191,7 @@ class BlockSparseLinear(SparseProjection):
 
     def extra_repr(self) -> str:
         size = self.block_size
-        tiles = f"tiles {size}x{size}" + (", gelu first" if self.applies_gelu else "")
+        tiles = f"tiles {size}x{size}" + (", with the layer before it" if self._before else "")
         return f"in_features={self.in_features}, out_features={self.out_features}, {tiles}, {self.describe()}"
 
     def _index_columns(self) -> None:
@@ -171,7 +205,7 @@ class BlockSparseLinear(SparseProjection):
 
 
 class AppliedByNextLayer(nn.Identity):
-    """Stands where an activation was that the following `BlockSparseLinear` applies (`applies_gelu`).
+    """Stands where an activation was that the following `BlockSparseLinear` applies (see `take_over`).
 
     Args:
         original: the activation, for `to_dense`.

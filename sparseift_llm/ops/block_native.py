@@ -1,4 +1,4 @@
-"""Block-sparse products by block_native.cpp, which is compiled once per machine type and kept in the user's cache.
+"""Block-sparse products by the C++ in native/, which is compiled once per machine type and kept in the user's cache.
 
 Linux with a C++ compiler (`c++`, or what CXX names); `is_available()` says no elsewhere. Functions as in
 block_reference.py. float32, float64 and bfloat16; sums in float32 or wider.
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,22 +26,18 @@ from sparseift_llm.topology.blocks import row_starts, rows_of_slots
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCES = [Path(__file__).parent / "native" / name for name in ("kernels.h", "linear.cpp", "feed_forward.cpp")]
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
 def is_available() -> bool:
-    """Whether the kernels are, or can be, compiled here; the first call may take ten seconds."""
+    """Whether the kernels are, or can be, compiled here; the first call may take half a minute."""
     return _library() is not None
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int, gelu: bool = False
-) -> Tensor:
-    """x (T, in), or gelu(x), -> (T, out)."""
-    starts = row_starts(len(weight), out_features // weight.shape[1])
-    slots = torch.arange(len(weight), dtype=torch.int32)
-    return _gather(x, weight, True, starts, columns, slots, bias, gelu)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
+    """x (T, in) -> (T, out)."""
+    return _gather(x, weight, True, _row_map(weight, columns, out_features), bias)
 
 
 def input_gradient(
@@ -50,54 +47,105 @@ def input_gradient(
     column_starts: Tensor,
     out_features: int,
     in_features: int,
-    before_gelu: Tensor | None = None,
 ) -> Tensor:
-    """grad (T, out) -> (T, in); times the derivative of gelu at `before_gelu` (T, in), if given."""
-    rows = rows_of_slots(len(weight), out_features // weight.shape[1]).to(torch.int32)
-    return _gather(
-        grad, weight, False, column_starts, rows[slots_by_column.long()], slots_by_column,
-        before_gelu=before_gelu,
-    )  # fmt: skip
+    """grad (T, out) -> (T, in)."""
+    return _gather(grad, weight, False, _column_map(weight, (slots_by_column, column_starts), out_features), None)
 
 
-def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int, gelu: bool = False) -> Tensor:
-    """grad (T, out), x (T, in) or gelu(x) -> tiles (N, b, b)."""
+def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
+    """grad (T, out), x (T, in) -> tiles (N, b, b)."""
     grad, x = _unit_stride(grad), _unit_stride(x)
     result = torch.empty(len(columns), block_size, block_size, dtype=x.dtype)
     out_blocks, in_blocks = grad.shape[1] // block_size, x.shape[1] // block_size
     rows = rows_of_slots(len(columns), out_blocks).to(torch.int32)
     _call(
         "outer", x.dtype, grad, grad.stride(0), out_blocks, x, x.stride(0), in_blocks, len(x), rows,
-        columns.contiguous(), len(columns), int(gelu), result, block_size,
+        columns.contiguous(), len(columns), result, block_size,
     )  # fmt: skip
     return result
 
 
-def _gather(
+def feed_forward(
     x: Tensor,
-    weight: Tensor,
-    transpose: bool,
-    starts: Tensor,
-    sources: Tensor,
-    slots: Tensor,
-    bias: Tensor | None = None,
-    gelu: bool = False,
-    before_gelu: Tensor | None = None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    up_columns: Tensor,
+    hidden_features: int,
+    down: Tensor,
+    down_bias: Tensor | None,
+    down_columns: Tensor,
+    out_features: int,
+) -> Tensor:
+    """x (T, in), up (N, b, b), down (M, b, b) -> (T, out), GELU in between."""
+    x, size = _unit_stride(x), up.shape[1]
+    y = torch.empty(len(x), out_features, dtype=x.dtype)
+    _call(
+        "feed_forward", x.dtype, x, x.stride(0), len(x), x.shape[1] // size, up.contiguous(), len(up),
+        _contiguous(up_bias), *_row_map(up, up_columns, hidden_features), hidden_features // size,
+        down.contiguous(), len(down), _contiguous(down_bias), *_row_map(down, down_columns, out_features),
+        out_features // size, y, size,
+    )  # fmt: skip
+    return y
+
+
+def feed_forward_gradient(
+    grad: Tensor,
+    x: Tensor,
+    up_tiles: tuple[Tensor, ...],
+    up_bias: Tensor | None,
+    hidden_features: int,
+    down_tiles: tuple[Tensor, ...],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """grad (T, out), x (T, in) -> the gradients of x, up, up_bias and down, where `needed`.
+
+    Both weights' tiles come as (weight, columns, slots_by_column, column_starts).
+    """
+    (up, up_columns, *up_index), (down, _, *down_index) = up_tiles, down_tiles
+    grad, x, size, out_features = _unit_stride(grad), _unit_stride(x), up.shape[1], grad.shape[1]
+    shapes = (x.shape, up.shape, (hidden_features,), down.shape)
+    results = [torch.empty(shape, dtype=x.dtype) if want else None for shape, want in zip(shapes, needed, strict=True)]
+    _call(
+        "feed_forward_gradient", x.dtype, grad, grad.stride(0), x, x.stride(0), len(x), x.shape[1] // size,
+        up.contiguous(), len(up), _contiguous(up_bias), *_row_map(up, up_columns, hidden_features),
+        *_column_map(up, up_index, hidden_features), hidden_features // size, down.contiguous(), len(down),
+        *_column_map(down, down_index, out_features), out_features // size, *results, size,
+    )  # fmt: skip
+    return results
+
+
+def _row_map(weight: Tensor, columns: Tensor, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For a product with W^T: where each output block's entries begin, their input blocks, and their tiles."""
+    slots = torch.arange(len(weight), dtype=torch.int32)
+    return row_starts(len(weight), out_features // weight.shape[1]).contiguous(), columns.contiguous(), slots
+
+
+def _column_map(weight: Tensor, by_column: Sequence[Tensor], out_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a product with W; `by_column`: its slots by column, and where each column begins."""
+    slots, starts = by_column
+    rows = rows_of_slots(len(weight), out_features // weight.shape[1]).to(torch.int32)
+    return starts.contiguous(), rows[slots.long()], slots.contiguous()
+
+
+def _gather(
+    x: Tensor, weight: Tensor, transpose: bool, tile_map: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
 ) -> Tensor:
     """Output block j: sum over e in starts[j]..starts[j+1] of input block sources[e] times tile slots[e].
 
     Tiles are (output of this product, its input) when `transpose`, else the other way round.
     """
-    size, out_blocks = weight.shape[1], len(starts) - 1
+    size, out_blocks = weight.shape[1], len(tile_map[0]) - 1
     x, weight = _unit_stride(x), weight.contiguous()
     y = torch.empty(len(x), out_blocks * size, dtype=x.dtype)
     _call(
         "gather", x.dtype, x, x.stride(0), len(x), x.shape[1] // size, weight, int(transpose), len(weight),
-        starts.contiguous(), sources.contiguous(), slots.contiguous(), out_blocks,
-        None if bias is None else bias.contiguous(), int(gelu),
-        None if before_gelu is None else before_gelu.contiguous(), y, size,
+        *tile_map, out_blocks, _contiguous(bias), y, size,
     )  # fmt: skip
     return y
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -139,7 +187,12 @@ def _compiled(compiler: str) -> Path:
     """The shared library for this source, compiler and processor; compiled now unless it is in the cache."""
     key = hashlib.sha256()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    for part in (_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor().encode()):
+    for part in (
+        *(source.read_bytes() for source in _SOURCES),
+        version,
+        " ".join(_FLAGS).encode(),
+        _processor().encode(),
+    ):
         key.update(part)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseift_llm"
     target = cache / f"block_native_{key.hexdigest()[:16]}.so"
@@ -147,7 +200,8 @@ def _compiled(compiler: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             built = Path(folder) / target.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
+            sources = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
+            command = [compiler, *_FLAGS, *sources, "-o", str(built)]
             subprocess.run(command, capture_output=True, check=True, text=True)
             os.replace(built, target)  # whole or absent, also when several processes compile at once
     return target

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,26 +44,25 @@ class DenseGradient:
 
 class _Capture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, gelu: bool, sink: DenseGradient) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, sink: DenseGradient) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.gelu, ctx.sink = gelu, sink
+        ctx.sink = sink
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.sink.add(gradient.T @ (F.gelu(x, approximate="tanh") if ctx.gelu else x))
-        return gradient, None, None, None
+        ctx.sink.add(gradient.T @ x)
+        return gradient, None, None
 
 
-def capture_dense_gradient(y: Tensor, x: Tensor, gelu: bool, sink: DenseGradient) -> Tensor:
-    """`y` itself; its backward pass adds the dense weight gradient of y = x W^T, or gelu(x) W^T, to `sink`.
+def capture_dense_gradient(y: Tensor, x: Tensor, sink: DenseGradient) -> Tensor:
+    """`y` itself; its backward pass adds the dense weight gradient of y = x W^T to `sink`.
 
     Args:
         y: (tokens, out).
         x: (tokens, in), of the same dtype.
-        gelu: whether y was computed from GELU (tanh formula) of x.
         sink: gets (out, in).
     """
-    captured: Tensor = _Capture.apply(y, x.detach(), gelu, sink)
+    captured: Tensor = _Capture.apply(y, x.detach(), sink)
     return captured

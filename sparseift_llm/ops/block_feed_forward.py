@@ -1,0 +1,170 @@
+"""y = gelu(x U^T + bias) D^T + bias for block-sparse U and D, as a custom operator with gradients.
+
+A widened activation is large: on a CPU it is never written to memory, and the backward pass computes it again. GELU is
+the tanh formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseift_llm.ops import block_native
+from sparseift_llm.ops.block_kernels import check_dtypes, kernel_for
+
+
+@torch.library.custom_op("sparseift::block_feed_forward", mutates_args=())
+def block_feed_forward_op(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    up_columns: Tensor,
+    up_slots_by_column: Tensor,
+    up_column_starts: Tensor,
+    hidden_features: int,
+    down: Tensor,
+    down_bias: Tensor | None,
+    down_columns: Tensor,
+    down_slots_by_column: Tensor,
+    down_column_starts: Tensor,
+    out_features: int,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """x (T, in), up (N, b, b), up_bias (hidden,), down (M, b, b), down_bias (out,) -> (T, out), activation.
+
+    The second result is the activation before GELU (T, hidden) if `keep_hidden`, else (0, hidden).
+    """
+    check_dtypes(x, up, up_bias, down, down_bias)
+    kernel = kernel_for(x, up, hidden_features, x.shape[1])
+    if kernel is block_native and not keep_hidden:
+        y = block_native.feed_forward(
+            x, up, up_bias, up_columns, hidden_features, down, down_bias, down_columns, out_features
+        )
+        return y, x.new_empty(0, hidden_features)
+    hidden = kernel.forward(x, up, up_bias, up_columns, hidden_features)
+    y = kernel.forward(F.gelu(hidden, approximate="tanh"), down, down_bias, down_columns, out_features)
+    return y, hidden if keep_hidden else x.new_empty(0, hidden_features)
+
+
+@block_feed_forward_op.register_fake
+def _(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    up_columns: Tensor,
+    up_slots_by_column: Tensor,
+    up_column_starts: Tensor,
+    hidden_features: int,
+    down: Tensor,
+    down_bias: Tensor | None,
+    down_columns: Tensor,
+    down_slots_by_column: Tensor,
+    down_column_starts: Tensor,
+    out_features: int,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0] if keep_hidden else 0, hidden_features)
+
+
+@torch.library.custom_op("sparseift::block_feed_forward_gradient", mutates_args=())
+def block_feed_forward_gradient_op(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    up_columns: Tensor,
+    up_slots_by_column: Tensor,
+    up_column_starts: Tensor,
+    down: Tensor,
+    down_columns: Tensor,
+    down_slots_by_column: Tensor,
+    down_column_starts: Tensor,
+    needed: list[bool],
+) -> list[Tensor]:
+    """grad (T, out) and the forward pass's operands -> the gradients of x, up, up_bias and down.
+
+    Args:
+        hidden: the forward pass's second result.
+        needed: which of the four are wanted; the others are returned empty.
+    """
+    up_tiles = (up, up_columns, up_slots_by_column, up_column_starts)
+    down_tiles = (down, down_columns, down_slots_by_column, down_column_starts)
+    kernel = kernel_for(x, up, hidden.shape[1], x.shape[1])
+    if kernel is block_native and not len(hidden):
+        gradients = block_native.feed_forward_gradient(grad, x, up_tiles, up_bias, hidden.shape[1], down_tiles, needed)
+    else:
+        gradients = _composed_gradients(grad, x, hidden, up_tiles, up_bias, down_tiles, needed)
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+def _composed_gradients(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    up_tiles: tuple[Tensor, ...],
+    up_bias: Tensor | None,
+    down_tiles: tuple[Tensor, ...],
+    needed: list[bool],
+) -> list[Tensor | None]:
+    (up, up_columns, *up_index), (down, down_columns, *down_index) = up_tiles, down_tiles
+    features = hidden.shape[1]
+    kernel = kernel_for(x, up, features, x.shape[1])
+    if len(hidden) != len(x):
+        hidden = kernel.forward(x, up, up_bias, up_columns, features)
+    needs_x, needs_up, needs_bias, needs_down = needed
+    grad_hidden = kernel.input_gradient(grad, down, *down_index, grad.shape[1], features)
+    grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden, approximate="tanh")
+    activation = F.gelu(hidden, approximate="tanh") if needs_down else None
+    return [
+        kernel.input_gradient(grad_hidden, up, *up_index, features, x.shape[1]) if needs_x else None,
+        kernel.weight_gradient(grad_hidden, x, up_columns, up.shape[1]) if needs_up else None,
+        grad_hidden.sum(0) if needs_bias else None,
+        kernel.weight_gradient(grad, activation, down_columns, down.shape[1]) if needs_down else None,
+    ]
+
+
+@block_feed_forward_gradient_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    up_columns: Tensor,
+    up_slots_by_column: Tensor,
+    up_column_starts: Tensor,
+    down: Tensor,
+    down_columns: Tensor,
+    down_slots_by_column: Tensor,
+    down_column_starts: Tensor,
+    needed: list[bool],
+) -> list[Tensor]:
+    shapes = (x.shape, up.shape, hidden.shape[1:], down.shape)
+    return [x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, needed, strict=True)]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, up, up_bias, *up_index, _, down, down_bias, down_columns, down_slots, down_starts, _, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], up, up_bias, *up_index, down, down_columns, down_slots, down_starts)
+    ctx.has_down_bias = down_bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    needed = [needs[index] for index in (0, 1, 2, 7)]
+    gradients: list[Tensor | None] = [None] * 4
+    if any(needed):
+        found = block_feed_forward_gradient_op(grad, *ctx.saved_tensors, needed)
+        gradients = [gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)]
+    grad_x, grad_up, grad_up_bias, grad_down = gradients
+    grad_down_bias = grad.sum(0) if ctx.has_down_bias and needs[8] else None
+    nothing = (None,) * 4
+    return grad_x, grad_up, grad_up_bias, *nothing, grad_down, grad_down_bias, *nothing, None
+
+
+torch.library.register_autograd("sparseift::block_feed_forward", _backward, setup_context=_save_for_backward)

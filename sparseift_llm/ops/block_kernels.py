@@ -1,0 +1,81 @@
+"""Which kernels multiply block-sparse matrices: by device, dtype and tile, or as the user says.
+
+block_native.py (CPU), block_blas.py (CPU without a compiler), block_triton.py (GPU) and block_reference.py (anywhere)
+have the same functions.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseift_llm.ops import block_blas, block_native, block_reference, block_triton
+from sparseift_llm.strict import check_choice
+
+KERNELS = {"native": block_native, "blas": block_blas, "triton": block_triton, "reference": block_reference}
+ENVIRONMENT_VARIABLE = "SPARSEIFT_BLOCK_KERNEL"
+_SMALLEST_FAST_BLOCK = {"native": 16, "blas": 64, "triton": 16}
+_forced: str | None = None
+_warned: set[tuple[Any, ...]] = set()
+
+
+def use_block_kernel(name: str | None) -> None:
+    """Force a kernel for all block-sparse layers: native, blas, triton or reference; None: choose by device and shape.
+
+    The environment variable SPARSEIFT_BLOCK_KERNEL does the same.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _forced
+    if name is not None:
+        check_choice("block kernel", name, tuple(KERNELS))
+    _forced = name
+
+
+def kernel_name(device: str, dtype: torch.dtype, block_size: int) -> str:
+    """The kernel that products of these operands run on: the forced one, or the fastest that supports them."""
+    forced = _forced_kernel()
+    if forced:
+        check_choice(ENVIRONMENT_VARIABLE, forced, tuple(KERNELS))
+        return forced
+    if device == "cpu":
+        return "native" if dtype in block_native.DTYPES and block_native.is_available() else "blas"
+    is_triton_dtype = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if device == "cuda" and block_size >= 16 and is_triton_dtype and block_triton.is_available():
+        return "triton"
+    return "reference"
+
+
+def _forced_kernel() -> str | None:
+    return _forced or os.environ.get(ENVIRONMENT_VARIABLE)
+
+
+def kernel_for(x: Tensor, weight: Tensor, out_features: int, in_features: int) -> ModuleType:
+    """The kernels' module for x (T, .) and weight (N, b, b); warns once if they may be slower than a dense layer."""
+    device, size = x.device.type, weight.shape[1]
+    name = kernel_name(device, x.dtype, size)
+    shape = (name, device, x.dtype, size, in_features, out_features)
+    if size < _SMALLEST_FAST_BLOCK.get(name, 1 << 30) and shape not in _warned and not _forced_kernel():
+        _warned.add(shape)
+        warnings.warn(
+            f"block-sparse {in_features}->{out_features} with {size}x{size} tiles in {x.dtype} on {device} runs on the "
+            f"{name!r} kernel, which can be slower than a masked dense layer; use larger tiles (block_size), or on a "
+            "GPU install triton, on a CPU a C++ compiler",
+            stacklevel=2,
+        )
+    return KERNELS[name]
+
+
+def check_dtypes(x: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError unless all operands have the dtype of `x`; torch's own linear refuses mixtures, too."""
+    found = [str(tensor.dtype) for tensor in (x, *others) if tensor is not None]
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"input, weight and bias must have one dtype, got {', '.join(found)}; convert them, or use autocast"
+        )

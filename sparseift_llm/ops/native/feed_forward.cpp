@@ -1,0 +1,159 @@
+// y = gelu(x U^T + bias) D^T + bias with block-sparse U and D. The widened activation lives CHUNK tokens at a time,
+// in cache; the backward pass computes it again instead of reading it back from memory.
+// The arguments are explained where they are passed, in block_native.py.
+
+#include "kernels.h"
+
+// The tiles of one of the two weights, as stored.
+template <class IO>
+struct Tiles {
+    const IO* weight;
+    int64_t count;
+};
+
+template <class Kernels, class IO, class Sum>
+static void feed_forward(Kernels k, const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,
+                         Tiles<IO> up, const IO* up_bias, Map up_rows, int64_t hidden_blocks, Tiles<IO> down,
+                         const IO* down_bias, Map down_rows, int64_t out_blocks, IO* y, int64_t size) {
+    typedef typename Kernels::Vector Vector;
+    const int64_t parts = size / k.PANEL, hidden_panels = hidden_blocks * parts;
+    Sum* const weights = scratch<Sum>(WEIGHT, (up.count + down.count) * size * size);
+    Sum* const down_weights = weights + up.count * size * size;
+    Sum* const input = scratch<Sum>(INPUT, in_blocks * parts * k.PANEL_STRIDE);
+    Sum* const hidden = scratch<Sum>(HIDDEN, hidden_panels * k.PANEL_STRIDE);
+#pragma omp parallel
+    {
+        k.pack_tiles(up.weight, up.count, size, true, weights);
+        k.pack_tiles(down.weight, down.count, size, true, down_weights);
+        for (int64_t begin = 0; begin < num_tokens; begin += CHUNK) {
+            const int64_t tokens = std::min(CHUNK, num_tokens - begin);
+            const int64_t subs = (tokens + SUB_CHUNK - 1) / SUB_CHUNK;
+            k.pack_chunk(x + begin * x_stride, x_stride, tokens, in_blocks * parts, input);
+#pragma omp for collapse(2) schedule(dynamic, 4)
+            for (int64_t sub = 0; sub < subs; sub++)
+                for (int64_t q = 0; q < hidden_panels; q++) {
+                    const int64_t first = sub * SUB_CHUNK;
+                    k.panel(input, weights, up_rows, size, q, first, std::min(SUB_CHUNK, tokens - first),
+                            [&](int64_t token, int64_t rows, const Sum* sums) {
+                                Sum* const to = hidden + q * k.PANEL_STRIDE + token * k.PANEL;
+                                for (int64_t i = 0; i < rows * k.PANEL; i += k.LANES) {
+                                    Vector h = *(const Vector*)(sums + i);
+                                    if (up_bias) h += k.widen(up_bias + q * k.PANEL + i % k.PANEL);
+                                    *(Vector*)(to + i) = h * k.gelu_sigmoid(h);
+                                }
+                            });
+                }
+            k.gather_chunk(hidden, down_weights, down_rows, size, tokens, out_blocks, down_bias,
+                           y + begin * out_blocks * size);
+        }
+    }
+}
+
+// One hidden block of a chunk at a time: its activation, its gradient, and both weights' tiles that touch it.
+template <class Kernels, class IO, class Sum>
+static void feed_forward_gradient(Kernels k, const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride,
+                                  int64_t num_tokens, int64_t in_blocks, Tiles<IO> up, const IO* up_bias, Map up_rows,
+                                  Map up_columns, int64_t hidden_blocks, Tiles<IO> down, Map down_columns,
+                                  int64_t out_blocks, IO* grad_x, IO* grad_up, IO* grad_bias, IO* grad_down,
+                                  int64_t size) {
+    typedef typename Kernels::Vector Vector;
+    const int64_t parts = size / k.PANEL, area = size * size, stride = parts * k.PANEL_STRIDE;
+    Sum* const up_forward = scratch<Sum>(WEIGHT, (2 * up.count + down.count) * area);
+    Sum* const up_backward = up_forward + up.count * area;
+    Sum* const down_backward = up_backward + up.count * area;
+    Sum* const input = scratch<Sum>(INPUT, in_blocks * stride);
+    Sum* const output_grad = scratch<Sum>(GRAD, out_blocks * stride);
+    Sum* const hidden_grad = scratch<Sum>(HIDDEN_GRAD, hidden_blocks * stride);
+    const Totals<IO, Sum> up_totals(TOTAL_UP, up.count * area, grad_up);
+    const Totals<IO, Sum> down_totals(TOTAL, down.count * area, grad_down);
+    const Totals<IO, Sum> bias_totals(TOTAL_BIAS, grad_bias ? hidden_blocks * size : 0, grad_bias);
+#pragma omp parallel
+    {
+        Sum* const hidden = scratch<Sum>(HIDDEN, stride);
+        k.pack_tiles(up.weight, up.count, size, true, up_forward);
+        k.pack_tiles(up.weight, up.count, size, false, up_backward);
+        k.pack_tiles(down.weight, down.count, size, false, down_backward);
+        for (int64_t begin = 0; begin == 0 || begin < num_tokens; begin += CHUNK) {
+            const int64_t tokens = std::min(CHUNK, num_tokens - begin);
+            const bool add = begin > 0;
+            k.pack_chunk(x + begin * x_stride, x_stride, tokens, in_blocks * parts, input);
+            k.pack_chunk(grad + begin * grad_stride, grad_stride, tokens, out_blocks * parts, output_grad);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t block = 0; block < hidden_blocks; block++) {
+                Sum* const block_grad = hidden_grad + block * stride;
+                for (int64_t part = 0; part < parts; part++) {
+                    const int64_t q = block * parts + part;
+                    Sum* const h_panel = hidden + part * k.PANEL_STRIDE;
+                    Sum* const grad_panel = block_grad + part * k.PANEL_STRIDE;
+                    for (int64_t first = 0; first < tokens; first += SUB_CHUNK) {
+                        const int64_t count = std::min(SUB_CHUNK, tokens - first);
+                        k.panel(input, up_forward, up_rows, size, q, first, count,
+                                [&](int64_t token, int64_t rows, const Sum* sums) {
+                                    for (int64_t i = 0; i < rows * k.PANEL; i += k.LANES) {
+                                        Vector h = *(const Vector*)(sums + i);
+                                        if (up_bias) h += k.widen(up_bias + q * k.PANEL + i % k.PANEL);
+                                        *(Vector*)(h_panel + token * k.PANEL + i) = h;
+                                    }
+                                });
+                        k.panel(output_grad, down_backward, down_columns, size, q, first, count,
+                                [&](int64_t token, int64_t rows, const Sum* sums) {
+                                    for (int64_t i = token * k.PANEL; i < (token + rows) * k.PANEL; i += k.LANES) {
+                                        const Vector h = *(const Vector*)(h_panel + i), s = k.gelu_sigmoid(h);
+                                        const Vector g = *(const Vector*)(sums + i - token * k.PANEL);
+                                        *(Vector*)(grad_panel + i) = g * k.gelu_derivative(h, s);
+                                        *(Vector*)(h_panel + i) = h * s;
+                                    }
+                                });
+                    }
+                    if (grad_bias) k.add_columns(tokens, grad_panel, add, bias_totals.sums + q * k.PANEL);
+                }
+                if (grad_up)
+                    for (int32_t e = up_rows.starts[block]; e < up_rows.starts[block + 1]; e++)
+                        k.add_outer(tokens, block_grad, input + up_rows.sources[e] * stride, size, add,
+                                    up_totals.sums + up_rows.tiles[e] * area);
+                if (grad_down)
+                    for (int32_t e = down_columns.starts[block]; e < down_columns.starts[block + 1]; e++)
+                        k.add_outer(tokens, output_grad + down_columns.sources[e] * stride, hidden, size, add,
+                                    down_totals.sums + down_columns.tiles[e] * area);
+            }
+            if (grad_x)
+                k.gather_chunk(hidden_grad, up_backward, up_columns, size, tokens, in_blocks, nullptr,
+                               grad_x + begin * in_blocks * size);
+        }
+        if (grad_up) up_totals.store_all();
+        if (grad_down) down_totals.store_all();
+        if (grad_bias) bias_totals.store_all();
+    }
+}
+
+#define FOR_TYPE(NAME, IO, SUM)                                                                                       \
+    extern "C" int feed_forward_##NAME(                                                                               \
+        const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks, const IO* up, int64_t up_count,         \
+        const IO* up_bias, const int32_t* up_starts, const int32_t* up_sources, const int32_t* up_tiles,              \
+        int64_t hidden_blocks, const IO* down, int64_t down_count, const IO* down_bias, const int32_t* down_starts,   \
+        const int32_t* down_sources, const int32_t* down_tiles, int64_t out_blocks, IO* y, int64_t size) {            \
+        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                        \
+            feed_forward<decltype(kernels), IO, SUM>(                                                                 \
+                kernels, x, x_stride, num_tokens, in_blocks, {up, up_count}, up_bias,                                 \
+                {up_starts, up_sources, up_tiles}, hidden_blocks, {down, down_count}, down_bias,                      \
+                {down_starts, down_sources, down_tiles}, out_blocks, y, size);                                        \
+        });                                                                                                           \
+    }                                                                                                                 \
+    extern "C" int feed_forward_gradient_##NAME(                                                                      \
+        const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,    \
+        const IO* up, int64_t up_count, const IO* up_bias, const int32_t* row_starts, const int32_t* row_sources,     \
+        const int32_t* row_tiles, const int32_t* column_starts, const int32_t* column_sources,                        \
+        const int32_t* column_tiles, int64_t hidden_blocks, const IO* down, int64_t down_count,                       \
+        const int32_t* down_starts, const int32_t* down_sources, const int32_t* down_tiles, int64_t out_blocks,       \
+        IO* grad_x, IO* grad_up, IO* grad_bias, IO* grad_down, int64_t size) {                                        \
+        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                        \
+            feed_forward_gradient<decltype(kernels), IO, SUM>(                                                        \
+                kernels, grad, grad_stride, x, x_stride, num_tokens, in_blocks, {up, up_count}, up_bias,              \
+                {row_starts, row_sources, row_tiles}, {column_starts, column_sources, column_tiles}, hidden_blocks,   \
+                {down, down_count}, {down_starts, down_sources, down_tiles}, out_blocks, grad_x, grad_up, grad_bias,  \
+                grad_down, size);                                                                                     \
+        });                                                                                                           \
+    }
+FOR_TYPE(float32, float, float)
+FOR_TYPE(float64, double, double)
+FOR_TYPE(bfloat16, bfloat16, float)

@@ -1,0 +1,298 @@
+// What products of a block-sparse matrix with dense activations are made of; compiled for the machine at hand.
+//
+// CHUNK tokens at a time are copied into panels PANEL columns wide, so that the inner loop reads memory in order
+// whatever the strides outside. Sums are float (double for double); every sum has one fixed order.
+// A `_chunk` function is called by all threads of a team; the barrier at its end makes its result visible to all.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, NUM_SUMS = 24, MAX_VECTORS = 4;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32, NUM_SUMS = 12, MAX_VECTORS = 2;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, NUM_SUMS = 24, MAX_VECTORS = 4;
+#else
+constexpr int VECTOR_BYTES = 16, NUM_SUMS = 12, MAX_VECTORS = 2;
+#endif
+constexpr int64_t SUB_CHUNK = 240, CHUNK = 480;  // tokens; multiples of every number of rows below
+constexpr int64_t PACKED_ROWS = 8;  // tokens that a thread copies at a time
+constexpr int64_t WEIGHT_BYTES_IN_L1 = 32768;
+
+// Which tiles make an output block: block j sums, over e in starts[j] to starts[j + 1], input block sources[e]
+// times tile tiles[e].
+struct Map {
+    const int32_t *starts, *sources, *tiles;
+};
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+static inline float load(float value) { return value; }
+static inline double load(double value) { return value; }
+static inline float load(bfloat16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+static inline void store(float value, float* to) { *to = value; }
+static inline void store(double value, double* to) { *to = value; }
+static inline void store(float value, bfloat16* to) {  // round to nearest even; nan stays nan
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    to->bits = uint16_t(is_nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// A widened activation is fresh memory on every call: with 2 MiB pages the first touch costs a fraction.
+static void ask_for_huge_pages(void* start, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 2 << 20, first = (uintptr_t(start) + page - 1) & ~(page - 1);
+    const uintptr_t last = (uintptr_t(start) + bytes) & ~(page - 1);
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// Memory that a thread keeps between calls, one buffer per purpose.
+enum Purpose { WEIGHT, INPUT, GRAD, HIDDEN, HIDDEN_GRAD, SUMS, TOTAL, TOTAL_UP, TOTAL_BIAS, NUM_PURPOSES };
+struct Buffers {
+    void* start[NUM_PURPOSES] = {};
+    int64_t size[NUM_PURPOSES] = {};
+    ~Buffers() {
+        for (void* buffer : start) free(buffer);
+    }
+};
+template <class Sum>
+static Sum* scratch(Purpose purpose, int64_t count) {
+    static thread_local Buffers buffers;
+    const int64_t bytes = (count * int64_t(sizeof(Sum)) + 4095) / 4096 * 4096;
+    if (buffers.size[purpose] < bytes) {
+        free(buffers.start[purpose]);
+        buffers.start[purpose] = aligned_alloc(4096, bytes);
+        if (!buffers.start[purpose]) abort();
+        buffers.size[purpose] = bytes;
+        ask_for_huge_pages(buffers.start[purpose], bytes);
+    }
+    return static_cast<Sum*>(buffers.start[purpose]);
+}
+
+// Sums on their way to a result: the result itself, unless it is narrower.
+template <class IO, class Sum>
+struct Totals {
+    Sum* sums;
+    IO* result;
+    int64_t count;
+    Totals(Purpose purpose, int64_t count, IO* result) : result(result), count(count) {
+        if constexpr (std::is_same_v<IO, Sum>) sums = result;
+        else sums = scratch<Sum>(purpose, count);
+        ask_for_huge_pages(result, count * int64_t(sizeof(IO)));
+    }
+    void store_all() const {
+        if constexpr (!std::is_same_v<IO, Sum>) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; i++) store(sums[i], result + i);
+        }
+    }
+};
+
+template <class IO, class Sum, int BYTES, int VECTORS>
+struct Kernels {
+    typedef Sum Vector __attribute__((vector_size(BYTES), aligned(sizeof(Sum)), may_alias));
+    static constexpr int LANES = BYTES / sizeof(Sum), PANEL = VECTORS * LANES, ROWS = NUM_SUMS / VECTORS;
+
+    // sums[m] += sum over k of a[m * A_ROW + k * A_STEP] * b[k * PANEL + ...]: the only place where numbers multiply.
+    template <int NUM_ROWS, int64_t A_ROW, int64_t A_STEP>
+    static inline void multiply(int64_t count, const Sum* a, const Sum* b, Vector (&sums)[NUM_ROWS][VECTORS]) {
+        for (int64_t k = 0; k < count; k++) {
+            Vector right[VECTORS];
+            for (int v = 0; v < VECTORS; v++) right[v] = *(const Vector*)(b + k * PANEL + v * LANES);
+            for (int m = 0; m < NUM_ROWS; m++)
+                for (int v = 0; v < VECTORS; v++) sums[m][v] += a[m * A_ROW + k * A_STEP] * right[v];
+        }
+    }
+
+    template <int NUM_ROWS>
+    static inline void keep(const Vector (&sums)[NUM_ROWS][VECTORS], Sum* to, bool add) {
+        for (int m = 0; m < NUM_ROWS; m++)
+            for (int v = 0; v < VECTORS; v++) {
+                Vector* target = (Vector*)(to + m * PANEL + v * LANES);
+                *target = add ? *target + sums[m][v] : sums[m][v];
+            }
+    }
+
+    static inline Vector cut(Vector x, Sum low, Sum high) {  // nan stays nan
+        x = x < low ? Vector{} + low : x;
+        return x > high ? Vector{} + high : x;
+    }
+
+    // exp(z) to a unit or two in the last place, for all lanes at once; z is cut to where floats reach.
+    static inline Vector exponential(Vector z) {
+        if constexpr (std::is_same_v<Sum, float>) {
+            typedef int32_t Bits __attribute__((vector_size(BYTES)));
+            z = cut(z, -87.0f, 88.0f);
+            const Vector shifted = z * 1.44269504f + 12582912.0f;  // rounds to an integer, held in the low bits
+            const Vector n = shifted - 12582912.0f;
+            const Vector r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
+            Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+            p = p * r + 8.3334519073e-3f;
+            p = p * r + 4.1665795894e-2f;
+            p = p * r + 1.6666665459e-1f;
+            p = p * r + 5.0000001201e-1f;
+            p = p * r * r + r + 1.0f;
+            return p * (Vector)(((Bits)shifted - 0x4b400000 + 127) << 23);
+        } else {
+            for (int lane = 0; lane < LANES; lane++) z[lane] = exp(z[lane]);
+            return z;
+        }
+    }
+
+    // GELU with the tanh formula is x * s, s = sigmoid(2 sqrt(2 / pi) * (x + 0.044715 x^3)).
+    // Beyond 64, s is 0 or 1 to the last bit; x is cut there, lest its powers overflow.
+    static inline Vector gelu_sigmoid(Vector x) {
+        x = cut(x, -64, 64);
+        return 1 / (1 + exponential(x * (Sum(-1.5957691216057308) - Sum(1.5957691216057308 * 0.044715) * x * x)));
+    }
+    static inline Vector gelu_derivative(Vector x, Vector s) {
+        x = cut(x, -64, 64);
+        const Vector slope = Sum(1.5957691216057308) + Sum(3 * 1.5957691216057308 * 0.044715) * x * x;
+        return s + x * s * (1 - s) * slope;
+    }
+
+    static inline Vector widen(const IO* from) {
+        Vector x;
+        for (int lane = 0; lane < LANES; lane++) x[lane] = load(from[lane]);
+        return x;
+    }
+
+    // Panels of a chunk lie this far apart; the last rows computed may be up to ROWS - 1 past the last token.
+    static constexpr int64_t PANEL_STRIDE = (CHUNK + ROWS) * PANEL;
+
+    // `tokens` rows -> [panel][token][PANEL], reading each row in order.
+    static void pack_chunk(const IO* chunk, int64_t stride, int64_t tokens, int64_t num_panels, Sum* panels) {
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < tokens; first += PACKED_ROWS)
+            for (int64_t p = 0; p < num_panels; p++)
+                for (int64_t t = first; t < std::min(first + PACKED_ROWS, tokens); t++)
+                    for (int j = 0; j < PANEL; j += LANES)
+                        *(Vector*)(panels + p * PANEL_STRIDE + t * PANEL + j) = widen(chunk + t * stride + p * PANEL + j);
+    }
+
+    // All tiles of a weight -> [tile][panel of outputs][input][PANEL].
+    static void pack_tiles(const IO* weight, int64_t num_tiles, int64_t size, bool transpose, Sum* packed) {
+        const int64_t by_output = transpose ? size : 1, by_input = transpose ? 1 : size;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < num_tiles; n++) {
+            const IO* tile = weight + n * size * size;
+            Sum* to = packed + n * size * size;
+            for (int64_t first = 0; first < size; first += PANEL)
+                for (int64_t k = 0; k < size; k++)
+                    for (int j = 0; j < PANEL; j++)
+                        to[first * size + k * PANEL + j] = load(tile[(first + j) * by_output + k * by_input]);
+        }
+    }
+
+    // Output panel q of a product for tokens first to first + count; emit(token, rows, sums) gets ROWS at a time.
+    template <class Emit>
+    static inline void panel(const Sum* input, const Sum* weights, const Map& map, int64_t size, int64_t q, int64_t first,
+                             int64_t count, Emit emit) {
+        Sum* const sums = scratch<Sum>(SUMS, (SUB_CHUNK + ROWS) * PANEL);
+        const int64_t parts = size / PANEL, block = q / parts, part = q % parts, entry = map.starts[block];
+        const int64_t steps = (map.starts[block + 1] - entry) * parts;
+        const int64_t group = std::max<int64_t>(1, WEIGHT_BYTES_IN_L1 / int64_t(sizeof(Sum) * PANEL * PANEL));
+        for (int64_t g = 0; g == 0 || g < steps; g += group)
+            for (int64_t m = 0; m < count; m += ROWS) {
+                Vector local[ROWS][VECTORS] = {};
+                for (int64_t e = g; e < std::min(steps, g + group); e++) {
+                    const int64_t slot = entry + e / parts, k = e % parts;
+                    const Sum* a = input + (map.sources[slot] * parts + k) * PANEL_STRIDE + (first + m) * PANEL;
+                    const Sum* b = weights + (map.tiles[slot] * size + part * PANEL) * size + k * PANEL * PANEL;
+                    multiply<ROWS, PANEL, 1>(PANEL, a, b, local);
+                }
+                keep<ROWS>(local, sums + m * PANEL, g > 0);
+                if (g + group >= steps) emit(first + m, std::min<int64_t>(ROWS, count - m), sums + m * PANEL);
+            }
+    }
+
+    // A product for a whole chunk, plus bias, -> y.
+    static void gather_chunk(const Sum* input, const Sum* weights, const Map& map, int64_t size, int64_t tokens,
+                             int64_t out_blocks, const IO* bias, IO* y) {
+        const int64_t panels = out_blocks * (size / PANEL), stride = out_blocks * size;
+        const int64_t subs = (tokens + SUB_CHUNK - 1) / SUB_CHUNK;
+#pragma omp for collapse(2) schedule(dynamic, 4)
+        for (int64_t sub = 0; sub < subs; sub++)
+            for (int64_t q = 0; q < panels; q++) {
+                const int64_t first = sub * SUB_CHUNK;
+                const IO* const shift = bias ? bias + q * PANEL : nullptr;
+                panel(input, weights, map, size, q, first, std::min(SUB_CHUNK, tokens - first),
+                      [&](int64_t token, int64_t rows, const Sum* sums) {
+                          IO* const to = y + token * stride + q * PANEL;
+                          for (int64_t t = 0; t < rows; t++)
+                              for (int j = 0; j < PANEL; j++)
+                                  store(sums[t * PANEL + j] + (shift ? load(shift[j]) : 0), to + t * stride + j);
+                      });
+            }
+    }
+
+    // columns (PANEL,), or what it holds plus, sum over tokens of a panel.
+    static inline void add_columns(int64_t tokens, const Sum* panel, bool add, Sum* columns) {
+        for (int j = 0; j < PANEL; j += LANES) {
+            Vector sum = add ? *(const Vector*)(columns + j) : Vector{};
+            for (int64_t t = 0; t < tokens; t++) sum += *(const Vector*)(panel + t * PANEL + j);
+            *(Vector*)(columns + j) = sum;
+        }
+    }
+
+    // tile (size, size), or what it holds plus, sum over tokens of a[t][i] * b[t][j]; a and b are its blocks' panels.
+    static inline void add_outer(int64_t tokens, const Sum* a, const Sum* b, int64_t size, bool add, Sum* tile) {
+        Sum* const sums = scratch<Sum>(SUMS, (SUB_CHUNK + ROWS) * PANEL);
+        for (int64_t q = 0; q < size / PANEL; q++)
+            for (int64_t p = 0; p < size / PANEL; p++) {
+                transposed_product(tokens, a + q * PANEL_STRIDE, b + p * PANEL_STRIDE, sums);
+                Sum* const to = tile + q * PANEL * size + p * PANEL;
+                for (int64_t i = 0; i < PANEL; i++)
+                    for (int64_t j = 0; j < PANEL; j++)
+                        to[i * size + j] = (add ? to[i * size + j] : 0) + sums[i * PANEL + j];
+            }
+    }
+
+    // result (PANEL, PANEL) = sum over tokens of a[t][i] * b[t][j].
+    static inline void transposed_product(int64_t tokens, const Sum* a, const Sum* b, Sum* result) {
+        constexpr int REST = PANEL % ROWS;
+        for (int64_t k = 0; k == 0 || k < tokens; k += SUB_CHUNK) {
+            const int64_t count = std::min(SUB_CHUNK, tokens - k);
+            for (int m = 0; m + ROWS <= PANEL; m += ROWS) {
+                Vector local[ROWS][VECTORS] = {};
+                multiply<ROWS, 1, PANEL>(count, a + k * PANEL + m, b + k * PANEL, local);
+                keep<ROWS>(local, result + m * PANEL, k > 0);
+            }
+            if constexpr (REST > 0) {
+                Vector local[REST][VECTORS] = {};
+                multiply<REST, 1, PANEL>(count, a + k * PANEL + PANEL - REST, b + k * PANEL, local);
+                keep<REST>(local, result + (PANEL - REST) * PANEL, k > 0);
+            }
+        }
+    }
+};
+
+// Calls `run` with the widest kernels whose panel divides a tile.
+template <class IO, class Sum, class Run>
+static int with_kernels(int64_t size, Run run) {
+    constexpr int LANES = VECTOR_BYTES / sizeof(Sum);
+    if (size % (MAX_VECTORS * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, MAX_VECTORS>());
+    else if (size % (2 * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 2>());
+    else if (size % LANES == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 1>());
+    else if (size % (32 / sizeof(Sum)) == 0) run(Kernels<IO, Sum, 32, 1>());
+    else if (size % (16 / sizeof(Sum)) == 0) run(Kernels<IO, Sum, 16, 1>());
+    else return 1;
+    return 0;
+}
