@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
 
-from sparseift_llm.bench import render
+from sparseift_llm.bench import render, render_crossover
 from sparseift_llm.cli import main as sparseift
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.report import comparison_table
@@ -98,6 +98,20 @@ def test_the_table_of_timings_is_the_committed_one() -> None:
     for name, result in zip(names, results, strict=True):
         assert result["command"].startswith(f"sparseift bench --only {name}")
         assert not result["commit"].endswith("-dirty")
+
+
+def test_the_crossover_table_is_the_committed_one() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "bench" / "crossover.json").read_text(encoding="utf-8"))
+    assert render_crossover(result) in TEXT
+    assert result["command"].startswith("sparseift bench --crossover")
+    assert not result["commit"].endswith("-dirty")
+
+
+def test_the_memory_of_a_step_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "bench" / "step_cpu.json"
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for key in ("block", "block_update_step", "dense", "masked", "masked_update_step"):
+        assert f"{row[f'{key}_peak_bytes'] / 1e6:.0f}" in TEXT
 
 
 def test_committed_results_say_how_they_were_made() -> None:
