@@ -6,6 +6,7 @@ Sizes themselves are computed in isoflop.py and families/.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.composite import CompositeProjection
 
 _SPLIT_ATTENTION = {
     "self_attn.q_proj": ("q",),
@@ -112,12 +114,16 @@ class Projection:
         name: module path in the model.
         kinds: what it computes, of q, k, v, o, mlp_in, mlp_out; several when fused.
         in_features, out_features: sides.
+        layer_index: of its decoder layer.
+        num_weights: of all its matrices, zeros included.
     """
 
     name: str
     kinds: tuple[str, ...]
     in_features: int
     out_features: int
+    layer_index: int
+    num_weights: int
 
     @property
     def kind(self) -> str:
@@ -128,10 +134,6 @@ class Projection:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.out_features, self.in_features
-
-    @property
-    def num_weights(self) -> int:
-        return self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def find_projections(model: PreTrainedModel) -> list[Projection]:
     """
     architecture = architecture_of(model.config)
     found = []
-    for prefix, layer in _decoder_layers(model):
+    for layer_index, (prefix, layer) in enumerate(_decoder_layers(model)):
         for path, kinds in architecture.projections.items():
             try:
                 module = layer.get_submodule(path)
@@ -265,7 +267,8 @@ def find_projections(model: PreTrainedModel) -> list[Projection]:
                     f"{prefix}.{path} is missing in {type(model).__name__}; this version of transformers "
                     "lays the architecture out differently"
                 ) from None
-            found.append(Projection(f"{prefix}.{path}", kinds, *_in_out(module, f"{prefix}.{path}")))
+            name, (inputs, outputs) = f"{prefix}.{path}", _in_out(module, f"{prefix}.{path}")
+            found.append(Projection(name, kinds, inputs, outputs, layer_index, _num_weights(module)))
     return found
 
 
@@ -281,9 +284,16 @@ def _decoder_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     raise ValueError(f"{type(model).__name__} has no list of {num_layers} decoder layers")
 
 
+def _num_weights(module: nn.Module) -> int:
+    if not isinstance(module, CompositeProjection):
+        return math.prod(_in_out(module, ""))
+    inner = [child for child in module.modules() if isinstance(child, nn.Linear | BlockSparseLinear)]
+    return sum(child.in_features * child.out_features for child in inner)
+
+
 def _in_out(module: nn.Module, name: str) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    if isinstance(module, nn.Linear | BlockSparseLinear):
+    if isinstance(module, nn.Linear | BlockSparseLinear | CompositeProjection):
         return module.in_features, module.out_features
     raise ValueError(f"{name} is a {type(module).__name__}, not a Linear or Conv1D, so it cannot be made sparse")

@@ -24,14 +24,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sparseift_llm.architectures import build_model
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.mask_file import apply_masks, digest, masks_of, read_masks
-from sparseift_llm.ops.block_reference import dense_weight
 from sparseift_llm.planning import Plan, plan_of, read_record
 from sparseift_llm.surgery import install_sparse_layers
 from sparseift_llm.topology.blocks import are_valid
@@ -104,8 +103,8 @@ def find_resumed_checkpoint(candidates: Iterable[str | Path | None], callback_na
 def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a saved Sparse-IFT model with its masks, ready to train on or to analyse.
 
-    For inference on an unstructured model, `AutoModelForCausalLM.from_pretrained(folder)` gives a stock
-    model with the same logits; a block-sparse one becomes stock with `to_dense(load_pretrained(folder))`.
+    For inference on an unstructured Wide model, `AutoModelForCausalLM.from_pretrained(folder)` gives a stock
+    model with the same logits; others become stock with `to_dense(load_pretrained(folder))`, if the family allows.
 
     Args:
         folder: where `save_pretrained` or a Trainer wrote the model.
@@ -115,9 +114,10 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: no Sparse-IFT model, or its weights or masks are missing or damaged.
     """
     hf_config = AutoConfig.from_pretrained(folder)
-    if read_record(hf_config)[0].structure == "block":
-        return _load_block_sparse(Path(folder), hf_config, **kwargs)
-    model = _load_stock(AutoModelForCausalLM, folder, folder, **kwargs)
+    config, _ = read_record(hf_config)
+    if config.structure == "block" or config.family != "wide" or config.rules:
+        return _load_own_layout(Path(folder), hf_config, plan_of(build_model(hf_config, meta=True)), **kwargs)
+    model = _load(AutoModelForCausalLM, folder, folder, **kwargs)
     plan = plan_of(model)
     masks = read_masks(folder)
     install_sparse_layers(model, plan)
@@ -125,7 +125,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _load_stock(model_class: Any, folder: str | Path, source: str | Path | None, **kwargs: Any) -> PreTrainedModel:
+def _load(model_class: Any, folder: str | Path, source: str | Path | None, **kwargs: Any) -> PreTrainedModel:
     """`from_pretrained`, but parameters that `folder` lacks are an error, not random values."""
     asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model: PreTrainedModel
@@ -136,41 +136,50 @@ def _load_stock(model_class: Any, folder: str | Path, source: str | Path | None,
     return model
 
 
-def _load_block_sparse(folder: Path, hf_config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-    """Fill in the zeros, let transformers load the stock model, take the tiles out again."""
-    stock = build_model(hf_config, meta=True)
-    plan = plan_of(stock)
-    state, columns = _dense_state(folder, stock, plan)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
-    model = _load_stock(model_class, folder, None, config=hf_config, state_dict=state, **kwargs)
+def _load_own_layout(folder: Path, hf_config: PreTrainedConfig, plan: Plan, **kwargs: Any) -> PreTrainedModel:
+    """A model whose parameters are not those of a stock one: transformers fills one that has its sparse layers."""
+    stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+
+    def build(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
+        stock_class.__init__(self, config, *args, **options)
+        install_sparse_layers(self, plan)
+
+    # transformers renames a checkpoint's parameters for the classes of its own modules only
+    names = {"__init__": build, "__module__": stock_class.__module__}
+    with_sparse_layers = type(stock_class.__name__, (stock_class,), names)
+    state, masks = _read_weights(folder), read_masks(folder)
+    _check_columns(folder, state, plan)
+    model = _load(with_sparse_layers, folder, None, config=hf_config, state_dict=state, **kwargs)
+    model.__class__ = stock_class
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    install_sparse_layers(model, plan, columns)
-    if digest(masks_of(model)) != digest(read_masks(folder)):
+    for layer in sparse_layers(model).values():
+        layer.restore_buffers()
+    if plan.config.block_size is None:
+        apply_masks(model, masks, folder)
+    elif digest(masks_of(model)) != digest(masks):
         raise ValueError(f"the masks in {folder} are not those of its weights; restore the folder")
     return model
 
 
-def _dense_state(folder: Path, stock: PreTrainedModel, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A block-sparse checkpoint's tensors in the shapes of the `stock` model, and its layers' columns by layer."""
-    state, columns = _read_weights(folder), {}
-    size = plan.config.block_size or 1
-    for layer in plan.layers:
-        if not layer.is_sparse:
-            continue
-        (rows, width), num_tiles = layer.sparse_shape, layer.num_active // size**2
-        weight, of_slots = f"{layer.name}.weight", state.pop(f"{layer.name}.columns", torch.empty(0))
-        fits = of_slots.shape == (num_tiles,) and state.get(weight, of_slots).shape == (num_tiles, size, size)
-        if not fits or not are_valid(of_slots, rows // size, width // size):
+def _check_columns(folder: Path, state: dict[str, Tensor], plan: Plan) -> None:
+    """Raise ValueError unless each block-sparse layer has its number of tiles, at distinct places of every row."""
+    size = plan.config.block_size
+    sparse = [part for layer in plan.layers for part in layer.matrices if part.is_sparse]
+    for part in sparse if size else ():
+        assert size is not None
+        rows, width, num_tiles = part.shape[0] // size, part.shape[1] // size, part.num_active // size**2
+        columns = state.get(f"{part.name}.columns", torch.empty(0))
+        fits = columns.shape == (num_tiles,) and state.get(f"{part.name}.weight", columns).shape == (
+            num_tiles,
+            size,
+            size,
+        )
+        if not fits or not are_valid(columns, rows, width):
             raise ValueError(
-                f"the weights in {folder} are missing or damaged: {layer.name} should hold {num_tiles} tiles of "
+                f"the weights in {folder} are missing or damaged: {part.name} should hold {num_tiles} tiles of "
                 f"{size}x{size} and their columns, distinct within a block-row"
             )
-        matrix = dense_weight(state[weight], of_slots, rows, width)
-        is_conv1d = isinstance(stock.get_submodule(layer.name), Conv1D)
-        state[weight] = matrix.T.contiguous() if is_conv1d else matrix
-        columns[layer.name] = of_slots
-    return state, columns
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from sparseift_llm.isoflop import BLOCK_SIZES
 from sparseift_llm.strict import check_choice, check_fields, from_dict, load_yaml
 
 KINDS = ("q", "k", "v", "o", "mlp_in", "mlp_out")
+FAMILIES = ("wide", "parallel", "factorized", "doped")
+NONLINEARITIES = {"parallel": ("layernorm", "none"), "factorized": ("none", "layernorm", "gelu"), "doped": ("none",)}
+_LAYER_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,68 @@ class DSTConfig:
 
 
 @dataclass(frozen=True)
+class FamilyRule:
+    """Another family for some projections.
+
+    Args:
+        family: `parallel`, `factorized`, `doped`, or `dense` to leave them as they are.
+        targets: projection kinds it is for; None means all.
+        layers: decoder layers it is for, counted from 0, e.g. `0-3,11`; None means all.
+        sparsity: zero fraction in (0, 1); None means the config's.
+        nonlinearity: see `SparseIFTConfig`.
+        sparse_u_only: see `SparseIFTConfig`.
+
+    Raises:
+        ValueError: a value outside its range, naming it.
+    """
+
+    family: str
+    targets: tuple[str, ...] | None = None
+    layers: str | None = None
+    sparsity: float | None = None
+    nonlinearity: str | None = None
+    sparse_u_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_choice("family", self.family, (*FAMILIES[1:], "dense"))
+        for kind in self.targets or ():
+            check_choice("targets", kind, KINDS)
+        if self.layers is not None and not _LAYER_RANGES.fullmatch(self.layers):
+            raise ValueError(f"layers must be numbers and ranges such as '0-3,11', got {self.layers!r}")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity must be in (0, 1), got {self.sparsity}")
+        check_family_options(self.family, self.nonlinearity, self.sparse_u_only)
+
+    def covers(self, kind: str, layer_index: int) -> bool:
+        """Whether this rule is for a projection of `kind` in decoder layer `layer_index`."""
+        ranges = [part.partition("-") for part in self.layers.split(",")] if self.layers else []
+        in_range = not ranges or any(int(low) <= layer_index <= int(high or low) for low, _, high in ranges)
+        return in_range and (self.targets is None or kind in self.targets)
+
+
+def check_family_options(family: str, nonlinearity: str | None, sparse_u_only: bool) -> None:
+    """Raise ValueError where an option does not belong to the family."""
+    allowed = NONLINEARITIES.get(family, ())
+    if nonlinearity is not None and nonlinearity not in allowed:
+        choices = f"one of {', '.join(allowed)}" if allowed else "left out"
+        raise ValueError(f"nonlinearity={nonlinearity!r} does not go with family={family!r}; it must be {choices}")
+    if sparse_u_only and family != "factorized":
+        raise ValueError(f"sparse_u_only goes with family='factorized' only, not with {family!r}; leave it out")
+
+
+@dataclass(frozen=True)
 class SparseIFTConfig:
     """What `sparsify` makes of a dense GPT.
 
     Args:
-        family: `wide`.
-        scope: `model` widens hidden and FFN size by sqrt(1/(1-s)); `ffn` widens only the FFN's
+        family: `wide` (wider sides), or in place of each projection and with its sides: `parallel` (a sum of sparse
+            branches), `factorized` (two sparse factors around a wider inner side), `doped` (a sparse matrix
+            plus a dense low-rank one).
+        scope: of `wide`: `model` widens hidden and FFN size by sqrt(1/(1-s)); `ffn` widens only the FFN's
             inner size, by 1/(1-s), and leaves everything else as it was.
-        sparsity: zero fraction s in [0, 1) that sets the widths. After rounding the widths, each
-            layer's sparsity is solved again so that its multiply-adds equal the dense layer's.
+        sparsity: zero fraction s in [0, 1), that sets the widths, above 0 except for `wide`. After rounding the widths,
+            each layer's sparsity is solved again so that its multiply-adds equal the dense layer's.
         structure: `unstructured` (a dense weight, zeros and a mask; costs dense time and memory) or
             `block` (only active tiles are stored and multiplied).
         block_size: side of a tile, 4 to 256 (a power of 2), with `structure="block"` only; widths are
@@ -78,6 +135,10 @@ class SparseIFTConfig:
         exclude: projection kinds to leave dense.
         width_multiple: the widened hidden and FFN sizes are rounded to a multiple of this (and of
             what the architecture itself needs).
+        nonlinearity: in every branch of `parallel` (`layernorm`, the default, or `none`: then the branches sum to one
+            linear map); between the factors of `factorized` (`none`, the default, `layernorm`, `gelu`).
+        sparse_u_only: `factorized` keeps its outer factor dense.
+        rules: other families for some projections, see `FamilyRule`; the first rule that covers one counts.
         seed: seeds mask initialisation and random growth.
         dst: the mask updates during training.
 
@@ -99,12 +160,15 @@ class SparseIFTConfig:
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     width_multiple: int = 1
+    nonlinearity: str | None = None
+    sparse_u_only: bool = False
+    rules: tuple[FamilyRule, ...] = ()
     seed: int = 0
     dst: DSTConfig = field(default_factory=DSTConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_choice("family", self.family, ("wide",))
+        check_choice("family", self.family, FAMILIES)
         check_choice("scope", self.scope, ("model", "ffn"))
         check_choice("structure", self.structure, ("unstructured", "block"))
         check_choice("distribution", self.distribution, ("uniform", "erk"))
@@ -113,6 +177,7 @@ class SparseIFTConfig:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         self._check_block()
+        self._check_families()
         if self.width_multiple < 1:
             raise ValueError(f"width_multiple must be at least 1, got {self.width_multiple}")
         if self.targets == ():
@@ -144,6 +209,28 @@ class SparseIFTConfig:
                 "structure='unstructured', or static, set or rigl"
             )
 
+    def _check_families(self) -> None:
+        check_family_options(self.family, self.nonlinearity, self.sparse_u_only)
+        if self.family != "wide":
+            for name, value, default in (
+                ("scope", self.scope, "model"),
+                ("distribution", self.distribution, "uniform"),
+            ):
+                if value != default:
+                    raise ValueError(f"{name}={value!r} goes with family='wide' only; leave it out")
+            if self.sparsity == 0:
+                raise ValueError(f"family={self.family!r} needs a sparsity above 0")
+        if self.init == "supar" and (self.family != "wide" or self.rules):
+            raise ValueError("init='supar' is derived for family='wide' alone; use init='preserve'")
+        if self.rules and self.family == "wide" and self.scope == "model":
+            raise ValueError("rules need sides of the dense model's size; use scope='ffn' or another family")
+        for rule in self.rules:
+            if self.family == "wide" and set(self.target_kinds) & set(rule.targets or KINDS):
+                raise ValueError(
+                    f"rules: family='wide' with scope='ffn' gives every layer's FFN one width, so rules can be for "
+                    f"attention only; give targets other than {', '.join(self.target_kinds)}"
+                )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SparseIFTConfig:
         """The config from a mapping, as `to_dict` gives it. Raises ValueError as `from_dict` does."""
@@ -159,6 +246,7 @@ class SparseIFTConfig:
         values = dataclasses.asdict(self)
         values["targets"] = None if self.targets is None else list(self.targets)
         values["exclude"] = list(self.exclude)
+        values["rules"] = [{**rule, "targets": rule["targets"] and list(rule["targets"])} for rule in values["rules"]]
         return values
 
     @property

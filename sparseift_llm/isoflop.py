@@ -37,6 +37,39 @@ def wide_ffn_factor(sparsity: float) -> float:
     return 1 / (1 - sparsity)
 
 
+def parallel_branches(sparsity: float) -> int:
+    """Number of branches k = 1 / (1 - s), rounded (Parallel).
+
+    >>> parallel_branches(0.75)
+    4
+    """
+    return round(1 / (1 - sparsity))
+
+
+def factorized_inner(inputs: int, outputs: int, sparsity: float, sparse_u_only: bool = False) -> float:
+    """Inner size d at which V (outputs, d) and U (d, inputs) of sparsity s cost inputs * outputs (Factorized).
+
+    Args:
+        inputs, outputs: sides of the dense projection.
+        sparsity: of both matrices, or of U alone.
+        sparse_u_only: V is dense.
+
+    >>> factorized_inner(768, 768, 0.75)
+    1536.0
+    """
+    density = 1 - sparsity
+    return inputs * outputs / (inputs * density + outputs * (1 if sparse_u_only else density))
+
+
+def doped_rank(inputs: int, outputs: int, sparsity: float) -> float:
+    """Rank r at which dense V (outputs, r) and U (r, inputs) cost the share s of inputs * outputs (Doped).
+
+    >>> doped_rank(768, 768, 0.75)
+    288.0
+    """
+    return sparsity * inputs * outputs / (inputs + outputs)
+
+
 def round_size(size: float, multiple: int, valid: Callable[[int], bool] = lambda _: True) -> int:
     """The multiple of `multiple` nearest to `size` that is at least `multiple` and `valid`; ties go up.
 

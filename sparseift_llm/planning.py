@@ -5,7 +5,7 @@ Works on the meta device, so that a plan for any size takes no memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,9 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sparseift_llm import isoflop
 from sparseift_llm.allocation import active_counts, model_flops
 from sparseift_llm.architectures import Projection, architecture_of, build_model, find_projections, sizes_of, with_sizes
-from sparseift_llm.config import SparseIFTConfig
+from sparseift_llm.config import FamilyRule, SparseIFTConfig
+from sparseift_llm.families.drop_in import num_norm_params, parts_of, rule_for
 from sparseift_llm.families.wide import resolve_block_size, wide_config
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.composite import Part
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class LayerPlan:
         name: module path.
         kind: what it computes; fused kinds are joined, e.g. `qkv`.
         dense_shape, sparse_shape: (out, in).
-        num_active: active weights afterwards.
-        is_sparse: whether it gets a mask.
+        num_active: active weights afterwards, of all its matrices.
+        is_sparse: whether there is a mask in it.
+        rule: the drop-in family that replaces it; None if it is Wide's or dense.
+        parts: the matrices of a drop-in family.
     """
 
     name: str
@@ -37,9 +41,20 @@ class LayerPlan:
     sparse_shape: tuple[int, int]
     num_active: int
     is_sparse: bool
+    rule: FamilyRule | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[Part, ...]:
+        """All matrices by module path; of Wide, or dense, the projection itself."""
+        if not self.parts:
+            return (Part(self.name, self.sparse_shape, self.num_active, self.is_sparse),)
+        return tuple(replace(part, name=f"{self.name}.{part.name}") for part in self.parts)
 
     @property
     def num_weights(self) -> int:
+        if self.parts:
+            return sum(part.num_weights for part in self.parts)
         return self.sparse_shape[0] * self.sparse_shape[1]
 
     @property
@@ -117,6 +132,11 @@ class Plan:
                     "sparse_shape": list(layer.sparse_shape),
                     "num_active": layer.num_active,
                     "sparsity": layer.sparsity,
+                    "family": layer.rule.family if layer.rule else "wide" if layer.is_sparse else "dense",
+                    "matrices": [
+                        {"name": part.name, "shape": list(part.shape), "num_active": part.num_active}
+                        for part in layer.matrices
+                    ],
                 }
                 for layer in self.layers
             ],
@@ -207,8 +227,13 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
     widened_config = wide_config(dense_config, config)
     widened_model = build_model(widened_config, meta=True)
     projections = find_projections(widened_model)
-    chosen = [_is_chosen(projection, config) for projection in projections]
-    if not any(chosen):
+    rules = [rule_for(config, p.name, p.kinds, p.layer_index) for p in projections]
+    chosen = [
+        config.family == "wide" and rule is None and _is_chosen(projection, config)
+        for projection, rule in zip(projections, rules, strict=True)
+    ]
+    replaced = [rule if rule and rule.family != "dense" else None for rule in rules]
+    if not any(chosen) and not any(replaced):
         raise ValueError(
             f"no projection of {dense_config.model_type} is of the kinds {config.target_kinds}; "
             f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
@@ -216,14 +241,21 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
     dense_cost = cost_of(dense_model, seq_len)
     active = active_counts(dense_projections, projections, chosen, config, dense_config, widened_config)
     layers = tuple(
-        LayerPlan(p.name, p.kind, dense.shape, p.shape, count, is_chosen)
-        for dense, p, count, is_chosen in zip(dense_projections, projections, active, chosen, strict=True)
-    )
-    sparse = [layer for layer in layers if layer.is_sparse]
-    num_linear, num_stored = sum(p.num_weights for p in projections), widened_model.num_parameters()
+        LayerPlan(
+            p.name, p.kind, dense.shape, p.shape, count, is_chosen or rule is not None, rule,
+            parts_of(rule, p.name, p.shape, config) if rule else (),
+        )
+        for dense, p, count, is_chosen, rule in zip(
+            dense_projections, projections, active, chosen, replaced, strict=True
+        )
+    )  # fmt: skip
+    sparse = [part for layer in layers for part in layer.matrices if part.is_sparse]
+    num_linear, num_stored = sum(layer.num_weights for layer in layers), widened_model.num_parameters()
+    num_stored += num_linear - sum(p.num_weights for p in projections)
+    num_stored += sum(num_norm_params(layer.rule, layer.dense_shape, layer.parts) for layer in layers if layer.rule)
     if config.block_size is not None:
-        num_stored -= sum(layer.num_weights - layer.num_active for layer in sparse)
-    topology_bytes = sum(_topology_bytes(layer, config.block_size) for layer in sparse)
+        num_stored -= sum(part.num_weights - part.num_active for part in sparse)
+    topology_bytes = sum(_topology_bytes(part, config.block_size) for part in sparse)
     flops = model_flops(widened_config, sum(active), seq_len)
     sparse_cost = ModelCost(sum(active), num_linear, num_stored, flops, topology_bytes)
     return Plan(config, widened_config, seq_len, layers, dense_cost, sparse_cost)
@@ -255,10 +287,10 @@ def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isof
     return cost_of(model, seq_len).flops
 
 
-def _topology_bytes(layer: LayerPlan, block_size: int | None) -> int:
+def _topology_bytes(part: Part, block_size: int | None) -> int:
     if block_size is None:
-        return isoflop.mask_bytes(layer.num_weights)
-    return isoflop.block_index_bytes(layer.num_active // block_size**2, layer.sparse_shape[1] // block_size)
+        return isoflop.mask_bytes(part.num_weights)
+    return isoflop.block_index_bytes(part.num_active // block_size**2, part.shape[1] // block_size)
 
 
 def _is_chosen(projection: Projection, config: SparseIFTConfig) -> bool:

@@ -26,6 +26,8 @@ def fan_in_multipliers(plan: Plan) -> dict[str, float]:
     starts_dense = plan.config.dst.algorithm == "gmp"
     multipliers = {}
     for layer in plan.layers:
+        if layer.rule is not None:  # a drop-in family scales its own matrices
+            continue
         num_active = layer.num_weights if starts_dense else layer.num_active
         multipliers[layer.name] = num_active / (layer.sparse_shape[0] * layer.dense_shape[1])
     return multipliers

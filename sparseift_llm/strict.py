@@ -82,6 +82,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         (hint,) = [option for option in options if option is not type(None)]
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(typing.cast(type, hint), value, where)  # type: ignore[arg-type]
+    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item := typing.get_args(hint)[0]):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list of mappings, got {value!r}")
+        return tuple(convert(entry, item, f"{where}[{index}]") for index, entry in enumerate(value))
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{where} must be a list of strings, got {value!r}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from transformers.activations import GELUTanh, NewGELUActivation
 
 from sparseift_llm.architectures import architecture_of, build_model
 from sparseift_llm.config import SparseIFTConfig
+from sparseift_llm.families.drop_in import build
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
+from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.mask_file import save_masks
 from sparseift_llm.planning import LayerPlan, Plan, plan, record
@@ -80,11 +84,14 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         A copy with plain layers (zeros stay in the weights) and without the `sparse_ift` record.
 
     Raises:
-        ValueError: `model` has no sparse layers.
+        ValueError: `model` has no sparse layers, or is no stock model because of a family's non-linearity.
     """
     if not sparse_layers(model):
         raise ValueError("the model has no sparse layers: it is dense already")
     dense = copy.deepcopy(model)
+    composites = {name: m for name, m in dense.named_modules() if isinstance(m, CompositeProjection)}
+    for name, module in composites.items():
+        _replace(dense, name, module.to_dense())
     for name, layer in sparse_layers(dense).items():
         _replace(dense, name, layer.to_dense())
     for name, module in list(dense.named_modules()):
@@ -101,9 +108,19 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[s
     `columns` (by layer name, see `BlockSparseLinear`). From then on `save_pretrained` writes the masks,
     and DistributedDataParallel does not broadcast them.
     """
-    for index, layer in enumerate(layer for layer in plan.layers if layer.is_sparse):
-        given = (columns or {}).get(layer.name)
-        _replace(model, layer.name, _sparse_layer(model.get_submodule(layer.name), layer, plan.config, index, given))
+    seeds = count()
+
+    def sparse_layer(dense: nn.Module, part: Part, dense_shape: tuple[int, int]) -> SparseProjection:
+        seed = derive_seed(plan.config.seed, "initial mask", next(seeds))
+        return _sparse_layer(dense, part, dense_shape, plan.config.block_size, seed, (columns or {}).get(part.name))
+
+    for layer in plan.layers:
+        dense = model.get_submodule(layer.name)
+        if layer.rule is not None:
+            make = partial(_make_part, dense, layer, sparse_layer)
+            _replace(model, layer.name, build(dense, layer.rule, layer.parts, make, plan.config.init == "preserve"))
+        elif layer.is_sparse:
+            _replace(model, layer.name, sparse_layer(dense, layer.matrices[0], layer.dense_shape))
     _fuse_feed_forwards(model, plan)
     # a partial, unlike a bound method, follows the model through deepcopy and pickle
     model.save_pretrained = partial(_save_with_masks, model)  # type: ignore[method-assign]
@@ -113,19 +130,35 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[s
     ]
 
 
+def _make_part(
+    replaced: nn.Module, layer: LayerPlan, sparse_layer: Callable[..., SparseProjection], part: Part, std: float
+) -> nn.Module:
+    """A fresh matrix of a drop-in family, on the device and in the dtype of the projection it helps replace."""
+    weight: Tensor = replaced.weight  # type: ignore[assignment]
+    linear = nn.Linear(part.shape[1], part.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    nn.init.normal_(linear.weight, std=std)
+    linear.weight.requires_grad_(weight.requires_grad)
+    if not part.is_sparse:
+        return linear
+    return sparse_layer(linear, replace(part, name=f"{layer.name}.{part.name}"), layer.dense_shape)
+
+
 def _sparse_layer(
-    dense: nn.Module, layer: LayerPlan, config: SparseIFTConfig, index: int, columns: Tensor | None
+    dense: nn.Module,
+    part: Part,
+    dense_shape: tuple[int, int],
+    block_size: int | None,
+    seed: int,
+    columns: Tensor | None,
 ) -> SparseProjection:
-    size = config.block_size
-    if size is None:
-        return masked_projection(dense, layer.num_active, layer.dense_shape)
-    num_tiles = layer.num_active // size**2
+    if block_size is None:
+        return masked_projection(dense, part.num_active, dense_shape)
+    num_tiles = part.num_active // block_size**2
     if dense.weight.is_meta:
         columns = torch.empty(num_tiles, dtype=torch.int32, device="meta")
     elif columns is None:
-        rows, width = layer.sparse_shape[0] // size, layer.sparse_shape[1] // size
-        columns = random_columns(rows, width, num_tiles, derive_seed(config.seed, "initial mask", index))
-    return BlockSparseLinear(dense, columns, size, layer.dense_shape)
+        columns = random_columns(part.shape[0] // block_size, part.shape[1] // block_size, num_tiles, seed)
+    return BlockSparseLinear(dense, columns, block_size, dense_shape)
 
 
 def _fuse_feed_forwards(model: PreTrainedModel, plan: Plan) -> None:

@@ -127,28 +127,30 @@ def test_saving_in_shards_over_one_file(tmp_path: Path) -> None:
     check_equal(load_pretrained(tmp_path), model)
 
 
-def transposed(weight: Tensor, columns: Tensor, rows: int, width: int) -> Tensor:
+def transposed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A fault: every tile the wrong way round."""
-    return DENSE_WEIGHT(weight.transpose(1, 2), columns, rows, width)
+    return {name: value.transpose(1, 2) if value.ndim == 3 else value for name, value in state.items()}
 
 
-def in_ascending_order(weight: Tensor, columns: Tensor, rows: int, width: int) -> Tensor:
+def in_ascending_order(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A fault: slots are taken to be in the order of their columns."""
-    starts = range(0, len(columns), 2)
-    return DENSE_WEIGHT(weight, torch.cat([columns[start : start + 2].sort().values for start in starts]), rows, width)
+    return {name: sorted_in_rows(value) if name.endswith("q_proj.columns") else value for name, value in state.items()}
 
 
-DENSE_WEIGHT = checkpoint.dense_weight
+def sorted_in_rows(columns: Tensor) -> Tensor:
+    assert len(columns) == 16  # two tiles in each of eight block-rows
+    return torch.cat([pair.sort().values for pair in columns.split(2)])
 
 
 @pytest.mark.parametrize("fault", [transposed, in_ascending_order])
 def test_the_check_of_loading_catches_faults(
-    fault: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = block_model()
     model.save_pretrained(tmp_path)
     check_equal(load_pretrained(tmp_path), model)
-    monkeypatch.setattr(checkpoint, "dense_weight", fault)
+    read = checkpoint._read_weights
+    monkeypatch.setattr(checkpoint, "_read_weights", lambda folder: fault(read(folder)))
     loaded = load_pretrained(tmp_path)
     with pytest.raises(AssertionError):
         check_equal(loaded, model)

@@ -190,6 +190,8 @@ def test_to_dict_is_json_with_the_figures_of_the_plan() -> None:
         "sparse_shape": [64, 64],
         "num_active": 1024,
         "sparsity": 0.75,
+        "family": "wide",
+        "matrices": [{"name": "model.layers.0.self_attn.q_proj", "shape": [64, 64], "num_active": 1024}],
     }
     # q, o: 32 x 32; k, v: 16 x 32; gate, up, down: 88 x 32; two layers
     assert values["dense"]["linear_active_params"] == 2 * (2 * 1024 + 2 * 512 + 3 * 2816)

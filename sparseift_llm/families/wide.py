@@ -16,7 +16,7 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
     """The config of the widened model, widths rounded to what the architecture accepts, never below the dense ones.
 
     Scope `ffn` changes the FFN's inner size only. Scope `model` changes the hidden size, the head
-    size with it, and the FFN's inner size, and keeps the number of layers and heads.
+    size with it, and the FFN's inner size, and keeps the number of layers and heads. Other families change no width.
 
     Args:
         dense: config of the dense model.
@@ -29,7 +29,7 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
     """
     sizes = sizes_of(dense)
     multiple = math.lcm(config.width_multiple, config.block_size or 1)
-    if config.sparsity == 0:
+    if config.sparsity == 0 or config.family != "wide":
         return with_sizes(dense, sizes.hidden, sizes.ffn, sizes.head_dim)
     if config.scope == "ffn":
         target = sizes.ffn * isoflop.wide_ffn_factor(config.sparsity)
@@ -64,7 +64,8 @@ def resolve_block_size(dense: PreTrainedConfig, config: SparseIFTConfig) -> Spar
     """`config` with a `block_size` chosen by the widened model's hidden size, where tiles are asked for without one."""
     if config.structure != "block" or config.block_size is not None:
         return config
-    factor = isoflop.wide_model_factor(config.sparsity) if config.scope == "model" else 1
+    is_widened = config.family == "wide" and config.scope == "model"
+    factor = isoflop.wide_model_factor(config.sparsity) if is_widened else 1
     return dataclasses.replace(config, block_size=isoflop.default_block_size(round(sizes_of(dense).hidden * factor)))
 
 

@@ -61,6 +61,10 @@ class SparseProjection(nn.Module):
         """Set inactive weights that are stored to exactly 0."""
         raise NotImplementedError
 
+    def restore_buffers(self) -> None:
+        """Make buffers that are not part of the state dict fit a parameter and buffers that were just loaded."""
+        raise NotImplementedError
+
     def magnitude(self) -> Tensor:
         """L1 norm of the weights of every unit, of the mask's shape."""
         raise NotImplementedError

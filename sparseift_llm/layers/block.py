@@ -158,6 +158,10 @@ class BlockSparseLinear(SparseProjection):
         self.weight.masked_fill_(changed, 0)
         return changed
 
+    def restore_buffers(self) -> None:
+        self._check_columns()
+        self._index_columns()
+
     def zero_inactive(self) -> None:
         """Nothing to do: inactive weights are not stored."""
 
@@ -217,8 +221,7 @@ class AppliedByNextLayer(nn.Identity):
 
 
 def _after_loading(layer: BlockSparseLinear, _: Any) -> None:
-    layer._check_columns()
-    layer._index_columns()
+    layer.restore_buffers()
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

@@ -49,6 +49,9 @@ class MaskedProjection(SparseProjection):
     def zero_inactive(self) -> None:
         self.weight.masked_fill_(~self.mask, 0)
 
+    def restore_buffers(self) -> None:
+        self.mask.fill_(True)
+
     def magnitude(self) -> Tensor:
         return self.weight.detach().abs()
 

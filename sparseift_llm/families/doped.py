@@ -1,0 +1,70 @@
+"""Sparse Doped: y = V (U x) + W x + bias, V and U dense and of low rank, W sparse."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from sparseift_llm import isoflop
+from sparseift_llm.config import FamilyRule
+from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
+
+
+def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
+    """W, U and V in place of a projection of `shape` (out, in): as many multiply-adds, in tiles of tile x tile.
+
+    Args:
+        shape: sides of the projection.
+        rule: gives `sparsity`, about that of W.
+        tile: side of a tile of W, 1 for single weights.
+        multiple: what the rank is rounded to a multiple of.
+
+    Raises:
+        ValueError: no rank meets the FLOPs.
+
+    Source: arXiv 2303.11525, section 3.2, with the rank rounded and the sparsity solved again.
+    """
+    assert rule.sparsity is not None
+    outputs, inputs = shape
+    target = isoflop.doped_rank(inputs, outputs, rule.sparsity)
+
+    def fits(rank: int) -> bool:
+        return outputs * inputs - rank * (inputs + outputs) >= outputs * tile
+
+    rank = isoflop.round_size(target, multiple, fits)
+    return (
+        Part("w", shape, outputs * inputs - rank * (inputs + outputs)),
+        Part("u", (rank, inputs), rank * inputs, is_sparse=False),
+        Part("v", (outputs, rank), outputs * rank, is_sparse=False),
+    )
+
+
+def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
+    """Parameters of the non-linearities: there are none."""
+    return 0
+
+
+class DopedProjection(CompositeProjection):
+    """See the module's text. Arguments as `ParallelProjection`; with `preserve`, W and VU share the output variance by
+    their FLOPs."""
+
+    def __init__(
+        self, dense: nn.Module, rule: FamilyRule, parts: tuple[Part, ...], make: MakePart, preserve: bool
+    ) -> None:
+        super().__init__(dense)
+        w, _, v = parts
+        std = dict.fromkeys("wuv", root_mean_square(dense))
+        if preserve:
+            size, rank = self.in_features * self.out_features, v.shape[1]
+            share = 1 - w.num_active / size  # of the output variance that the low-rank part gives
+            std |= {"u": 1 / math.sqrt(self.in_features), "v": std["v"] * math.sqrt(share * self.in_features / rank)}
+        layers = make_parts(parts, std, make)
+        self.w, self.u, self.v = layers["w"], layers["u"], layers["v"]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self._add_bias(self.v(self.u(input)) + self.w(input))
+
+    def matrix(self) -> Tensor:
+        return matrix_of(self.v) @ matrix_of(self.u) + matrix_of(self.w)

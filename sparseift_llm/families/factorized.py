@@ -1,0 +1,96 @@
+"""Sparse Factorized: y = V g(U x) + bias around an inner side wider than a low rank, U and V sparse, or U alone."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseift_llm import isoflop
+from sparseift_llm.config import FamilyRule
+from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
+from sparseift_llm.topology.distributions import round_to_total
+
+# mean square of g(z) for normally distributed z of variance 1; of GELU (tanh formula) by numerical integration
+_MEAN_SQUARE = {"none": 1.0, "layernorm": 1.0, "gelu": 0.4252}
+
+
+def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
+    """U and V in place of a projection of `shape` (out, in): as many multiply-adds, in tiles of tile x tile.
+
+    Args:
+        shape: sides of the projection.
+        rule: gives `sparsity` and `sparse_u_only`.
+        tile: side of a tile, 1 for single weights.
+        multiple: what the inner side is rounded to a multiple of.
+
+    Raises:
+        ValueError: no inner side meets the FLOPs.
+
+    Source: arXiv 2303.11525, section 3.2, with the inner side rounded and the sparsity solved again.
+    """
+    assert rule.sparsity is not None
+    (outputs, inputs), budget = shape, shape[0] * shape[1]
+
+    def fits(inner: int) -> bool:
+        if not rule.sparse_u_only:
+            return inner * (inputs + outputs) >= budget
+        return inner * tile <= budget - inner * outputs <= inner * inputs
+
+    target = isoflop.factorized_inner(inputs, outputs, rule.sparsity, rule.sparse_u_only)
+    inner = isoflop.round_size(target, multiple, fits)
+    sizes = [inner * inputs // tile**2, inner * outputs // tile**2]
+    units = budget // tile**2
+    if rule.sparse_u_only:
+        counts = [units - sizes[1], sizes[1]]
+    else:
+        counts = round_to_total([Fraction(size * units, sum(sizes)) for size in sizes], sizes, units)
+    return (
+        Part("u", (inner, inputs), counts[0] * tile**2),
+        Part("v", (outputs, inner), counts[1] * tile**2, is_sparse=not rule.sparse_u_only),
+    )
+
+
+def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
+    """Parameters of the non-linearities."""
+    return 2 * parts[0].shape[0] if rule.nonlinearity == "layernorm" else 0
+
+
+class FactorizedProjection(CompositeProjection):
+    """See the module's text. Arguments as `ParallelProjection`."""
+
+    def __init__(
+        self, dense: nn.Module, rule: FamilyRule, parts: tuple[Part, ...], make: MakePart, preserve: bool
+    ) -> None:
+        super().__init__(dense)
+        self.nonlinearity = rule.nonlinearity or "none"
+        u, v = parts
+        std = {"u": root_mean_square(dense), "v": root_mean_square(dense)}
+        if preserve:
+            inner = u.shape[0]
+            gain = self.in_features * self.out_features / (v.num_active * _MEAN_SQUARE[self.nonlinearity])
+            std = {"u": math.sqrt(inner / u.num_active), "v": std["v"] * math.sqrt(gain)}
+        layers = make_parts(parts, std, make)
+        self.u, self.v = layers["u"], layers["v"]
+        weight: Tensor = dense.weight  # type: ignore[assignment]
+        has_norm = self.nonlinearity == "layernorm"
+        self.norm = nn.LayerNorm(u.shape[0], device=weight.device, dtype=weight.dtype) if has_norm else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        inner = self.u(input)
+        if self.norm is not None:
+            inner = self.norm(inner)
+        elif self.nonlinearity == "gelu":
+            inner = F.gelu(inner, approximate="tanh")
+        return self._add_bias(self.v(inner))
+
+    def matrix(self) -> Tensor:
+        if self.nonlinearity != "none":
+            raise ValueError(
+                f"Factorized with nonlinearity={self.nonlinearity!r} is no linear map, so there is no stock model of "
+                "equal logits; keep the sparse model, or train with nonlinearity='none'"
+            )
+        return matrix_of(self.v) @ matrix_of(self.u)

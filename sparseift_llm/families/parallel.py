@@ -1,0 +1,74 @@
+"""Sparse Parallel: y = sum over j of g_j(W_j x) + bias, W_j sparse, g_j a LayerNorm or nothing."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from sparseift_llm import isoflop
+from sparseift_llm.config import FamilyRule
+from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
+from sparseift_llm.topology.distributions import round_to_total
+
+
+def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
+    """The branches in place of a projection of `shape` (out, in): as many multiply-adds, in tiles of tile x tile.
+
+    Source: arXiv 2303.11525, section 3.2, with the number of branches rounded and the sparsity solved again.
+    """
+    assert rule.sparsity is not None
+    num_branches = isoflop.parallel_branches(rule.sparsity)
+    units = shape[0] * shape[1] // tile**2
+    counts = round_to_total([Fraction(units, num_branches)] * num_branches, [units] * num_branches, units)
+    return tuple(Part(f"branches.{index}", shape, count * tile**2) for index, count in enumerate(counts))
+
+
+def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
+    """Parameters of the non-linearities."""
+    return 0 if rule.nonlinearity == "none" else 2 * shape[0] * len(parts)
+
+
+class ParallelProjection(CompositeProjection):
+    """See the module's text.
+
+    Args:
+        dense: the projection to replace.
+        rule: gives `nonlinearity`.
+        parts: as `parts` gives them.
+        make: builds the branches.
+        preserve: start with about the output variance of `dense` (for inputs of variance 1, as after a norm).
+    """
+
+    def __init__(
+        self, dense: nn.Module, rule: FamilyRule, parts: tuple[Part, ...], make: MakePart, preserve: bool
+    ) -> None:
+        super().__init__(dense)
+        std = root_mean_square(dense)
+        layers = make_parts(parts, {part.name: std for part in parts}, make)
+        self.branches = nn.ModuleList(layers.values())
+        self.norms = nn.ModuleList()
+        if rule.nonlinearity != "none":
+            weight: Tensor = dense.weight  # type: ignore[assignment]
+            for _ in parts:
+                norm = nn.LayerNorm(self.out_features, device=weight.device, dtype=weight.dtype)
+                if preserve:
+                    nn.init.constant_(norm.weight, std * math.sqrt(self.in_features / len(parts)))
+                self.norms.append(norm)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        outputs = [branch(input) for branch in self.branches]
+        if self.norms:
+            outputs = [norm(output) for norm, output in zip(self.norms, outputs, strict=True)]
+        return self._add_bias(torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0])
+
+    def matrix(self) -> Tensor:
+        if self.norms:
+            raise ValueError(
+                "Parallel with a LayerNorm in each branch is no linear map, so there is no stock model of equal "
+                "logits; keep the sparse model, or train with nonlinearity='none'"
+            )
+        return torch.stack([matrix_of(branch) for branch in self.branches]).sum(0)
