@@ -30,6 +30,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from sparseift_llm.architectures import build_model
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.composite import CompositeProjection
 from sparseift_llm.mask_file import apply_masks, digest, masks_of, read_masks
 from sparseift_llm.planning import Plan, plan_of, read_record
 from sparseift_llm.surgery import install_sparse_layers
@@ -143,6 +144,9 @@ def _load_own_layout(folder: Path, hf_config: PreTrainedConfig, plan: Plan, **kw
     def build(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         stock_class.__init__(self, config, *args, **options)
         install_sparse_layers(self, plan)
+        for module in self.modules():  # GPT-2 would draw `c_proj.weight`, which a composite does not have
+            if any(isinstance(child, CompositeProjection) for child in module.children()):
+                module._is_hf_initialized = True
 
     # transformers renames a checkpoint's parameters for the classes of its own modules only
     names = {"__init__": build, "__module__": stock_class.__module__}

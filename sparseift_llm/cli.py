@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparseift_llm.planning import Plan
+from sparseift_llm.layers.composite import Part
+from sparseift_llm.planning import LayerPlan, Plan
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -120,10 +121,10 @@ def _bench(arguments: argparse.Namespace) -> str:
 
 def render_plan(plan: Plan) -> str:
     """The plan as a table per kind of layer and whole-model totals, for a terminal."""
-    count = Counter((layer.kind, layer.dense_shape, layer.sparse_shape, layer.is_sparse) for layer in plan.layers)
+    count = Counter((layer.kind, layer.dense_shape, _matrices(layer), layer.is_sparse) for layer in plan.layers)
     rows = [("kind", "layers", "dense (out x in)", "sparse (out x in)", "sparsity", "active / dense weights")]
-    for (kind, dense_shape, sparse_shape, is_sparse), number in count.items():
-        group = [layer for layer in plan.layers if (layer.kind, layer.sparse_shape) == (kind, sparse_shape)]
+    for (kind, dense_shape, matrices, is_sparse), number in count.items():
+        group = [layer for layer in plan.layers if (layer.kind, _matrices(layer)) == (kind, matrices)]
         active = sum(layer.num_active for layer in group)
         size = sum(layer.num_weights for layer in group)
         rows.append(
@@ -131,7 +132,7 @@ def render_plan(plan: Plan) -> str:
                 kind,
                 str(number),
                 f"{dense_shape[0]} x {dense_shape[1]}",
-                f"{sparse_shape[0]} x {sparse_shape[1]}",
+                matrices,
                 f"{1 - active / size:.5f}" if is_sparse else "dense",
                 f"{active / (number * dense_shape[0] * dense_shape[1]):.4f}",
             )
@@ -144,6 +145,16 @@ def render_plan(plan: Plan) -> str:
         totals.append((key, *values, f"{sparse[key] / dense[key]:.4f}"))
     note = "FLOPs: multiply-adds of projections, attention and logits; norms and elementwise work are left out."
     return "\n".join([*_aligned(rows), "", *_aligned(totals), "", note])
+
+
+def _matrices(layer: LayerPlan) -> str:
+    """What stands in the layer's place, e.g. `1536 x 768 + 768 x 1536`; dense parts are marked."""
+    shapes = Counter(f"{part.shape[0]} x {part.shape[1]}" + _mark(layer, part) for part in layer.matrices)
+    return " + ".join(f"{number} of {shape}" if number > 1 else shape for shape, number in shapes.items())
+
+
+def _mark(layer: LayerPlan, part: Part) -> str:
+    return " (dense)" if layer.is_sparse and not part.is_sparse else ""
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -137,7 +137,7 @@ def test_the_table_of_the_whole_recipe(capsys: pytest.CaptureFixture[str]) -> No
     ("words", "message"),
     [
         (["--sparsity", "1.0"], "sparsity must be in [0, 1), got 1.0"),
-        (["--family", "parallel"], "family='parallel' is not one of 'wide'"),
+        (["--family", "serial"], "family='serial' is not one of 'wide'"),
         (["--scope", "modle"], "scope='modle' is not one of 'model', 'ffn'; did you mean 'model'?"),
         (["--structure", "blok"], "structure='blok' is not one of 'unstructured', 'block'; did you mean 'block'?"),
         (["--structure", "block", "--block-size", "7"], "block_size must be one of 4, 8, 16, 32, 64, 128, 256, got 7"),

@@ -12,10 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
 
+from sparseift_llm import SparseIFTConfig
 from sparseift_llm.bench import render, render_crossover
 from sparseift_llm.cli import main as sparseift
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.report import comparison_table
+from sparseift_llm.strict import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,6 +71,12 @@ def test_shell_commands_name_things_that_exist(capsys: pytest.CaptureFixture[str
             assert program == "sparseift"
             assert sparseift(words) == 0
     assert "399.76 MFLOP" in capsys.readouterr().out
+
+
+def test_yaml_blocks_are_valid_configs() -> None:
+    for block in blocks("yaml"):
+        values = parse_yaml(block, "README.md")
+        assert SparseIFTConfig.from_dict(values["sparse_ift"]).rules
 
 
 def test_named_recipes_and_links_exist() -> None:
