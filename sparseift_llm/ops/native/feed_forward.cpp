@@ -64,8 +64,8 @@ static void feed_forward_gradient(Kernels k, const IO* grad, int64_t grad_stride
     Sum* const input = scratch<Sum>(INPUT, in_blocks * stride);
     Sum* const output_grad = scratch<Sum>(GRAD, out_blocks * stride);
     Sum* const hidden_grad = scratch<Sum>(HIDDEN_GRAD, hidden_blocks * stride);
-    const Totals<IO, Sum> up_totals(TOTAL_UP, up.count * area, grad_up);
-    const Totals<IO, Sum> down_totals(TOTAL, down.count * area, grad_down);
+    const Totals<IO, Sum> up_totals(TOTAL_UP, grad_up ? up.count * area : 0, grad_up);
+    const Totals<IO, Sum> down_totals(TOTAL, grad_down ? down.count * area : 0, grad_down);
     const Totals<IO, Sum> bias_totals(TOTAL_BIAS, grad_bias ? hidden_blocks * size : 0, grad_bias);
 #pragma omp parallel
     {
