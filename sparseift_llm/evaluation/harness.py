@@ -25,7 +25,7 @@ from lm_eval.utils import hash_string
 
 from sparseift_llm.evaluation.data_folder import DataError, Requirement, check_folder, load_local, merge
 from sparseift_llm.evaluation.hub import hub_fault, use_sentence_splitter
-from sparseift_llm.evaluation.suites import SUITES, Headline, Score, Suite, expand
+from sparseift_llm.evaluation.suites import SUITES, Headline, Score, Suite, expand, is_ratio
 
 _OWN_TASKS = Path(__file__).parent / "tasks"
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -232,7 +232,8 @@ def _complete(
         else:
             lines += [Headline(task, (_first_score(task, c),), line.num_fewshot) for task, c in configs.items()]
     members = {root: list(configs) for root, configs in leaves.items()}
-    averages = suite.averages or {"average": tuple(line.name for line in lines)}
+    shares = tuple(line.name for line in lines if not is_ratio(line.scores[0].metric))
+    averages = suite.averages or ({"average": shares} if shares else {})
     return expand(replace(suite, headlines=tuple(lines), averages=averages), members)
 
 

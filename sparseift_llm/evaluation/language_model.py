@@ -6,6 +6,7 @@ processes. Here every process builds all prompts and the batches of model calls 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,7 +74,8 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         batch_size: int | str = "auto",
         state: PartialState | None = None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        own_tokenizer = copy.deepcopy(tokenizer)  # lm-eval sets its padding
+        super().__init__(pretrained=model, tokenizer=own_tokenizer, backend="causal", batch_size=batch_size)
         state = state or PartialState()
         self._process_index, self._num_processes = state.process_index, state.num_processes
         if batch_size == "auto":

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Score:
@@ -96,7 +98,8 @@ def normalized_score(value: float, chance: float | None) -> float:
     Source: huggingface.co/docs/leaderboards/open_llm_leaderboard/normalization.
     """
     lowest = chance or 0.0
-    return 100 * max(0.0, value - lowest) / (1 - lowest)
+    scaled = 100 * np.maximum(0.0, value - lowest) / (1 - lowest)  # resampled values come as arrays
+    return scaled if np.ndim(scaled) else float(scaled)
 
 
 def headline_value(line: Headline, values: Mapping[Score, float], weights: Mapping[Score, float]) -> float:
@@ -111,6 +114,11 @@ def headline_normalized(line: Headline, values: Mapping[Score, float], weights: 
     if line.pooled:
         return normalized_score(headline_value(line, values, weights), line.scores[0].chance)
     return sum(normalized_score(values[s], s.chance) for s in line.scores) / len(line.scores)
+
+
+def is_ratio(metric: str) -> bool:
+    """Whether a metric is no share of items, so that neither percent nor a mean with others make sense."""
+    return "bits_per_byte" in metric or "perplexity" in metric
 
 
 def headline_chance(line: Headline) -> float | None:
