@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ def requirements_of(suite: Suite) -> list[Requirement]:
     Raises:
         ValueError: lm-eval has no such task.
     """
-    leaves = _leaves_by_root(suite, _task_manager(suite))
+    leaves = _leaves_by_root(suite, _task_manager(suite.folders))
     return merge(item for configs in leaves.values() for config in configs.values() for item in _requirement(config))
 
 
@@ -89,7 +90,7 @@ def load_suite(suite: Suite, data_dir: str | Path | None = None) -> LoadedSuite:
         DataError: data is missing or damaged, or there is neither a folder nor a network.
         ValueError: lm-eval has no such task, or a package that a task needs is missing.
     """
-    manager = _task_manager(suite)
+    manager = _task_manager(suite.folders)
     leaves = _leaves_by_root(suite, manager)
     needed = merge(item for configs in leaves.values() for config in configs.values() for item in _requirement(config))
     found: dict[str, dict[str, Any]] = {}
@@ -174,13 +175,13 @@ def seeded() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _task_manager(suite: Suite) -> TaskManager:
-    """lm-eval's index of the suite's own folders, or of everything, which takes seconds."""
-    if suite.folders is None:
+@functools.cache
+def _task_manager(folders: tuple[str, ...] | None) -> TaskManager:
+    """lm-eval's index of these folders below its tasks, or of everything, which takes seconds; and of our own tasks."""
+    if folders is None:
         return TaskManager(include_path=str(_OWN_TASKS))
     root = Path(lm_eval.tasks.__file__).parent
-    paths = [*(str(root / folder) for folder in suite.folders), str(_OWN_TASKS)]
-    return TaskManager(include_defaults=False, include_path=paths)
+    return TaskManager(include_defaults=False, include_path=[*(str(root / name) for name in folders), str(_OWN_TASKS)])
 
 
 def _leaves_by_root(suite: Suite, manager: TaskManager) -> dict[str, dict[str, Mapping[str, Any]]]:
@@ -232,8 +233,10 @@ def _complete(
         else:
             lines += [Headline(task, (_first_score(task, c),), line.num_fewshot) for task, c in configs.items()]
     members = {root: list(configs) for root, configs in leaves.items()}
-    shares = tuple(line.name for line in lines if not is_ratio(line.scores[0].metric))
-    averages = suite.averages or ({"average": shares} if shares else {})
+    averages = suite.averages
+    if any(not line.scores[0].metric for line in suite.headlines):
+        shares = tuple(line.name for line in lines if not is_ratio(line.scores[0].metric))
+        averages = {"average": shares} if shares else {}
     return expand(replace(suite, headlines=tuple(lines), averages=averages), members)
 
 

@@ -204,7 +204,7 @@ V2 = Suite(
 BUILTIN = Suite(
     "builtin",
     (
-        Headline("builtin_continuation", (Score("builtin_continuation", "acc", chance=0.25),)),
+        Headline("builtin_continuation", (Score("builtin_continuation", "acc_mutual_info", chance=0.25),)),
         Headline("builtin_identifier", (Score("builtin_identifier", "acc", chance=0.0),)),
         Headline("builtin_bits_per_byte", (Score("builtin_bits_per_byte", "bits_per_byte"),)),
     ),
