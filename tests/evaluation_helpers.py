@@ -191,7 +191,7 @@ class RiggedLM(LM):  # type: ignore[misc, unused-ignore]
             return bool(doc["mc2_targets"]["labels"][request.idx])
         if task.OUTPUT_TYPE == "loglikelihood":
             return bool(request.args[1] == task.doc_to_target(doc))
-        gold = task.doc_to_target(doc)
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
         num_choices = len(task.doc_to_choice(doc))
         if request.idx >= num_choices:  # the choice without its context, for mutual information
             return False

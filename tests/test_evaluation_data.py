@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import shutil
 import time
@@ -15,7 +17,7 @@ from pyarrow import Table, parquet  # type: ignore[import-untyped, unused-ignore
 
 from sparseift_llm.evaluation import hub
 from sparseift_llm.evaluation.data_folder import COLUMNS, DataError, Requirement, check_folder, load_local, merge
-from sparseift_llm.evaluation.harness import load_suite, named_suite
+from sparseift_llm.evaluation.harness import load_suite
 from sparseift_llm.evaluation.suites import V1, select
 from tests.evaluation_helpers import load_script, mmlu_rows, write_dataset, write_leaderboard_data
 
@@ -105,8 +107,6 @@ def test_checksums_catch_a_file_cut_between_lines(folder: Path) -> None:
 
 
 def check_sum(path: Path) -> str:
-    import hashlib
-
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -134,8 +134,6 @@ def test_no_cache_leaks(folder: Path) -> None:
     stat = path.stat()
     changed = path.read_text().translate(str.maketrans("0123456789", "1234567890"))
     path.write_text(changed)
-    import os
-
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size
     after = load_suite(suite, folder)
@@ -158,7 +156,6 @@ def test_a_renamed_column_of_a_data_set_without_known_columns_is_named(
 
 
 def test_no_folder_and_no_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    named_suite("v1")
     started = time.perf_counter()
     with pytest.raises(DataError, match=r"no --data-dir is given and .*is set; the suite reads Rowan/hellaswag allenai"):
         load_suite(V1)

@@ -9,37 +9,47 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 
 from sparseift_llm.evaluation import builtin
-from sparseift_llm.evaluation.harness import LoadedSuite, evaluate_task, load_suite, named_suite, ratio_stderr, seeded
+from sparseift_llm.evaluation.harness import (
+    LoadedSuite,
+    _task_manager,
+    evaluate_task,
+    load_suite,
+    named_suite,
+    ratio_stderr,
+    requirements_of,
+    seeded,
+)
 from sparseift_llm.evaluation.language_model import SplitLM
 from sparseift_llm.evaluation.results import summarize
-from sparseift_llm.evaluation.suites import BUILTIN, V1, select
+from sparseift_llm.evaluation.suites import BUILTIN, V1
 from tests.evaluation_helpers import GuessingLM, RiggedLM, save_model, tiny_gpt2, tokenizer, write_leaderboard_data
 
 OWN_TASKS = Path(builtin.__file__).parent / "tasks"
-SUBJECTS = tuple(sorted(config.config for config in ()))  # filled by the fixture below
+# MMLU's 57 subjects take long to load; the rule is the same for the 13 of one of its parts.
+SMALLER = replace(V1, headlines=tuple(replace(x, group="mmlu_other") if x.group else x for x in V1.headlines))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made-up rows for every stock v1 task."""
-    from sparseift_llm.evaluation.harness import requirements_of
-
-    subjects = [item.config for item in requirements_of(V1) if item.dataset == "cais/mmlu"]
-    return write_leaderboard_data(tmp_path_factory.mktemp("data"), subjects, num_items=120)
+    subjects = [item.config for item in requirements_of(SMALLER) if item.dataset == "cais/mmlu"]
+    return write_leaderboard_data(tmp_path_factory.mktemp("data"), [*subjects, "anatomy"], num_items=80)
 
 
 @pytest.fixture(scope="module")
 def v1(data: Path) -> LoadedSuite:
-    return load_suite(V1, data)
+    return load_suite(SMALLER, data)
 
 
 def evaluate(loaded: LoadedSuite, lm: LM, limit: int | None = None) -> dict[str, Any]:
@@ -55,7 +65,7 @@ def test_a_model_that_knows_the_answers_scores_100_percent(v1: LoadedSuite) -> N
     assert shots == {
         "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5,
     }  # fmt: skip
-    assert summary["results"]["mmlu"]["num_items"] == sum(3 + number % 5 for number in range(57))
+    assert summary["results"]["mmlu"]["num_items"] == sum(3 + number % 5 for number in range(13))
 
 
 def test_a_model_that_guesses_scores_chance(v1: LoadedSuite) -> None:
@@ -63,10 +73,10 @@ def test_a_model_that_guesses_scores_chance(v1: LoadedSuite) -> None:
     for name, line in summary["results"].items():
         if line["chance"] is not None and name != "gsm8k":
             assert abs(line["value"] - line["chance"]) < 4 * line["stderr"], name
-            assert line["stderr"] < 0.06
+            assert line["stderr"] < 0.08
     assert summary["results"]["gsm8k"]["value"] == 0
     mmlu = [summary["subtasks"][score["task"]]["metrics"]["acc,none"] for score in summary["results"]["mmlu"]["scores"]]
-    assert summary["results"]["mmlu"]["value"] == pytest.approx(sum(mmlu) / 57)
+    assert summary["results"]["mmlu"]["value"] == pytest.approx(sum(mmlu) / 13)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +85,7 @@ def builtin_suite() -> LoadedSuite:
 
 
 def test_builtin_suite_of_models_that_know_and_guess(builtin_suite: LoadedSuite) -> None:
-    known = evaluate(builtin_suite, RiggedLM(builtin_suite.tasks))
+    known = evaluate(builtin_suite, RiggedLM(builtin_suite.tasks), 300)
     values = {name: line["value"] for name, line in known["results"].items()}
     assert values == {"builtin_continuation": 1.0, "builtin_identifier": 1.0, "builtin_bits_per_byte": 0.0}
     assert known["average"] == 1.0
@@ -88,8 +98,6 @@ def test_builtin_suite_of_models_that_know_and_guess(builtin_suite: LoadedSuite)
 
 def test_a_random_network_scores_chance_and_a_memorising_one_100_percent(builtin_suite: LoadedSuite) -> None:
     """Through tokenizer, network and batches: logits that know the texts get every item right."""
-    cut = LoadedSuite(select(BUILTIN, ["builtin_continuation"]), builtin_suite.tasks, {})
-    cut.tasks.update(builtin_suite.tasks)
     name = "builtin_continuation"
     chance = evaluate_task(SplitLM(tiny_gpt2(), tokenizer(), 32), name, builtin_suite.tasks[name], 400)[0]["metrics"]
     assert abs(chance["acc_mutual_info,none"] - 0.25) < 4 * chance["acc_mutual_info_stderr,none"]
@@ -103,29 +111,28 @@ def test_a_random_network_scores_chance_and_a_memorising_one_100_percent(builtin
 
 
 def memorising(texts: list[str]) -> Any:
-    """A GPT-2 whose logits are those of the token that follows these last eight tokens in one of the texts."""
+    """A GPT-2 that gives the next token after any beginning of one of the texts, and knows nothing else."""
     model: Any = tiny_gpt2()
-    table: dict[tuple[int, ...], set[int]] = {}
+    table: dict[tuple[int, ...], int] = {}
     for text in texts:
         tokens = tokenizer()(text)["input_ids"]
-        for end in range(8, len(tokens)):
-            table.setdefault(tuple(tokens[end - 8 : end]), set()).add(tokens[end])
+        table.update({tuple(tokens[:end]): tokens[end] for end in range(30, len(tokens))})
     stock = model.forward
 
     def forward(input_ids: torch.Tensor, **kwargs: Any) -> Any:
         output = stock(input_ids, **kwargs)
         output.logits.zero_()
         for row, tokens in enumerate(input_ids.tolist()):
-            for end in range(8, len(tokens) + 1):
-                for token in table.get(tuple(tokens[end - 8 : end]), ()):
-                    output.logits[row, end - 1, token] = 30.0
+            for end in range(30, len(tokens) + 1):
+                if tuple(tokens[:end]) in table:
+                    output.logits[row, end - 1, table[tuple(tokens[:end])]] = 30.0
         return output
 
     model.forward = forward
     return model
 
 
-TASKS = {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu_anatomy": 5, "winogrande": 5, "gsm8k": 5}
+TASKS = {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu_nutrition": 5, "winogrande": 5, "gsm8k": 5}
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +142,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_scores_equal_lm_evals_own_to_the_digit(
-    v1: LoadedSuite, data: Path, model_folder: Path, task: str, monkeypatch: pytest.MonkeyPatch
+    v1: LoadedSuite, data: Path, model_folder: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its command line calls, in the data folder, on the stock task with the stock loader."""
-    from lm_eval import simple_evaluate
-
-    from sparseift_llm.evaluation.harness import _task_manager
-
     monkeypatch.chdir(data)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))  # it would find rows of an earlier run
     args = {"pretrained": str(model_folder), "device": "cpu"}
     stock = simple_evaluate(
-        model="hf", model_args=args, tasks=[task], num_fewshot=TASKS[task], batch_size=7, limit=24,
+        model="hf", model_args=args, tasks=[task], num_fewshot=TASKS[task], batch_size=7, limit=12,
         task_manager=_task_manager(V1.folders),
     )  # fmt: skip
     assert stock is not None
     lm = SplitLM(tiny_gpt2(num_positions=700), tokenizer(), 7)
-    result, items = evaluate_task(lm, task, v1.tasks[task], 24)
+    result, items = evaluate_task(lm, task, v1.tasks[task], 12)
     assert_same(result, stock, task)
     assert len(items) == stock["n-samples"][task]["effective"]
 
@@ -164,11 +168,11 @@ def assert_same(result: Mapping[str, Any], stock: Any, task: str) -> None:
 
 
 def test_scores_equal_lm_evals_command_line_to_the_digit(data: Path, model_folder: Path, tmp_path: Path) -> None:
-    """Three stock tasks, and our own through lm-eval's --include_path, one command."""
-    tasks = ["arc_challenge", "gsm8k", "builtin_continuation", "builtin_identifier", "builtin_bits_per_byte"]
+    """A stock task, and our own through lm-eval's --include_path, one command."""
+    tasks = ["arc_challenge", "builtin_continuation", "builtin_identifier", "builtin_bits_per_byte"]
     command = [
         sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model_folder}", "--device", "cpu",
-        "--tasks", ",".join(tasks), "--num_fewshot", "4", "--limit", "15", "--batch_size", "1", "--log_samples",
+        "--tasks", ",".join(tasks), "--num_fewshot", "4", "--limit", "9", "--batch_size", "1", "--log_samples",
         "--include_path", str(OWN_TASKS), "--output_path", str(tmp_path / "stock"),
     ]  # fmt: skip
     root = Path(__file__).parent.parent
@@ -178,10 +182,10 @@ def test_scores_equal_lm_evals_command_line_to_the_digit(data: Path, model_folde
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = (tmp_path / "stock").rglob("results_*.json")
     stock = json.loads(path.read_text())
-    loaded = load_suite(named_suite(",".join(tasks), 4), data)
+    loaded = load_suite(replace(named_suite(",".join(tasks), 4), folders=("arc",)), data)
     lm = SplitLM(tiny_gpt2(num_positions=700), tokenizer(), 1)
     for task in tasks:
-        result, _ = evaluate_task(lm, task, loaded.tasks[task], 15)
+        result, _ = evaluate_task(lm, task, loaded.tasks[task], 9)
         assert_same(result, stock, task)
         assert result["task_hash"] == stock["task_hashes"][task]
 

@@ -15,6 +15,7 @@ from unittest import mock
 import datasets  # type: ignore[import-untyped, unused-ignore]
 import jinja2
 import lm_eval.tasks
+import lm_eval.utils
 import numpy as np
 import torch
 from lm_eval.api.model import LM
@@ -127,7 +128,7 @@ def evaluate_task(lm: LM, name: str, task: Any, limit: int | None = None) -> tup
         The result (`version`, `num_fewshot`, `num_items`, `task_hash`, `metrics` under lm-eval's names) and one
         record per item (`id`, hashes, `values` that add up to the metrics, `target`, `responses`).
     """
-    with seeded():
+    with seeded(), _templates_compiled_once():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         out = evaluate(lm=lm, task_dict={"tasks": {name: task}, "groups": {}}, limit=limit)
     samples = out["samples"][name]
@@ -250,6 +251,14 @@ def _first_score(task: str, config: Mapping[str, Any]) -> Score:
 def _filter(config: Mapping[str, Any]) -> str:
     filters = config.get("filter_list")
     return filters[0]["name"] if filters else "none"
+
+
+@contextlib.contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """lm-eval compiles each prompt template anew for each example, which takes most of the time that prompts take."""
+    templates = lm_eval.utils.env
+    with mock.patch.object(templates, "from_string", functools.cache(templates.from_string)):
+        yield
 
 
 @contextlib.contextmanager

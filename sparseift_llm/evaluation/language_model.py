@@ -7,6 +7,8 @@ processes. Here every process builds all prompts and the batches of model calls 
 from __future__ import annotations
 
 import copy
+import logging
+import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,9 +77,14 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         state: PartialState | None = None,
     ) -> None:
         own_tokenizer = copy.deepcopy(tokenizer)  # lm-eval sets its padding
+        lm_eval_logger = logging.getLogger("lm_eval")
+        level = lm_eval_logger.level
+        lm_eval_logger.setLevel(logging.ERROR)  # it warns of several processes, which are taken care of here
         super().__init__(pretrained=model, tokenizer=own_tokenizer, backend="causal", batch_size=batch_size)
+        lm_eval_logger.setLevel(level)
         state = state or PartialState()
         self._process_index, self._num_processes = state.process_index, state.num_processes
+        self._quiet = state.process_index != 0 or not sys.stderr.isatty()
         if batch_size == "auto":
             self.batch_size_per_gpu = min(self._gather(self._fitting_batch_size()))
 
@@ -86,11 +93,16 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         """lm-eval's 256, or half of a shorter context: the prompt needs room, too."""
         return min(super().max_gen_toks, self.max_length // 2)
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding gives it."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm or self._quiet)
+        return answers
+
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Answers to (strings, context tokens, continuation tokens), in order; each process runs its batches."""
-        quiet = disable_tqdm or self._process_index != 0
+        quiet = disable_tqdm or self._quiet
 
         def run(own: list[Any]) -> list[tuple[float, bool]]:
             answers: list[tuple[float, bool]] = super(SplitLM, self)._loglikelihood_tokens(own, quiet, override_bs)
@@ -139,7 +151,7 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, in order; each process runs its batches."""
-        quiet = disable_tqdm or self._process_index != 0
+        quiet = disable_tqdm or self._quiet
 
         def run(own: list[Any]) -> list[str]:
             answers: list[str] = super(SplitLM, self).generate_until(own, quiet)
