@@ -1,6 +1,6 @@
 """Download the data sets of a suite into a folder for `leaderboard.py --data-dir`.
 
-    python eval/fetch_data.py --data-dir DIR --suite v1
+python eval/fetch_data.py --data-dir DIR --suite v1
 """
 
 from __future__ import annotations

@@ -25,7 +25,20 @@ from sparseift_llm.data import DataConfig, load_tokenizer
 from sparseift_llm.evaluation.builtin import held_out_documents
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ("stone", "river", "seven", "green", "engine", "paper", "winter", "market", "signal", "copper", "thread", "lamp")
+WORDS = (
+    "stone",
+    "river",
+    "seven",
+    "green",
+    "engine",
+    "paper",
+    "winter",
+    "market",
+    "signal",
+    "copper",
+    "thread",
+    "lamp",
+)
 
 
 def load_script(name: str) -> ModuleType:
@@ -156,12 +169,14 @@ def sentence(draw: random.Random, length: int = 5) -> str:
 def write_leaderboard_data(root: Path, subjects: Sequence[str], num_items: int = 40) -> Path:
     """A folder of made-up rows that the stock v1 tasks run on, with these MMLU subjects."""
     draw = random.Random(0)
-    make = {split: num_items for split in ("validation", "test")} | {"train": 30}
+    make = dict.fromkeys(("validation", "test"), num_items) | {"train": 30}
     arc = {split: arc_rows(draw, number) for split, number in make.items()}
     write_dataset(root / "allenai" / "ai2_arc", {"ARC-Challenge": arc})
     splits = ("train", "validation")
     write_dataset(root / "Rowan" / "hellaswag", {"default": {s: _hellaswag_rows(draw, make[s]) for s in splits}})
-    write_dataset(root / "allenai" / "winogrande", {"winogrande_xl": {s: _winogrande_rows(draw, make[s]) for s in splits}})
+    write_dataset(
+        root / "allenai" / "winogrande", {"winogrande_xl": {s: _winogrande_rows(draw, make[s]) for s in splits}}
+    )
     truthful = {"validation": _truthfulqa_rows(draw, num_items)}
     write_dataset(root / "truthfulqa" / "truthful_qa", {"multiple_choice": truthful})
     write_dataset(root / "openai" / "gsm8k", {"main": {s: gsm8k_rows(draw, make[s]) for s in ("train", "test")}})

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from sparseift_llm import SparseTrainingCallback
+from sparseift_llm import DSTConfig, SparseTrainingCallback
 from sparseift_llm.evaluation.callback import EvaluationCallback
 from sparseift_llm.evaluation.harness import evaluate_task, load_suite, named_suite
 from sparseift_llm.evaluation.language_model import SplitLM
 from tests.evaluation_helpers import tiny_gpt2, tokenizer
 
 OPTIONS: dict[str, Any] = {"suite": "builtin", "every_steps": 2, "limit": 4, "batch_size": 4}
-SPARSE = {"sparsity": 0.75, "dst": {"algorithm": "rigl", "update_every_steps": 2, "drop_fraction": 0.3}}
+SPARSE: dict[str, Any] = {"sparsity": 0.75, "dst": DSTConfig("rigl", update_every_steps=2, drop_fraction=0.3)}
 
 
 class Seen(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -30,19 +30,18 @@ class Seen(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def make_trainer(folder: Path, seen: Seen, steps: int = 5, with_tokenizer: bool = True) -> Trainer:
-    from sparseift_llm import DSTConfig
-
     torch.manual_seed(0)
     rows = torch.randint(len(tokenizer()), (20, 16))
     args = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True,
         save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, learning_rate=0.01,
     )  # fmt: skip
-    model: PreTrainedModel = tiny_gpt2(64, sparse_ift={"sparsity": 0.75, "dst": DSTConfig("rigl", 2, 0.3)})
+    model: PreTrainedModel = tiny_gpt2(64, sparse_ift=SPARSE)
     return Trainer(
         model=model,
         args=args,
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        data_collator=default_data_collator,
         processing_class=tokenizer() if with_tokenizer else None,
         callbacks=[SparseTrainingCallback(), seen],
     )
@@ -55,7 +54,9 @@ def test_scores_are_logged_every_n_steps_and_at_the_end(tmp_path: Path) -> None:
     trainer.train()
     scored = [log for log in seen.logs if "builtin/average" in log]
     assert [log["step"] for log in scored] == [2, 4, 5]
-    assert {"builtin/builtin_continuation", "builtin/builtin_identifier", "builtin/builtin_bits_per_byte"} <= scored[0].keys()
+    assert {"builtin/builtin_continuation", "builtin/builtin_identifier", "builtin/builtin_bits_per_byte"} <= scored[
+        0
+    ].keys()
     assert scored[0]["builtin/builtin_bits_per_byte"] != scored[1]["builtin/builtin_bits_per_byte"]
     assert [entry["step"] for entry in trainer.state.log_history if "builtin/average" in entry] == [2, 4, 5]
     model: Any = trainer.model
@@ -75,7 +76,9 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
         trainer.train()
         model: Any = trainer.model
         assert model.training
-        states.append(({k: v.clone() for k, v in model.state_dict().items()}, [e["loss"] for e in seen.logs if "loss" in e]))
+        states.append(
+            ({k: v.clone() for k, v in model.state_dict().items()}, [e["loss"] for e in seen.logs if "loss" in e])
+        )
     assert states[0][1] == states[1][1]
     assert all(torch.equal(states[0][0][name], value) for name, value in states[1][0].items())
 

@@ -56,10 +56,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (Path.unlink, r"cais/mmlu \(anatomy\): the file .*anatomy/test.jsonl is missing"),
     "truncated": (cut_in_a_line, r"cais/mmlu \(anatomy\): .*test.jsonl, line 3 cannot be read .*truncated or damaged"),
     "empty": (lambda path: path.write_text(""), r"test.jsonl is empty; the file is truncated or damaged"),
-    "renamed": (rename_column, r"test.jsonl has no column 'choices', only \['answer', 'options', 'question', 'subject'\]"),
+    "renamed": (
+        rename_column,
+        r"test.jsonl has no column 'choices', only \['answer', 'options', 'question', 'subject'\]",
+    ),
     "renamed in one row": (rename_in_one_row, r"test.jsonl has no column 'choices'"),
     "not objects": (lambda path: path.write_text("1\n2\n"), r"line 1 cannot be read \(it is a int, not an object\)"),
-    "not text": (lambda path: path.write_bytes(b"\xff\xfe"), r"test.jsonl, line 0 cannot be read .*truncated or damaged"),
+    "not text": (
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        r"test.jsonl, line 0 cannot be read .*truncated or damaged",
+    ),
 }
 
 
@@ -88,7 +94,9 @@ def test_all_missing_pieces_are_named_at_once(folder: Path) -> None:
 
 
 def test_missing_configurations_and_splits_are_named(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"cais/mmlu \(physics\): the configuration is missing; .* \['anatomy', 'virology'\]"):
+    with pytest.raises(
+        DataError, match=r"cais/mmlu \(physics\): the configuration is missing; .* \['anatomy', 'virology'\]"
+    ):
         check_folder(folder, [Requirement("cais/mmlu", "physics", ("test",))])
     with pytest.raises(DataError, match=r"split 'auxiliary' is missing; .* names \['dev', 'test', 'validation'\]"):
         check_folder(folder, [Requirement("cais/mmlu", "anatomy", ("auxiliary",))])
@@ -102,7 +110,9 @@ def test_checksums_catch_a_file_cut_between_lines(folder: Path) -> None:
     (folder / "cais/mmlu/checksums.json").write_text(json.dumps(sums))
     check_folder(folder, [ANATOMY])
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(DataError, match=r"test.jsonl is not the file that checksums.json speaks of; it changed or was cut"):
+    with pytest.raises(
+        DataError, match=r"test.jsonl is not the file that checksums.json speaks of; it changed or was cut"
+    ):
         check_folder(folder, [ANATOMY])
 
 
@@ -157,7 +167,9 @@ def test_a_renamed_column_of_a_data_set_without_known_columns_is_named(
 
 def test_no_folder_and_no_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.perf_counter()
-    with pytest.raises(DataError, match=r"no --data-dir is given and .*is set; the suite reads Rowan/hellaswag allenai"):
+    with pytest.raises(
+        DataError, match=r"no --data-dir is given and .*is set; the suite reads Rowan/hellaswag allenai"
+    ):
         load_suite(V1)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
@@ -176,16 +188,22 @@ def test_fetched_data_can_be_evaluated(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr("datasets.load_dataset", _aside(from_folder))
     monkeypatch.setattr(hub, "hub_fault", lambda: None)
     target = tmp_path / "fetched"
-    needed = [ANATOMY, Requirement("cais/mmlu", "virology", ("dev", "test")), Requirement("Rowan/hellaswag", "", ("train",))]
+    needed = [
+        ANATOMY,
+        Requirement("cais/mmlu", "virology", ("dev", "test")),
+        Requirement("Rowan/hellaswag", "", ("train",)),
+    ]
     written = hub.fetch(target, needed)
     assert len(written) == 5
     monkeypatch.undo()
     found = check_folder(target, needed)
     assert found["cais/mmlu (virology)"]["rows"] == {"dev": 5, "test": 4}
-    assert load_local(target, "cais/mmlu", "anatomy")["test"][:] == load_local(folder, "cais/mmlu", "anatomy")["test"][:]
+    assert (
+        load_local(target, "cais/mmlu", "anatomy")["test"][:] == load_local(folder, "cais/mmlu", "anatomy")["test"][:]
+    )
     assert (target / "Rowan/hellaswag/checksums.json").is_file()
     (target / "cais/mmlu/anatomy/dev.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match="is not the file that checksums.json speaks of"):
+    with pytest.raises(DataError, match=r"is not the file that checksums.json speaks of"):
         check_folder(target, needed)
 
 
@@ -198,7 +216,9 @@ def _aside(stand_in: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_fetching_without_a_network_or_from_a_closed_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="fetch_data: nothing was fetched: HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"):
+    with pytest.raises(
+        SystemExit, match="fetch_data: nothing was fetched: HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
+    ):
         load_script("fetch_data").main(["--data-dir", str(tmp_path), "--suite", "v1"])
     with pytest.raises(SystemExit, match="fetch_data: no task of the suite reads no/such"):
         load_script("fetch_data").main(["--data-dir", str(tmp_path), "--suite", "v1", "--datasets", "no/such"])
@@ -208,10 +228,16 @@ def test_fetching_without_a_network_or_from_a_closed_data_set(tmp_path: Path, mo
         raise PermissionError("403 gated")
 
     monkeypatch.setattr("datasets.load_dataset", closed)
-    with pytest.raises(DataError, match=r"Idavidrein/gpqa \(gpqa_main\), split 'train', cannot be fetched .*hf auth login"):
+    with pytest.raises(
+        DataError, match=r"Idavidrein/gpqa \(gpqa_main\), split 'train', cannot be fetched .*hf auth login"
+    ):
         hub.fetch(tmp_path, [Requirement("Idavidrein/gpqa", "gpqa_main", ("train",))])
 
 
 def test_requirements_are_merged() -> None:
-    parts = [Requirement("a/b", "x", ("dev",)), Requirement("a/b", "x", ("test", "dev")), Requirement("a/b", "", ("test",))]
+    parts = [
+        Requirement("a/b", "x", ("dev",)),
+        Requirement("a/b", "x", ("test", "dev")),
+        Requirement("a/b", "", ("test",)),
+    ]
     assert merge(parts) == [Requirement("a/b", "", ("test",)), Requirement("a/b", "x", ("dev", "test"))]

@@ -105,9 +105,9 @@ def test_a_random_network_scores_chance_and_a_memorising_one_100_percent(builtin
         docs = [builtin_suite.tasks[task].eval_docs[index] for index in range(60)]
         texts = [d["context"] + (d["choices"][d["answer"]] if "choices" in d else d["identifier"]) for d in docs]
         metrics = evaluate_task(SplitLM(memorising(texts), tokenizer(), 8), task, builtin_suite.tasks[task], 60)[0]
-        assert {key: value for key, value in metrics["metrics"].items() if key.startswith("acc") and "std" not in key} == (
-            {"acc,none": 1.0, "acc_mutual_info,none": 1.0} if "choices" in docs[0] else {"acc,none": 1.0}
-        )
+        assert {
+            key: value for key, value in metrics["metrics"].items() if key.startswith("acc") and "std" not in key
+        } == ({"acc,none": 1.0, "acc_mutual_info,none": 1.0} if "choices" in docs[0] else {"acc,none": 1.0})
 
 
 def memorising(texts: list[str]) -> Any:
@@ -171,8 +171,8 @@ def test_scores_equal_lm_evals_command_line_to_the_digit(data: Path, model_folde
     """A stock task, and our own through lm-eval's --include_path, one command."""
     tasks = ["arc_challenge", "builtin_continuation", "builtin_identifier", "builtin_bits_per_byte"]
     command = [
-        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model_folder}", "--device", "cpu",
-        "--tasks", ",".join(tasks), "--num_fewshot", "4", "--limit", "9", "--batch_size", "1", "--log_samples",
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model_folder}",
+        "--device", "cpu", "--tasks", ",".join(tasks), "--num_fewshot", "4", "--limit", "9", "--batch_size", "1", "--log_samples",
         "--include_path", str(OWN_TASKS), "--output_path", str(tmp_path / "stock"),
     ]  # fmt: skip
     root = Path(__file__).parent.parent
@@ -218,9 +218,9 @@ def test_random_states_are_the_callers_own_afterwards() -> None:
     def states() -> tuple[Any, Any, Any]:
         return random.random(), np.random.random(), torch.rand(1).item()
 
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: B018
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
     expected = states()
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: B018
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
     with seeded():
         inside = states()
     assert states() == expected != inside

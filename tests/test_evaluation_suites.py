@@ -123,7 +123,7 @@ def test_chance_levels_are_those_of_the_tasks_choices() -> None:
 
 def test_v2_covers_the_stock_group() -> None:
     def tasks(name: str) -> set[str]:
-        paths = [path for path in (STOCK / "leaderboard").rglob("*.yaml")]
+        paths = list((STOCK / "leaderboard").rglob("*.yaml"))
         configs = [load_yaml(path, resolve_func=False) for path in paths]
         group = next((c for c in configs if c.get("group") == name), None)
         return {name} if group is None else {leaf for member in group["task"] for leaf in tasks(member)}
@@ -178,7 +178,8 @@ def test_names_of_suites() -> None:
 def test_requirements_name_every_data_set_of_v1() -> None:
     found = {item.dataset: item for item in requirements_of(V1)}
     assert set(found) == {
-        "allenai/ai2_arc", "Rowan/hellaswag", "truthfulqa/truthful_qa", "cais/mmlu", "allenai/winogrande", "openai/gsm8k",
+        "allenai/ai2_arc", "Rowan/hellaswag", "truthfulqa/truthful_qa", "cais/mmlu", "allenai/winogrande",
+        "openai/gsm8k",
     }  # fmt: skip
     assert sum(item.dataset == "cais/mmlu" for item in requirements_of(V1)) == 57
     assert found["openai/gsm8k"].splits == ("test", "train")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM
 
 from sparseift_llm.evaluation import builtin, results
 from sparseift_llm.evaluation.language_model import SplitLM, load_model
@@ -22,7 +22,7 @@ from tests.evaluation_helpers import ROOT, load_script, save_model, tiny_gpt2, t
 SPARSE: dict[str, Any] = {"sparsity": 0.75, "init": "paper"}
 BLOCK: dict[str, Any] = {**SPARSE, "structure": "block", "block_size": 16}
 SECONDS = 240  # a hang is a failure
-BUILTIN = ["--suite", "builtin", "--limit", "12"]
+BUILTIN = ["--suite", "builtin", "--limit", "12", "--batch-size", "12"]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,13 @@ def test_sparsity_is_measured_in_stock_models_too() -> None:
 
 def test_what_the_training_run_left_behind_is_recorded(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "run")
-    summary = {"train_flops": 10, "train_tokens": 5, "eval_loss": 1.5, "commit": "abc", "config": {"training": {"seed": 3}}}
+    summary = {
+        "train_flops": 10,
+        "train_tokens": 5,
+        "eval_loss": 1.5,
+        "commit": "abc",
+        "config": {"training": {"seed": 3}},
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     run = describe_model(tiny_gpt2(), str(folder), 64)["run"]
     assert run == {"train_flops": 10, "train_tokens": 5, "eval_loss": 1.5, "commit": "abc", "seed": 3}
@@ -143,7 +149,7 @@ def test_an_interrupted_evaluation_goes_on(model: Path, tmp_path: Path, monkeypa
     with pytest.raises(SystemExit, match=r"f.json is there already; go on with --resume, or give another --output"):
         script.main(words)
     with pytest.raises(SystemExit, match=r"f.json was begun with another limit: 12, now 13; give another --output"):
-        script.main(["--model", str(model), "--suite", "builtin", "--limit", "13", "--output", str(output), "--resume"])
+        script.main([*words, "--limit", "13", "--resume"])
 
 
 def test_another_model_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
@@ -162,8 +168,8 @@ def test_two_processes_give_the_same_scores(model: Path, data: Path, tmp_path: P
     # truthfulqa's prompts are longest, gsm8k generates, few-shot examples are drawn at random
     names = ["--suite", "v1", "--only", tasks]
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "eval/leaderboard.py",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "eval/leaderboard.py",
         *shared, *names, "--output", str(tmp_path / "two.json"),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -211,13 +217,13 @@ def test_batches_are_dealt_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> No
     ("words", "message"),
     [
         (["--model", "no/such/folder"], "--model no/such/folder is not a folder"),
-        (["--model", "owner/name", "--output", "x.json"], "owner/name is not a folder, and cannot be had from the hub: HF_HUB"),
+        (["--model", "owner/name", "--output", "x.json"], "owner/name is not a folder, and cannot be had from the hub"),
         (["--model", "{empty}"], "holds no model .no config.json.; in it: checkpoint-5"),
         (["--model", "{model}", "--limit", "0"], "--limit must be a whole number of at least 1, got 0"),
-        (["--model", "{model}", "--batch-size", "many"], "--batch-size must be a whole number of at least 1, got 'many'"),
+        (["--model", "{model}", "--batch-size", "many"], "--batch-size must be a whole number .*got 'many'"),
         (["--model", "{model}", "--only", "arc"], "suite builtin has no task 'arc'"),
         (["--model", "{model}", "--output", "x.txt"], "--output must end in .json, got x.txt"),
-        (["--model", "{model}", "--suite", "v1"], "no --data-dir is given and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"),
+        (["--model", "{model}", "--suite", "v1"], "no --data-dir is given and HF_HUB_OFFLINE"),
         (["--model", "{model}", "--suite", "v1", "--data-dir", "{empty}"], "gsm8k .main.: the folder .* is missing"),
     ],
 )  # fmt: skip
@@ -234,7 +240,9 @@ def test_a_run_that_trained_on_the_items_is_refused(model: Path, tmp_path: Path)
     for fraction in (0.01, builtin.EVAL_FRACTION):
         (folder / "recipe.json").write_text(json.dumps({"data": {"corpus": "builtin", "eval_fraction": fraction}}))
         if fraction < builtin.EVAL_FRACTION:
-            with pytest.raises(SystemExit, match=r"trained with data.eval_fraction=0.01, so on some of the suite's items"):
+            with pytest.raises(
+                SystemExit, match=r"trained with data.eval_fraction=0.01, so on some of the suite's items"
+            ):
                 leaderboard("--model", folder, *BUILTIN)
     results.check_held_out(str(folder), load_script("leaderboard").named_suite("builtin"))
 
@@ -250,7 +258,9 @@ def test_automatic_batch_size_on_a_cpu_keeps_logits_small() -> None:
 def test_the_whole_of_v1_on_real_data(tmp_path: Path) -> None:
     folder = Path(os.environ["SPARSEIFT_DATA"]) / "leaderboard"
     model = save_model(tmp_path / "model", num_positions=512)
-    leaderboard("--model", model, "--suite", "v1", "--data-dir", folder, "--limit", "2", "--output", tmp_path / "v1.json")
+    leaderboard(
+        "--model", model, "--suite", "v1", "--data-dir", folder, "--limit", "2", "--output", tmp_path / "v1.json"
+    )
     found = read(tmp_path / "v1.json")
     assert len(found["subtasks"]) == 62
     assert found["results"]["mmlu"]["num_items"] == 114
@@ -262,11 +272,8 @@ def test_the_whole_of_v1_on_real_data(tmp_path: Path) -> None:
 
 
 def test_a_hub_model_of_another_kind_has_no_known_cost() -> None:
-    class Other(PreTrainedModel):  # type: ignore[misc, unused-ignore]
-        def __init__(self) -> None:
-            super().__init__(tiny_gpt2().config)
-            self.config.model_type = "other"
-
-    found = describe_model(Other(), "some/model", 64)
+    other = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=8, n_layer=1, n_head=1))
+    found = describe_model(other, "some/model", 64)
     assert found["linear_sparsity"] is None
-    assert found["cost_unknown"]
+    assert found["forward_flops_per_token"] is None
+    assert "bloom" in found["cost_unknown"]

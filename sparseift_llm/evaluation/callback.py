@@ -55,11 +55,11 @@ class EvaluationCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every_steps == 0:
-            self._evaluate(state.global_step)
+            self._evaluate(state.global_step, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step != self._last_step:
-            self._evaluate(state.global_step)
+            self._evaluate(state.global_step, control)
 
     def scores(self) -> dict[str, float]:
         """Headlines and averages of the model as it is now, named as they are logged."""
@@ -79,6 +79,8 @@ class EvaluationCallback(TrainerCallback):
         values |= {name: summary[name] for name in summary["averages"]}
         return {f"{self.loaded.suite.name}/{name}": float(value) for name, value in values.items()}
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, control: Any) -> None:
         self._last_step = step
+        should_log = control.should_log
         self.trainer.log(self.scores())
+        control.should_log = should_log  # log() clears it, and the step's own loss would be missed

@@ -104,9 +104,7 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tu
     return found
 
 
-def compare(
-    arms: Sequence[Arm], num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> dict[str, Any]:
+def compare(arms: Sequence[Arm], num_samples: int = 2000, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
     """Headlines and averages of every arm, and each arm's difference to the first with its interval.
 
     The bootstrap draws items within each task, the same for all models (they answered the same questions), and,
@@ -209,9 +207,8 @@ def _resample(suite: Suite, arms: Sequence[Arm], num_samples: int, rng: np.rando
     items = [_item_sums(suite, arm) for arm in arms]
     sums: list[list[dict[Score, tuple[Floats, Floats]]]] = [[{} for _ in seeds] for seeds in items]
     by_task: dict[str, list[Score]] = {}
-    for line in suite.headlines:
-        for score in line.scores:
-            by_task.setdefault(score.task, []).append(score)
+    for score in items[0][0]:
+        by_task.setdefault(score.task, []).append(score)
     for scores in by_task.values():
         num_items = len(items[0][0][scores[0]][0])
         for counts in _counts(num_items, num_samples, rng):
@@ -234,7 +231,7 @@ def _counts(num_items: int, num_samples: int, rng: np.random.Generator) -> list[
 
 
 def _seed_draws(arms: Sequence[Arm], num_samples: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Which seeds each sample takes, (num_samples, seeds) per arm; arms with the same seeds as the first share its draw."""
+    """Which seeds each sample takes, (num_samples, seeds) per arm; arms with the first one's seeds share its draw."""
     draws: list[NDArray[np.int64]] = []
     for arm in arms:
         num_seeds = len(arm.results)
@@ -275,7 +272,10 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     for row in comparison["rows"]:
         cells = [_shown(row, value) for value in row["values"]]
         for entry in row["differences"]:
-            cells += [_shown(row, entry["difference"], "+"), f"{_shown(row, entry['low'])} to {_shown(row, entry['high'])}"]
+            cells += [
+                _shown(row, entry["difference"], "+"),
+                f"{_shown(row, entry['low'])} to {_shown(row, entry['high'])}",
+            ]
         lines.append([row["task"], row["metric"], *cells])
     for title, key, form in _FACTS:
         values = [arm[key] for arm in comparison["arms"]]
@@ -294,8 +294,8 @@ def _shown(row: Mapping[str, Any], value: float, sign: str = "") -> str:
 
 def _note(comparison: Mapping[str, Any], percent: str) -> str:
     note = (
-        f"Intervals ({percent}): paired bootstrap over {comparison['over']}, {comparison['num_samples']} samples. Accuracies "
-        "are in percent; of bits per byte, less is better."
+        f"Intervals ({percent}): paired bootstrap over {comparison['over']}, {comparison['num_samples']} samples. "
+        "Accuracies are in percent; of bits per byte, less is better."
     )
     if comparison["over"] == "items":
         note += " One training run each: how much the training seed changes is not in the intervals."

@@ -1,4 +1,4 @@
-"""A folder of data sets under their hub names: what is there, what is missing or damaged, and reading it without a cache.
+"""A folder of data sets under their hub names: what is missing or damaged there, and reading it without a cache.
 
 Each data set has a README.md whose front matter names its configurations and files, as on the hub.
 """
@@ -133,7 +133,9 @@ def _describe(root: Path, item: Requirement) -> dict[str, Any]:
             content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
             recorded = checksums.get(path.relative_to(folder).as_posix())
             if recorded is not None and recorded != content_hash:
-                raise DataError(f"{item}: {path} is not the file that {CHECKSUMS_NAME} speaks of; it changed or was cut")
+                raise DataError(
+                    f"{item}: {path} is not the file that {CHECKSUMS_NAME} speaks of; it changed or was cut"
+                )
             columns, count = _columns_and_rows(item, path)
             wanted = COLUMNS.get(item.dataset, ()) if split in item.splits else ()
             missing = [column for column in wanted if column not in columns]
@@ -171,7 +173,8 @@ def _configuration(folder: Path, name: str, config: str) -> Mapping[str, Any]:
             [(item["split"], item["path"]) for item in entry["data_files"]]
     except (OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, yaml.YAMLError) as error:
         raise DataError(
-            f"{name}: {folder}/README.md is missing or has no front matter with configs ({type(error).__name__}: {error})"
+            f"{name}: {folder}/README.md is missing or has no front matter with configs "
+            f"({type(error).__name__}: {error})"
         ) from error
     if config and config not in by_name:
         raise DataError(f"{name}: the configuration is missing; {folder}/README.md names {sorted(by_name)}")
@@ -193,7 +196,9 @@ def _columns_and_rows(item: Requirement, path: Path) -> tuple[set[str], int]:
                     raise ValueError(f"it is a {type(row).__name__}, not an object")
                 columns = set(row) if columns is None else columns & set(row)
     except ValueError as error:
-        raise DataError(f"{item}: {path}, line {count} cannot be read ({error}); the file is truncated or damaged") from error
+        raise DataError(
+            f"{item}: {path}, line {count} cannot be read ({error}); the file is truncated or damaged"
+        ) from error
     if columns is None:
         raise DataError(f"{item}: {path} is empty; the file is truncated or damaged")
     return columns, count

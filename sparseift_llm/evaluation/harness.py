@@ -115,7 +115,9 @@ def load_suite(suite: Suite, data_dir: str | Path | None = None) -> LoadedSuite:
     return LoadedSuite(suite, {name: loaded[name] for name in suite.tasks()}, found)
 
 
-def evaluate_task(lm: LM, name: str, task: Any, limit: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate_task(
+    lm: LM, name: str, task: Any, limit: int | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run one task.
 
     Args:
@@ -214,9 +216,7 @@ def _requirement(config: Mapping[str, Any]) -> Iterator[Requirement]:
         yield Requirement(dataset, config.get("dataset_name") or "", tuple(sorted(filter(None, splits))))
 
 
-def _complete(
-    suite: Suite, leaves: Mapping[str, Mapping[str, Mapping[str, Any]]], manager: TaskManager
-) -> Suite:
+def _complete(suite: Suite, leaves: Mapping[str, Mapping[str, Mapping[str, Any]]], manager: TaskManager) -> Suite:
     """Expand groups, and find the metric of tasks that were named one by one."""
     lines: list[Headline] = []
     for line in suite.headlines:

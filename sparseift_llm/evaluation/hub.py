@@ -90,8 +90,8 @@ def _fetch_one(data_dir: Path, item: Requirement) -> list[Path]:
             rows = datasets.load_dataset(item.dataset, item.config or None, split=split)
         except Exception as error:  # gated, moved, no such split: each its own kind
             raise DataError(
-                f"{item}, split {split!r}, cannot be fetched ({type(error).__name__}: {error}); if it asks for a login, "
-                "accept its terms on the hub and run `hf auth login`"
+                f"{item}, split {split!r}, cannot be fetched ({type(error).__name__}: {error}); if it asks for a "
+                "login, accept its terms on the hub and run `hf auth login`"
             ) from error
         path = folder / item.config / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

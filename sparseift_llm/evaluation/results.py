@@ -132,7 +132,8 @@ def _cost(model: PreTrainedModel, seq_len: int) -> dict[str, Any]:
     active = cost.linear_active_params
     if not sparse_layers(model):  # a stock model may hold zeros, too
         names = [projection.name for projection in find_projections(model)]
-        active = sum(int(torch.count_nonzero(model.get_submodule(name).weight)) for name in names)
+        parameters = dict(model.named_parameters())
+        active = sum(int(torch.count_nonzero(parameters[f"{name}.weight"])) for name in names)
     return {**cost.to_dict(), "linear_active_params": active, "linear_sparsity": 1 - active / cost.linear_params}
 
 
@@ -158,8 +159,8 @@ def check_held_out(name: str, suite: Suite) -> None:
             data = json.loads((folder / RECIPE_NAME).read_text(encoding="utf-8"))["data"]
             if data["corpus"] == "builtin" and data["eval_fraction"] < builtin.EVAL_FRACTION:
                 raise ValueError(
-                    f"{folder} trained with data.eval_fraction={data['eval_fraction']}, so on some of the suite's items; "
-                    f"the built-in suite needs {builtin.EVAL_FRACTION} or more"
+                    f"{folder} trained with data.eval_fraction={data['eval_fraction']}, so on some of the suite's "
+                    f"items; the built-in suite needs {builtin.EVAL_FRACTION} or more"
                 )
 
 

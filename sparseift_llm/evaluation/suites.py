@@ -72,7 +72,9 @@ class Suite:
 
     def roots(self) -> list[str]:
         """The tasks and groups to ask lm-eval for, in order."""
-        names = [name for line in self.headlines for name in ([line.group] if line.group else [s.task for s in line.scores])]
+        names = [
+            name for line in self.headlines for name in ([line.group] if line.group else [s.task for s in line.scores])
+        ]
         return list(dict.fromkeys(names))
 
     def tasks(self) -> list[str]:
@@ -110,7 +112,7 @@ def headline_value(line: Headline, values: Mapping[Score, float], weights: Mappi
 
 
 def headline_normalized(line: Headline, values: Mapping[Score, float], weights: Mapping[Score, float]) -> float:
-    """The leaderboard's normalised headline, 0 to 100: each score is rescaled, then the mean; pooled ones the other way."""
+    """The leaderboard's normalised headline, 0 to 100: the mean of rescaled scores; of pooled ones, the rescaled mean."""
     if line.pooled:
         return normalized_score(headline_value(line, values, weights), line.scores[0].chance)
     return sum(normalized_score(values[s], s.chance) for s in line.scores) / len(line.scores)
