@@ -17,14 +17,13 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	touch $@
 
 # A dense GPT-2 and its Sparse-IFT twin at the same linear FLOPs, a table and a picture, then both on the built-in suite.
-demo: export TQDM_DISABLE = 1
 demo: install
 	rm -rf $(DEMO)/dense $(DEMO)/sparse
 	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/dense --sparse_ift null
 	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/sparse
 	$(RUN)/sparseift compare $(DEMO)/dense $(DEMO)/sparse --output $(DEMO)
-	$(RUN)/python eval/leaderboard.py --model $(DEMO)/dense --suite builtin
-	$(RUN)/python eval/leaderboard.py --model $(DEMO)/sparse --suite builtin
+	TQDM_DISABLE=1 $(RUN)/python eval/leaderboard.py --model $(DEMO)/dense --suite builtin
+	TQDM_DISABLE=1 $(RUN)/python eval/leaderboard.py --model $(DEMO)/sparse --suite builtin
 	$(RUN)/python eval/compare.py $(DEMO)/dense/eval_builtin.json $(DEMO)/sparse/eval_builtin.json --output $(DEMO)/evaluation
 
 test: install

@@ -172,7 +172,8 @@ def test_scores_equal_lm_evals_command_line_to_the_digit(data: Path, model_folde
     tasks = ["arc_challenge", "builtin_continuation", "builtin_identifier", "builtin_bits_per_byte"]
     command = [
         sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model_folder}",
-        "--device", "cpu", "--tasks", ",".join(tasks), "--num_fewshot", "4", "--limit", "9", "--batch_size", "1", "--log_samples",
+        "--device", "cpu", "--tasks", ",".join(tasks),
+        "--num_fewshot", "4", "--limit", "9", "--batch_size", "1", "--log_samples",
         "--include_path", str(OWN_TASKS), "--output_path", str(tmp_path / "stock"),
     ]  # fmt: skip
     root = Path(__file__).parent.parent

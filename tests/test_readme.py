@@ -65,8 +65,10 @@ def test_shell_commands_name_things_that_exist(capsys: pytest.CaptureFixture[str
         program, *words = shlex.split(command)
         if program == "make":
             assert words[0] in targets
-        elif program == "accelerate":
-            assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
+        elif program in ("accelerate", "python"):
+            scripts = [word for word in words if word.startswith(("recipes/", "eval/"))]
+            assert scripts
+            assert all((ROOT / word).is_file() for word in scripts)
         else:
             assert program == "sparseift"
             assert sparseift(words) == 0

@@ -112,7 +112,7 @@ def headline_value(line: Headline, values: Mapping[Score, float], weights: Mappi
 
 
 def headline_normalized(line: Headline, values: Mapping[Score, float], weights: Mapping[Score, float]) -> float:
-    """The leaderboard's normalised headline, 0 to 100: the mean of rescaled scores; of pooled ones, the rescaled mean."""
+    """The leaderboard's normalised headline, 0 to 100: the mean of rescaled scores, or, pooled, the rescaled mean."""
     if line.pooled:
         return normalized_score(headline_value(line, values, weights), line.scores[0].chance)
     return sum(normalized_score(values[s], s.chance) for s in line.scores) / len(line.scores)
