@@ -44,6 +44,9 @@ def test_identifiers(documents: tuple[str, ...]) -> None:
     items = builtin.identifier_items(documents)
     assert len(items) == builtin.NUM_ITEMS
     assert items == builtin.identifier_items(documents)
+    uses = collections.Counter(item["identifier"] for item in items)
+    assert max(uses.values()) <= 15  # no few names decide
+    assert len({item["context"] for item in items}) == len(items)
     whole = "\0".join(documents)
     for item in items:
         name = item["identifier"]

@@ -6,7 +6,9 @@ length, complete the last identifier, and bits per byte. The lm-eval tasks are i
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import keyword
 import random
 import re
@@ -16,13 +18,15 @@ from typing import Any
 from sparseift_llm.corpora import builtin_source, hold_out
 
 EVAL_FRACTION = 0.05  # DataConfig's default; a run that held out less has trained on some of the items
-NUM_ITEMS = 1500
+NUM_ITEMS = 1200
 NUM_PIECES = 300
 CONTEXT_CHARS, CONTINUATION_CHARS, PIECE_CHARS = 192, 48, 1024  # 240 characters fit a context of 128 small tokens
 _SEED = 20230521
 _MAX_BLANK = 0.3  # share of white space in a continuation
 _IDENTIFIER = re.compile(r"(?<![\w.])[A-Za-z_]\w{3,23}\b")
 _DRAWS_PER_ITEM = 200
+_MAX_WEIGHT = 40_000  # characters
+_MAX_USES = 15  # of one identifier
 
 
 def continuation_items(documents: Sequence[str], num_items: int = NUM_ITEMS) -> list[dict[str, Any]]:
@@ -33,50 +37,62 @@ def continuation_items(documents: Sequence[str], num_items: int = NUM_ITEMS) -> 
 
     Args:
         documents: held-out files.
-        num_items: how many to draw; no two have the same context.
+        num_items: how many to draw; no two begin in the same CONTEXT_CHARS characters of a file.
 
     Raises:
         ValueError: the documents do not have as many.
     """
-    draw = random.Random(_SEED)
-    items: dict[str, dict[str, Any]] = {}
+    draw, weights = random.Random(_SEED), _weights(documents)
+    items: dict[tuple[int, int], dict[str, Any]] = {}
+    contexts: set[str] = set()
     for _ in range(num_items * _DRAWS_PER_ITEM):
         if len(items) == num_items:
             return list(items.values())
-        pieces = [_draw_piece(draw, documents) for _ in range(4)]
-        context, truth = pieces[0]
-        choices = [piece for _, piece in pieces]
+        places = [_draw_place(draw, documents, weights) for _ in range(4)]
+        number, start = places[0]
+        context = documents[number][max(0, start - CONTEXT_CHARS) : start]
+        choices = [documents[n][at : at + CONTINUATION_CHARS] for n, at in places]
+        truth = choices[0]
         if len(context) < CONTEXT_CHARS or len(set(choices)) < 4 or not all(_is_dense(choice) for choice in choices):
             continue
+        if context in contexts:
+            continue
+        contexts.add(context)
         draw.shuffle(choices)
-        items.setdefault(context, {"context": context, "choices": choices, "answer": choices.index(truth)})
+        item = {"context": context, "choices": choices, "answer": choices.index(truth)}
+        items.setdefault((number, start // CONTEXT_CHARS), item)
     raise _too_little(num_items, "continuations")
 
 
 def identifier_items(documents: Sequence[str], num_items: int = NUM_ITEMS) -> list[dict[str, Any]]:
     """Items `{context, identifier}`: complete the last name of a piece of code, greedily and exactly.
 
-    The name has 4 to 24 characters, is no keyword and stands in the context already. A model that
-    guesses tokens scores next to nothing: chance is stated as 0.
+    The name has 4 to 24 characters, is no keyword, stands in the context already and is asked for 15
+    times at most. A model that guesses tokens scores next to nothing: chance is stated as 0.
 
     Args, Raises: as `continuation_items`.
     """
-    draw = random.Random(_SEED)
-    items: dict[str, dict[str, Any]] = {}
+    draw, weights = random.Random(_SEED), _weights(documents)
+    items: dict[tuple[int, int], dict[str, Any]] = {}
+    uses: collections.Counter[str] = collections.Counter()
+    contexts: set[str] = set()
     for _ in range(num_items * _DRAWS_PER_ITEM):
         if len(items) == num_items:
             return list(items.values())
-        text = draw.choice(documents)
-        start = draw.randrange(len(text))
-        window = text[start : start + CONTEXT_CHARS + CONTINUATION_CHARS]
+        number, start = _draw_place(draw, documents, weights)
+        window = documents[number][start : start + CONTEXT_CHARS + CONTINUATION_CHARS]
         found = [match for match in _IDENTIFIER.finditer(window) if CONTEXT_CHARS // 2 <= match.start() < CONTEXT_CHARS]
         if not found or not window.isascii():
             continue
         name, context = found[-1].group(), window[: found[-1].start()]
         earlier = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", context)
-        if earlier is None or keyword.iskeyword(name) or found[-1].end() == len(window):
+        if earlier is None or keyword.iskeyword(name) or found[-1].end() == len(window) or uses[name] == _MAX_USES:
             continue
-        items.setdefault(context, {"context": context, "identifier": name})
+        place = (number, (start + found[-1].start()) // CONTEXT_CHARS)
+        if place not in items and context not in contexts:
+            contexts.add(context)
+            items[place] = {"context": context, "identifier": name}
+            uses[name] += 1
     raise _too_little(num_items, "repeated identifiers")
 
 
@@ -107,13 +123,19 @@ def held_out_documents() -> tuple[str, ...]:
     return tuple(hold_out(builtin_source(), EVAL_FRACTION)[1].documents())
 
 
-def _draw_piece(draw: random.Random, documents: Sequence[str]) -> tuple[str, str]:
-    """Up to CONTEXT_CHARS characters before the text of a random line, and the CONTINUATION_CHARS after."""
-    text = draw.choice(documents)
+def _weights(documents: Sequence[str]) -> list[int]:
+    """How likely a file is drawn: by its length, so that items spread out, but no file takes over."""
+    return list(itertools.accumulate(min(len(text), _MAX_WEIGHT) for text in documents))
+
+
+def _draw_place(draw: random.Random, documents: Sequence[str], weights: Sequence[int]) -> tuple[int, int]:
+    """Where the text of a random line begins: number of the file, and position in it."""
+    (number,) = draw.choices(range(len(documents)), cum_weights=weights)
+    text = documents[number]
     start = text.find("\n", draw.randrange(len(text))) + 1
     while start < len(text) and text[start].isspace():
         start += 1
-    return text[max(0, start - CONTEXT_CHARS) : start], text[start : start + CONTINUATION_CHARS]
+    return number, start
 
 
 def _is_dense(piece: str) -> bool:
