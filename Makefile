@@ -26,8 +26,9 @@ demo: install
 	TQDM_DISABLE=1 $(RUN)/python eval/leaderboard.py --model $(DEMO)/sparse --suite builtin
 	$(RUN)/python eval/compare.py $(DEMO)/dense/eval_builtin.json $(DEMO)/sparse/eval_builtin.json --output $(DEMO)/evaluation
 
+# a file runs in one worker, so that what its processes report is made once
 test: install
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --quiet $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --quiet $(TEST_FLAGS)
 
 lint: install
 	$(RUN)/ruff check .

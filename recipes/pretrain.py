@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm import SparseTrainingCallback, optimizer_param_groups, sparsify
 from sparseift_llm.architectures import build_model, set_tokenizer_fields
-from sparseift_llm.checkpoint import last_complete_checkpoint, read_trainer_state
+from sparseift_llm.checkpoint import is_complete, last_complete_checkpoint
 from sparseift_llm.data import LoadedData, load_data
 from sparseift_llm.packing import RepeatedStream
 from sparseift_llm.planning import cost_of
@@ -109,7 +109,7 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
         if not resume:
             (output_dir / RECIPE_NAME).unlink(missing_ok=True)
     if isinstance(resume, str):
-        if read_trainer_state(Path(resume)) is None:
+        if not is_complete(Path(resume)):
             raise ValueError(f"resume_from_checkpoint={resume!r} is not a folder with a complete checkpoint")
         return Path(resume)
     if not resume:

@@ -1,6 +1,7 @@
 """Trainer checkpoints: which are complete, which folder a resumed run came from; and loading with masks.
 
-A Trainer writes `trainer_state.json` last, so a checkpoint is complete exactly when that file parses.
+A Trainer's first rank writes `trainer_state.json` last, but does not wait for what the others write: that file
+names their files, and a checkpoint is complete when it parses and they are whole.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,22 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every rank has written all of its files to the checkpoint."""
+    state = read_trainer_state(checkpoint)
+    if state is None:
+        return False
+    names = recorded_by_callback(state, "rank_files") or []
+    return all(zipfile.is_zipfile(checkpoint / name) for name in names)  # torch.save writes a zip's end last
+
+
+def recorded_by_callback(state: Any, key: str, callback_name: str = "SparseTrainingCallback") -> Any:
+    """What the callback recorded in a trainer state under `key`, or None."""
+    for step in ("stateful_callbacks", callback_name, "attributes", "saved", key):
+        state = state.get(step) if isinstance(state, dict) else None
+    return state
+
+
 def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
     """Rename half-written `checkpoint-N` folders to `incomplete-checkpoint-N`, so that no resume takes them.
 
@@ -61,7 +79,7 @@ def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
     """
     moved = []
     for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        if folder.is_dir() and _NUMBERED.fullmatch(folder.name) and read_trainer_state(folder) is None:
+        if folder.is_dir() and _NUMBERED.fullmatch(folder.name) and not is_complete(folder):
             target = folder.with_name(INCOMPLETE_PREFIX + folder.name)
             number = 1
             while target.exists():
@@ -90,10 +108,7 @@ def find_resumed_checkpoint(candidates: Iterable[str | Path | None], callback_na
     """
     tried = [Path(candidate) for candidate in candidates if isinstance(candidate, str | Path)]
     for folder in tried:
-        recorded: Any = read_trainer_state(folder)
-        for key in ("stateful_callbacks", callback_name, "attributes", "saved", "masks_digest"):
-            recorded = recorded.get(key) if isinstance(recorded, dict) else None
-        if recorded == digest:
+        if recorded_by_callback(read_trainer_state(folder), "masks_digest", callback_name) == digest:
             return folder
     raise ValueError(
         "the masks of the resumed checkpoint were not found in any of: "
@@ -112,8 +127,13 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: passed on to `from_pretrained`, e.g. `dtype`.
 
     Raises:
-        ValueError: no Sparse-IFT model, or its weights or masks are missing or damaged.
+        ValueError: no Sparse-IFT model, its weights or masks are missing or damaged, or sharding is asked for.
     """
+    for key in ("distributed_config", "tp_plan"):
+        if kwargs.get(key) is not None:
+            raise ValueError(
+                f"{key} would shard weights before they are sparse; load the model without it, then fully_shard"
+            )
     hf_config = AutoConfig.from_pretrained(folder)
     config, _ = read_record(hf_config)
     if config.structure == "block" or config.family != "wide" or config.rules:
@@ -122,7 +142,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     plan = plan_of(model)
     masks = read_masks(folder)
     install_sparse_layers(model, plan)
-    apply_masks(model, masks, folder)
+    apply_masks(model, masks, folder, check_weights=True)
     return model
 
 
@@ -160,7 +180,7 @@ def _load_own_layout(folder: Path, hf_config: PreTrainedConfig, plan: Plan, **kw
     for layer in sparse_layers(model).values():
         layer.restore_buffers()
     if plan.config.block_size is None:
-        apply_masks(model, masks, folder)
+        apply_masks(model, masks, folder, check_weights=True)
     elif digest(masks_of(model)) != digest(masks):
         raise ValueError(f"the masks in {folder} are not those of its weights; restore the folder")
     return model

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.shards import reshard
 
 MASKS_NAME = "sparse_masks.safetensors"
 _FORMAT = "sparseift_masks_v1"
@@ -92,17 +93,20 @@ def read_masks(folder: str | Path) -> dict[str, Tensor]:
     return masks
 
 
-def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path) -> None:
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path, check_weights: bool = False) -> None:
     """Set every sparse layer's mask; weights that become inactive are set to 0.
 
     Args:
         model: a Sparse-IFT model.
         masks: one mask per sparse layer, by module path.
         where: their origin, for error messages.
+        check_weights: the model's weights come from the same place, and must be those of the masks.
 
     Raises:
-        ValueError: layers, shapes or numbers of tiles differ from the model's; nothing is changed then.
+        ValueError: layers, shapes or numbers of tiles differ from the model's, or the weights are of another
+            step than the masks; nothing is changed then.
     """
+    reshard(model)
     layers = sparse_layers(model)
     if layers.keys() != masks.keys():
         different = sorted(layers.keys() ^ masks.keys())
@@ -116,6 +120,11 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path
         if not layer.accepts(masks[name]):
             raise ValueError(
                 f"the masks in {where} are of another model: {name} has other numbers of tiles per block-row"
+            )
+        if check_weights and not layer.weights_fit(masks[name]):
+            raise ValueError(
+                f"the masks in {where} are not those of its weights, first in {name}: the folder was pieced together "
+                "from two checkpoints; restore it"
             )
     for name, layer in layers.items():
         layer.set_mask(masks[name].to(layer.mask.device))

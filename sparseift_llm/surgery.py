@@ -22,11 +22,17 @@ from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
+from sparseift_llm.layers.shards import is_sharded
 from sparseift_llm.mask_file import save_masks
 from sparseift_llm.planning import LayerPlan, Plan, plan, record
 from sparseift_llm.scaling import scale_initial_weights
 from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.masks import derive_seed, random_mask
+
+_GATHER = (
+    "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+    "StateDictOptions(full_state_dict=True, cpu_offload=True)) on all ranks, for save_pretrained(..., state_dict=...)"
+)
 
 
 def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedModel:
@@ -84,10 +90,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         A copy with plain layers (zeros stay in the weights) and without the `sparse_ift` record.
 
     Raises:
-        ValueError: `model` has no sparse layers, or is no stock model because of a family's non-linearity.
+        ValueError: `model` has no sparse layers, its weights are sharded, or it is no stock model because of a
+            family's non-linearity.
     """
     if not sparse_layers(model):
         raise ValueError("the model has no sparse layers: it is dense already")
+    if is_sharded(model):
+        raise ValueError(f"to_dense needs whole weights; {_GATHER}, then to_dense(load_pretrained(folder))")
     dense = copy.deepcopy(model)
     composites = {name: m for name, m in dense.named_modules() if isinstance(m, CompositeProjection)}
     for name, module in composites.items():
@@ -200,6 +209,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _save_with_masks(
     model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
 ) -> None:
+    if is_sharded(model) and kwargs.get("state_dict") is None:
+        raise ValueError(f"the model's weights are sharded; {_GATHER}")
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     if is_main_process:
         save_masks(model, save_directory)

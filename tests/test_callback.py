@@ -201,13 +201,14 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         make_trainer(dense, tmp_path, SparseTrainingCallback()).train()
 
 
-@pytest.mark.parametrize("option", [{"deepspeed": "config.json"}, {"fsdp": True}, {"fsdp": "full_shard"}])
+@pytest.mark.support("DeepSpeed", refused=True, structures=("unstructured", "block"))
+@pytest.mark.parametrize("option", [{"deepspeed": "config.json"}, {"fsdp": True, "fsdp_config": {"xla": True}}])
 def test_sharded_training_is_refused(option: dict[str, Any]) -> None:
     args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "n_gpu": 1, "output_dir": ".", **option})
     state: Any = SimpleNamespace(global_step=0, max_steps=10)
     model = sparse_gpt2()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"DeepSpeed or FSDP.*DistributedDataParallel"):
+    with pytest.raises(ValueError, match=r"DeepSpeed or XLA's FSDP; use DistributedDataParallel, or FSDP2"):
         SparseTrainingCallback().on_train_begin(args, state, None, model=model, optimizer=optimizer)  # type: ignore[arg-type]
 
 

@@ -73,6 +73,7 @@ def resumable(complete: Complete, folder: Path, step: int = 4, algorithm: str = 
 # ---- bit for bit
 
 
+@pytest.mark.support("resuming bit for bit in one process")
 @pytest.mark.parametrize("step", [1, 4, 7])  # before any update, right after one, before the next
 @pytest.mark.parametrize("algorithm", ["static", "set", "rigl", "gmp"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
@@ -194,6 +195,7 @@ def of_another_width(file: Path, complete: Complete) -> None:
     shutil.copy(file.parent / "other" / MASKS_NAME, file)
 
 
+@pytest.mark.support("damaged mask files", refused=True)
 @pytest.mark.parametrize("damage", [missing, truncated, empty, bit_flipped, of_another_step, of_another_width])
 def test_damaged_masks_are_refused(
     damage: Callable[[Path, Complete], None], complete: Complete, tmp_path: Path

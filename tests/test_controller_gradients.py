@@ -51,6 +51,7 @@ def check_accumulation() -> None:
         assert not differences(reference, mask_history(num_micro))
 
 
+@pytest.mark.support("gradient accumulation")
 @pytest.mark.usefixtures("either_structure")
 def test_masks_do_not_depend_on_accumulation() -> None:
     check_accumulation()
@@ -146,6 +147,7 @@ def test_gradients_of_all_other_parameters_are_a_dense_models(either_structure: 
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.support("activation checkpointing, reentrant or not")
 @pytest.mark.usefixtures("either_structure")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # new name: 5.23
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -199,6 +201,7 @@ def test_clipping_sees_masked_gradients_only(armed: bool) -> None:
 # ---- compilation
 
 
+@pytest.mark.support("torch.compile of the model")
 @pytest.mark.usefixtures("either_structure")
 # warnings of dynamo's own, about any autograd.Function and about any tensor it looks at
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -181,6 +181,7 @@ def test_weights_that_an_optimizer_moves_without_gradient_are_masked_before_the_
     assert violations(model, optimizer) == []
 
 
+@pytest.mark.support("fused and foreach optimizers")
 @pytest.mark.usefixtures("either_structure")
 def test_fused_and_foreach_agree_with_the_plain_loop_on_masks() -> None:
     def final(name: str) -> dict[str, Tensor]:

@@ -193,6 +193,7 @@ def test_scaling_does_not_change_masks() -> None:
     assert not differences(masks(model), scaled_run(set())[0])
 
 
+@pytest.mark.support("GradScaler, skipped steps")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("broken", [{1}, {3}, {4}, {4, 5, 6}])  # updates follow steps 2, 4, 6, 8
 def test_skipped_steps_leave_no_trace_in_masks(broken: set[int], fused: bool) -> None:

@@ -62,6 +62,8 @@ def _compiler_stance() -> Any:
     torch.compiler.set_stance("default")
 
 
+@pytest.mark.support("Wide")
+@pytest.mark.support("DistributedDataParallel")
 def test_masks_are_those_of_one_process_with_the_whole_batch(results: Results) -> None:
     model = sparse_gpt2("rigl")
     optimizer = AdamW(model.parameters(), lr=0.01)
@@ -93,6 +95,7 @@ def test_one_rank_alone_would_choose_other_masks(results: Results) -> None:
     assert differences(results["plain"][0]["masks"], masks(model))
 
 
+@pytest.mark.support("masks that differ between ranks", refused=True)
 def test_a_corrupted_mask_stops_both_ranks(results: Results) -> None:
     for rank in results["corrupted"]:
         assert "different masks after step 6, first in transformer.h.0.mlp.c_fc;" in rank["message"]
@@ -106,6 +109,7 @@ def test_layer_names_do_not_depend_on_wrappers(results: Results) -> None:
     assert results["plain"][0]["names"] == expected
 
 
+@pytest.mark.support("DistributedDataParallel")
 def test_trainer_on_two_ranks(results: Results, tmp_path: Path) -> None:
     first, second = results["trainer"]
     assert first["digest"] == second["digest"]

@@ -129,3 +129,13 @@ def test_committed_results_say_how_they_were_made() -> None:
         summary = json.loads(path.read_text(encoding="utf-8"))
         assert all(summary[key] for key in ("command", "commit", "machine", "versions", "config"))
         assert not summary["commit"].endswith("-dirty")
+
+
+def test_the_cost_of_updates_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "update_cost.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    shares = [result[structure]["share_of_training_time"] for structure in ("unstructured", "block")]
+    assert max(shares) < 0.03
+    assert f"{100 * shares[0]:.1f}% (unstructured) and {100 * shares[1]:.1f}% (block)" in TEXT.replace("\n", " ")
+    assert f"{result['block']['bytes_per_update'] / 1e6:.0f} MB" in TEXT
+    assert not result["commit"].endswith("-dirty")

@@ -188,7 +188,12 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def make_trainer(
-    model: PreTrainedModel, output_dir: Path | str, *callbacks: TrainerCallback, steps: int = 12, **arguments: Any
+    model: PreTrainedModel,
+    output_dir: Path | str,
+    *callbacks: TrainerCallback,
+    steps: int = 12,
+    trainer_class: type[Trainer] = Trainer,
+    **arguments: Any,
 ) -> Trainer:
     """A plain CPU Trainer on `Rows`, batches of 4, learning rate high enough to move masks in a few steps."""
     options: dict[str, Any] = {
@@ -203,7 +208,7 @@ def make_trainer(
         "dataloader_pin_memory": False,
     }
     args = TrainingArguments(output_dir=str(output_dir), **{**options, **arguments})
-    return Trainer(
+    return trainer_class(
         model=model, args=args, train_dataset=Rows(), eval_dataset=Rows(8, seed=8), callbacks=list(callbacks)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm.checkpoint import find_resumed_checkpoint, set_aside_incomplete
 from sparseift_llm.dst.controller import SparseTrainingController
-from sparseift_llm.mask_file import apply_masks, digest, read_masks
+from sparseift_llm.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
 
 
 class SparseTrainingCallback(TrainerCallback, ExportableState):
@@ -23,7 +24,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     checkpoints are set aside when the Trainer is created.
 
     Raises:
-        ValueError: at the start of training: the model has no sparse layers, DeepSpeed, FSDP or
+        ValueError: at the start of training: the model has no sparse layers, DeepSpeed, FSDP1 or
             DataParallel is in use, or the resumed checkpoint's masks are missing, damaged or another model's.
     """
 
@@ -32,6 +33,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         self.saved: dict[str, Any] = {}
         self._output_dir = "."
         self._step = 0
+        self._rank_files: list[str] = []
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._output_dir = args.output_dir or "."
@@ -49,14 +51,19 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         self._output_dir = args.output_dir or "."  # also when restored from a checkpoint, without on_init_end
-        if args.deepspeed or args.fsdp:
-            raise ValueError("SparseTrainingCallback does not support DeepSpeed or FSDP; use DistributedDataParallel")
+        fsdp: Any = args.fsdp_config if args.fsdp else None
+        if args.deepspeed or (fsdp and fsdp.get("xla")):
+            raise ValueError(
+                "SparseTrainingCallback does not support DeepSpeed or XLA's FSDP; use DistributedDataParallel, or "
+                'FSDP2 with TrainingArguments(fsdp=True, fsdp_config={"version": 2})'
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (torch.nn.DataParallel) are not supported: start one process "
                 "per GPU with accelerate launch or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
             )
         assert model is not None
+        self._rank_files = _rank_files(args)
         if self.controller is not None:
             self.controller.close()  # of an earlier train() that ended in an exception
         self.controller = SparseTrainingController(model, optimizer, state.max_steps, args.gradient_accumulation_steps)
@@ -89,7 +96,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 f"the masks in {folder} are not those its trainer_state.json speaks of; restore the folder"
             )
-        apply_masks(model, masks, folder)
+        apply_masks(model, masks, folder, check_weights=True)
         self.controller.load_counters(saved)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -98,6 +105,16 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the cost of mask updates since the start of this process to what is logged."""
+        if self.controller is None or logs is None or "loss" not in logs:
+            return
+        cost = self.controller.cost
+        logs.update(mask_update_seconds=cost.seconds, mask_update_bytes=cost.num_bytes)
+        state.log_history[-1].update(logs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
@@ -112,9 +129,25 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         if self.controller is None:
             return {"args": {}, "attributes": {"saved": {}}}
         checkpoint = Path(self._output_dir).absolute() / f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
+        if checkpoint.is_dir() and not (checkpoint / MASKS_NAME).exists():
+            save_masks(self.controller.model, checkpoint)  # sharded weights are saved without save_pretrained
         saved = {
             **self.controller.counters(),
             "masks_digest": self.controller.masks_digest(),
             "checkpoint": str(checkpoint),
+            "rank_files": self._rank_files,
         }
         return {"args": {}, "attributes": {"saved": saved}}
+
+
+def _rank_files(args: TrainingArguments) -> list[str]:
+    """Names of the random states that the ranks beside this one write to every checkpoint."""
+    if args.save_only_model:
+        return []
+    if args.world_size == 1:
+        return ["rng_state.pth"]
+    ranks = range(args.world_size)
+    if args.save_on_each_node:
+        first = args.process_index - args.local_process_index
+        ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)))
+    return [f"rng_state_{rank}.pth" for rank in ranks]

@@ -6,34 +6,61 @@ scaler skips do not count. The Trainer's adapter is in callback.py.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm.dst.algorithms import ALGORITHMS
-from sparseift_llm.dst.distributed import check_same_masks, mean_over_ranks, world_size
+from sparseift_llm.dst.averages import AveragedCopies
+from sparseift_llm.dst.distributed import Ranks, gradient_dtype, no_gradient, world_size
+from sparseift_llm.dst.join import SparseJoinHook, check_join
 from sparseift_llm.dst.optimizer_state import zero_state
+from sparseift_llm.dst.support import check_model, check_optimizer
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.shards import reshard
 from sparseift_llm.mask_file import apply_masks, digest, pack, unpack
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.planning import read_record
 
+logger = logging.getLogger(__name__)
 
-class SparseTrainingController:
+
+@dataclass
+class UpdateCost:
+    """What mask updates took on this rank since the controller was created, the ranks' waiting for each other included.
+
+    Attributes:
+        num_updates: updates.
+        seconds: time between the optimizer's own step and the end of the update.
+        num_bytes: bytes of the tensors reduced or gathered over ranks.
+    """
+
+    num_updates: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
+
+
+class SparseTrainingController(Joinable):
     """Updates masks, weights and optimizer state right after the optimizer steps that call for it.
 
     Two lines in any training loop: create it after the optimizer, and nothing else. Gradients
     of micro-batches accumulate until the optimizer steps, over all ranks, so that the masks
     are those of the global batch. With accelerate, create it from the prepared model and optimizer, and
-    `accelerator.register_for_checkpointing(controller)` makes it resumable.
+    `accelerator.register_for_checkpointing(controller)` makes it resumable. Where ranks have unequal numbers
+    of batches, train inside `torch.distributed.algorithms.join.Join([ddp_model, controller])`.
 
     Args:
-        model: a Sparse-IFT model, bare, compiled or in DistributedDataParallel.
+        model: a Sparse-IFT model, bare, compiled, in DistributedDataParallel, or sharded by `fully_shard`.
+            Weights with `requires_grad=False` keep their masks.
         optimizer: a torch optimizer that holds all sparse weights, or accelerate's wrapper of one.
         total_steps: optimizer steps of the whole run, at least 1.
         micro_batches: backward passes per optimizer step. With 1, in a single process, each layer's dense
@@ -44,9 +71,13 @@ class SparseTrainingController:
         step: optimizer steps taken.
         active_weight_steps: active sparse weights, summed over steps taken (for training FLOPs).
         num_dense_gradient_steps: steps on which dense gradients were computed.
+        cost: time and communication of mask updates.
+        ranks: the collectives of mask updates.
 
     Raises:
-        ValueError: the model has no sparse layers, or a sparse weight is not in the optimizer.
+        ValueError: the model has no sparse layers, a sparse weight is not in the optimizer, or a wrapper, adapter
+            or optimizer is not supported; see support.py. On all ranks, if they were given different schedules.
+        RuntimeError: on all ranks, if they hold different masks.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, total_steps: int, micro_batches: int | None = None) -> None:
@@ -54,24 +85,45 @@ class SparseTrainingController:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         if micro_batches is not None and micro_batches < 1:
             raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+        super().__init__()
         self.model = model
         self.layers = sparse_layers(model)
         if not self.layers:
             raise ValueError("the model has no sparse layers: call sparsify(model, config) first")
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
+        reshard(model)
+        check_model(model)
+        check_optimizer(inner, model, self.layers)
         self.optimizer: Optimizer = inner
-        self._check_optimizer()
-        hf_config = _config_of(model)
-        config, _ = read_record(hf_config)
+        config, _ = read_record(_config_of(model))
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
+        self._micro_batches = micro_batches
         self._reduces_at_once = micro_batches == 1 and world_size() == 1
         self.step = 0
         self.active_weight_steps = 0
         self.num_dense_gradient_steps = 0
+        self.cost = UpdateCost()
+        self._copies = AveragedCopies()
         self._num_active = self._count_active()
-        check_same_masks({name: layer.mask for name, layer in self.layers.items()}, self.step)
+        self.ranks = Ranks(next(iter(self.layers.values())).mask.device)
+        self.ranks.check_same_schedule(f"total_steps={total_steps}, {config.dst}, seed={config.seed}")
+        self.ranks.check_same_masks(self._masks(), self.step)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
         self._arm()
+
+    def follow(self, copy: nn.Module) -> None:
+        """Give every mask update to an averaged copy of the model, too (EMA, `torch.optim.swa_utils.AveragedModel`).
+
+        Without it the copy would average weights that no longer stand for the same connections. A grown
+        weight starts at 0 in the copy as in the model. To resume, load the copy's state, then call this.
+
+        Args:
+            copy: a deep copy of the model, perhaps wrapped.
+
+        Raises:
+            ValueError: it has other sparse layers, or its weights stand for other connections.
+        """
+        self._copies.add(copy, self.layers)
 
     def begin_step(self) -> None:
         """Forget gradients captured so far for the coming optimizer step.
@@ -113,31 +165,45 @@ class SparseTrainingController:
         }
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Restore `counters()`, after the masks have been set."""
+        """Restore `counters()`, after the masks have been set.
+
+        Raises:
+            RuntimeError: on all ranks, if they hold different masks.
+        """
         self.step = int(counters["step"])
         self.active_weight_steps = int(counters["active_weight_steps"])
         self.num_dense_gradient_steps = int(counters["num_dense_gradient_steps"])
         self._num_active = self._count_active()
+        self.ranks.check_same_masks(self._masks(), self.step)
+        self._copies.update(self.layers)
         self._arm()
 
     def masks_digest(self) -> str:
         """SHA-256 of all masks; the same on every rank."""
-        return digest({name: layer.mask for name, layer in self.layers.items()})
+        return digest(self._masks())
 
-    def _check_optimizer(self) -> None:
-        if not isinstance(self.optimizer, Optimizer):
-            raise ValueError(
-                f"{type(self.optimizer).__name__} is not a torch.optim.Optimizer, so it cannot be followed"
-            )
-        owned = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        for name, layer in self.layers.items():
-            if isinstance(layer.weight, DTensor):
-                raise ValueError(f"{name}: sharded parameters (FSDP) are not supported; use DistributedDataParallel")
-            if id(layer.weight) not in owned:
-                raise ValueError(
-                    f"{name}.weight is not in the optimizer; create the optimizer after sparsify, from "
-                    "model.parameters(), or leave the projection dense with SparseIFTConfig(exclude=...)"
-                )
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """For `Join([ddp_model, controller])`; each forward pass must be followed by an optimizer step.
+
+        Raises:
+            ValueError: the controller was not told that each step has one micro-batch.
+        """
+        if self._micro_batches != 1:
+            raise ValueError("in a join context a step has one micro-batch: create the controller with micro_batches=1")
+        return SparseJoinHook(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Device of the collectives."""
+        return self.ranks.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """All ranks."""
+        return dist.group.WORLD
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {name: layer.mask for name, layer in self.layers.items()}
 
     def _count_active(self) -> int:
         return sum(layer.count_active() for layer in self.layers.values())
@@ -147,6 +213,8 @@ class SparseTrainingController:
         # a fused optimizer is stepped by the gradient scaler also when it will skip, and told so
         if bool(getattr(self.optimizer, "found_inf", False)):
             return
+        check_join(self, self.model)
+        reshard(self.model)
         self.step += 1
         self.active_weight_steps += self._num_active
         for layer in self.layers.values():
@@ -156,26 +224,55 @@ class SparseTrainingController:
         self._arm()
 
     def _update_masks(self) -> None:
+        started, bytes_before = self._now(), self.ranks.num_bytes
         if self.algorithm.needs_dense_gradient:
             self.num_dense_gradient_steps += 1
+            self._check_gradients_arrived()
         for index, (name, layer) in enumerate(self.layers.items()):
+            if layer.is_frozen:
+                continue
             growth = self._growth(name) if self.algorithm.needs_dense_gradient else None
             changed = layer.set_mask(self.algorithm.next_mask(layer, self.step, index, growth))
             zero_state(self.optimizer, layer.weight, changed, name)
+            self.ranks.num_bytes += layer.gathered_bytes
         self._num_active = self._count_active()
-        check_same_masks({name: layer.mask for name, layer in self.layers.items()}, self.step)
+        self.ranks.check_same_masks(self._masks(), self.step)
+        self._copies.update(self.layers)
+        seconds, num_bytes = self._now() - started, self.ranks.num_bytes - bytes_before
+        self.cost.num_updates += 1
+        self.cost.seconds += seconds
+        self.cost.num_bytes += num_bytes
+        logger.info("step %d: masks updated in %.4f s, %d bytes over ranks", self.step, seconds, num_bytes)
+
+    def _now(self) -> float:
+        if self.ranks.device.type != "cpu":
+            torch.accelerator.synchronize()  # do not count what the device had to do before
+        return time.perf_counter()
+
+    def _check_gradients_arrived(self) -> None:
+        """Raise on all ranks if a layer was used on none of them; one that was used on some is fine."""
+        layers = {name: layer for name, layer in self.layers.items() if not layer.is_frozen}
+        captures = [layer.dense_gradient for layer in layers.values()]
+        arrived = self.ranks.any_has([capture is not None and capture.total is not None for capture in captures])
+        for name, has_gradient in zip(layers, arrived, strict=True):
+            if not has_gradient:
+                raise RuntimeError(
+                    f"{name}: no dense gradient reached step {self.step}; run forward and backward of every sparse "
+                    "layer between two optimizer steps"
+                )
 
     def _growth(self, name: str) -> Tensor:
         """Scores of the layer's dense gradient, summed over micro-batches, averaged over ranks; freed here."""
         layer = self.layers[name]
-        capture = layer.dense_gradient
-        if capture is None or capture.total is None:
-            raise RuntimeError(
-                f"{name}: no dense gradient reached step {self.step}; run forward and backward of every sparse layer "
-                "between two optimizer steps"
-            )
-        scores = capture.total if self._reduces_at_once else layer.growth_scores(mean_over_ranks(capture.total))
-        capture.total = None
+        total = None
+        if layer.dense_gradient is not None:
+            total, layer.dense_gradient.total = layer.dense_gradient.total, None
+        if self._reduces_at_once:
+            assert total is not None
+            scores = total
+        else:
+            total = no_gradient(layer) if total is None else total.to(gradient_dtype(layer))
+            scores = layer.growth_scores(self.ranks.mean(total))
         if not scores.isfinite().all():
             raise RuntimeError(
                 f"{name}: the dense gradient at step {self.step} is not finite; training has diverged, or "

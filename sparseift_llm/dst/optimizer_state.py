@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparseift_llm.layers.shards import local, part_of
+
 
 @torch.no_grad()
 def zero_state(optimizer: Optimizer, parameter: Tensor, positions: Tensor, name: str) -> None:
@@ -18,7 +20,7 @@ def zero_state(optimizer: Optimizer, parameter: Tensor, positions: Tensor, name:
 
     Args:
         optimizer: the optimizer that owns `parameter`.
-        parameter: a weight.
+        parameter: a weight, whole or sharded; state is zeroed on the rank that owns it.
         positions: bool mask, broadcastable to its shape.
         name: the layer, for error messages.
 
@@ -34,4 +36,4 @@ def zero_state(optimizer: Optimizer, parameter: Tensor, positions: Tensor, name:
                 f"{name}: {type(optimizer).__name__} keeps {key!r} as {state.dtype}, which cannot be reset for "
                 "grown weights; use an optimizer with floating-point state"
             )
-        state.masked_fill_(positions, 0)
+        local(state).masked_fill_(part_of(positions, state), 0)

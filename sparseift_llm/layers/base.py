@@ -5,11 +5,16 @@ The storages themselves are in masked.py and block.py; who sets a mask, and when
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparseift_llm.ops.dense_gradient import DenseGradient
+
+_WRAPPERS = re.compile(r"^(module\.)+|_checkpoint_wrapped_module\.")
 
 
 class SparseProjection(nn.Module):
@@ -48,6 +53,10 @@ class SparseProjection(nn.Module):
         """Whether `set_mask` would take a mask, as far as its shape and its number of active units go."""
         return mask.shape == self.mask.shape
 
+    def weights_fit(self, mask: Tensor) -> bool:
+        """Whether the weights as they are can be those of `mask`, which `accepts` takes."""
+        raise NotImplementedError
+
     def set_mask(self, mask: Tensor) -> Tensor:
         """Take over `mask`; weights that become inactive are lost, those that become active are 0.
 
@@ -56,6 +65,32 @@ class SparseProjection(nn.Module):
             something else or for nothing, so that optimizer state must be zeroed there.
         """
         raise NotImplementedError
+
+    @property
+    def topology(self) -> Tensor:
+        """The buffer that says what the weights stand for: the mask, or the column of every tile."""
+        raise NotImplementedError
+
+    def load_topology(self, topology: Tensor) -> None:
+        """Take over another copy's `topology` together with its weights, which are not touched here."""
+        raise NotImplementedError
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weight takes no gradient; its mask does not change then."""
+        return not self.weight.requires_grad
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        """Shape of the dense gradient that `dense_gradient` captures."""
+        raise NotImplementedError
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes that `magnitude` gathers over ranks: none, unless the weight is sharded."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32) if self.unit_size > 1 else self.weight.dtype
+        size = self.weight.numel() // self.unit_size * dtype.itemsize
+        return size if isinstance(self.weight, DTensor) else 0
 
     def zero_inactive(self) -> None:
         """Set inactive weights that are stored to exactly 0."""
@@ -98,10 +133,11 @@ class SparseProjection(nn.Module):
 def sparse_layers(model: nn.Module) -> dict[str, SparseProjection]:
     """All sparse projections of a model by module path, in the model's own order.
 
-    Prefixes that wrappers add (DistributedDataParallel, torch.compile) are taken off.
+    Prefixes that wrappers add (DistributedDataParallel, torch.compile, AveragedModel) and activation checkpointing's
+    infixes are taken off.
     """
     return {
-        name.replace("_orig_mod.", "").removeprefix("module."): module
+        _WRAPPERS.sub("", name.replace("_orig_mod.", "")): module
         for name, module in model.named_modules()
         if isinstance(module, SparseProjection)
     }

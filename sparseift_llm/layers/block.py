@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.shards import local, part_of, whole
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
 from sparseift_llm.ops.block_linear import block_linear_op
 from sparseift_llm.ops.block_reference import dense_weight, tiles_of
@@ -117,7 +118,7 @@ class BlockSparseLinear(SparseProjection):
     def _multiply(self, input: Tensor) -> Tensor:
         x, weight, bias = _autocast(input.reshape(-1, self.in_features), self.weight, self.bias)
         y = block_linear_op(x, weight, bias, *self._index, self.out_features)
-        if self.dense_gradient is not None:
+        if self.dense_gradient is not None and weight.requires_grad:
             y = capture_dense_gradient(y, x, self.dense_gradient)
         return y.view(*input.shape[:-1], self.out_features)
 
@@ -142,6 +143,9 @@ class BlockSparseLinear(SparseProjection):
         current = self.mask
         return mask.shape == current.shape and torch.equal(mask.to(current.device).sum(1), current.sum(1))
 
+    def weights_fit(self, mask: Tensor) -> bool:
+        return torch.equal(self.mask, mask.to(self.columns.device))
+
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> Tensor:
         """As for every sparse layer: slots of dropped tiles go to the grown tiles of the same block-row.
@@ -155,21 +159,34 @@ class BlockSparseLinear(SparseProjection):
         self.columns.copy_(columns)
         self._index_columns()
         changed = changed[:, None, None]
-        self.weight.masked_fill_(changed, 0)
+        local(self.weight).masked_fill_(part_of(changed, self.weight), 0)
         return changed
 
     def restore_buffers(self) -> None:
         self._check_columns()
         self._index_columns()
 
+    @property
+    def topology(self) -> Tensor:
+        return self.columns
+
+    def load_topology(self, topology: Tensor) -> None:
+        self.columns.copy_(topology)
+        self._index_columns()
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
     def zero_inactive(self) -> None:
         """Nothing to do: inactive weights are not stored."""
 
     @torch.no_grad()
     def magnitude(self) -> Tensor:
-        scores = self.weight.new_zeros(self.num_rows, self.num_columns, dtype=_sum_dtype(self.weight))
+        sums = whole(self.weight.abs().sum((1, 2), dtype=_sum_dtype(self.weight)))
+        scores = sums.new_zeros(self.num_rows, self.num_columns)
         rows = blocks.rows_of_slots(len(self.columns), self.num_rows).to(self.columns.device)
-        scores[rows, self.columns.long()] = self.weight.abs().sum((1, 2), dtype=scores.dtype)
+        scores[rows, self.columns.long()] = sums
         return scores
 
     def growth_scores(self, dense_gradient: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.shards import local, part_of, whole
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.topology.masks import drop_and_grow
 
@@ -39,21 +40,36 @@ class MaskedProjection(SparseProjection):
         return 1
 
     @torch.no_grad()
+    def weights_fit(self, mask: Tensor) -> bool:
+        return not whole(self.weight)[~mask.to(self.mask.device)].any()
+
+    @torch.no_grad()
     def set_mask(self, mask: Tensor) -> Tensor:
         changed = mask != self.mask
         self.mask.copy_(mask)
         self.zero_inactive()
         return changed
 
+    @property
+    def topology(self) -> Tensor:
+        return self.mask
+
+    def load_topology(self, topology: Tensor) -> None:
+        self.mask.copy_(topology)
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        return tuple(self.mask.shape)
+
     @torch.no_grad()
     def zero_inactive(self) -> None:
-        self.weight.masked_fill_(~self.mask, 0)
+        local(self.weight).masked_fill_(~part_of(self.mask, self.weight), 0)
 
     def restore_buffers(self) -> None:
         self.mask.fill_(True)
 
     def magnitude(self) -> Tensor:
-        return self.weight.detach().abs()
+        return whole(self.weight.detach()).abs()
 
     def growth_scores(self, dense_gradient: Tensor) -> Tensor:
         return dense_gradient.abs()

@@ -1,0 +1,80 @@
+"""What sparse training is refused on, before the first step, with an error that says what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DataParallel
+from torch.optim import Optimizer
+
+from sparseift_llm.layers.base import SparseProjection
+
+DISTRIBUTED = "DistributedDataParallel or FSDP2 (torch.distributed.fsdp.fully_shard)"
+_DEEPSPEED = f"DeepSpeed keeps weights and optimizer state where masks cannot follow; use {DISTRIBUTED}"
+_QUANTISING = ("bitsandbytes", "torchao")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse wrappers and adapters that mask updates would not reach.
+
+    Raises:
+        ValueError: DeepSpeed, FSDP1, DataParallel, or PEFT adapters.
+    """
+    for module in model.modules():
+        package = type(module).__module__.partition(".")[0]
+        if package == "deepspeed":
+            raise ValueError(
+                f"DeepSpeed keeps weights and optimizer state where masks cannot follow; use {DISTRIBUTED}"
+            )
+        if package == "peft":
+            raise ValueError(
+                "PEFT adapters on a Sparse-IFT model are not supported: merging them would fill in the zeros. Adapt "
+                "to_dense(model) instead, or fine-tune the sparse model itself"
+            )
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(f"FSDP1 (FullyShardedDataParallel) flattens weights; use {DISTRIBUTED}")
+        if isinstance(module, DataParallel):
+            raise ValueError(f"torch.nn.DataParallel is not supported: start one process per GPU and use {DISTRIBUTED}")
+
+
+def check_optimizer(optimizer: Any, model: nn.Module, layers: Mapping[str, SparseProjection]) -> None:
+    """Refuse optimizers whose state cannot be reset, and weights that they do not own.
+
+    Raises:
+        ValueError: no torch optimizer, a quantised or paged one, sharding other than FSDP2's, a sparse weight that
+            takes gradients but is not in the optimizer, or no sparse weight that takes gradients.
+    """
+    package = type(optimizer).__module__.partition(".")[0]
+    if package == "deepspeed":
+        raise ValueError(_DEEPSPEED)
+    if package in _QUANTISING:
+        raise ValueError(
+            f"{type(optimizer).__name__} of {package} (8-bit or paged state) is not supported: state of single weights "
+            "cannot be reset there; use torch.optim.AdamW or another optimizer with floating-point state"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer, so it cannot be followed")
+    if all(layer.is_frozen for layer in layers.values()):
+        raise ValueError("all sparse weights are frozen (requires_grad=False), so there is nothing to train")
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    is_sharded_by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    for name, layer in layers.items():
+        if isinstance(layer.weight, DTensor):
+            _check_sharding(name, layer.weight, is_sharded_by_fsdp)
+        if id(layer.weight) not in owned and not layer.is_frozen:
+            raise ValueError(
+                f"{name}.weight is not in the optimizer; create the optimizer after sparsify (and after fully_shard), "
+                "from model.parameters(), or leave the projection dense with SparseIFTConfig(exclude=...)"
+            )
+
+
+def _check_sharding(name: str, weight: DTensor, is_sharded_by_fsdp: bool) -> None:
+    kinds = {type(placement) for placement in weight.placements}
+    if not is_sharded_by_fsdp or not kinds <= {Shard, Replicate}:
+        raise ValueError(
+            f"{name}: weights sharded as {weight.placements} (tensor parallelism) are not supported; use {DISTRIBUTED}"
+        )

@@ -1,0 +1,147 @@
+"""docs/support.md, made from the `support` marks of the tests: no row without a test that proves it.
+
+    python -m tests.support_matrix
+
+collects the tests and writes the file; test_support_matrix.py fails when it is out of date.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "support.md"
+FIXTURES = ("every_structure", "either_structure")
+STRUCTURES = ("unstructured", "block")
+GROUPS = {
+    "Several processes": (
+        "DistributedDataParallel",
+        "DDP: no_sync",
+        "DDP: find_unused_parameters, layers that some ranks do not use",
+        "DDP: static_graph",
+        "DDP: gradient_as_bucket_view",
+        "DDP: join at uneven data",
+        "DDP: float32, autocast, compressed gradients: same masks on all ranks",
+        "FSDP2: fully_shard",
+        "FSDP2: hybrid shards, shards of another dimension",
+        "FSDP2: gradient accumulation without sync, activation checkpointing",
+        "FSDP2: mixed-precision policy",
+        "FSDP2: full state dicts",
+        "FSDP2: sharded state dicts, other numbers of ranks",
+        "FSDP2: Trainer, full and sharded checkpoints",
+        "FSDP2: accelerate",
+        "FSDP2: accelerate, cpu_ram_efficient_loading",
+        "FSDP1, tensor parallelism, from_pretrained(distributed_config=...)",
+        "DeepSpeed",
+        "torch.nn.DataParallel",
+        "masks that differ between ranks",
+        "two ranks' checkpoint on one and four ranks",
+        "SIGKILL of a rank, then resuming",
+    ),
+    "Training features": (
+        "gradient accumulation",
+        "bfloat16 and float16 autocast",
+        "bfloat16 weights",
+        "GradScaler, skipped steps",
+        "activation checkpointing, reentrant or not",
+        "torch.compile of the model",
+        "torch.compile of the Trainer",
+        "tied embeddings",
+        "frozen layers",
+        "several parameter groups",
+        "fused and foreach optimizers",
+        "8-bit and paged optimizers (bitsandbytes, torchao)",
+        "max_grad_norm=0",
+        "averaged models (EMA), with controller.follow",
+        "PEFT adapters (LoRA) on top",
+        "PEFT adapters (LoRA) on to_dense(model)",
+    ),
+    "Checkpoints": (
+        "resuming bit for bit in one process",
+        "damaged mask files",
+        "checkpoints pieced together from two steps",
+        "2,000 steps, an update every 10",
+    ),
+    "Families": ("Wide", "Parallel, Factorized, Doped"),
+}
+HEAD = """# What is supported
+
+Made by `python -m tests.support_matrix` from the tests that prove it; do not edit. **yes**: a test shows that it
+works; **refused**: a test shows that it is an error (damage: that it is noticed); **-**: not tested. The tests run on
+CPU processes with gloo. A structure is a column; rows other than those of families are proved on Wide.
+"""
+
+
+@dataclass
+class Row:
+    """One feature: how it fares by structure, and the tests that say so."""
+
+    cells: dict[str, str] = field(default_factory=dict)
+    tests: dict[str, None] = field(default_factory=dict)
+
+
+class Collector:
+    """A pytest plugin that reads the marks of collected tests."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            for mark in item.iter_markers("support"):
+                self.add(item, *mark.args, **mark.kwargs)
+
+    def add(
+        self, item: Any, name: str, refused: bool | str = False, structures: tuple[str, ...] = STRUCTURES[:1]
+    ) -> None:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        found = [parameters[fixture] for fixture in (*FIXTURES, "structure") if fixture in parameters]
+        row = self.rows.setdefault(name, Row())
+        row.tests[item.nodeid.partition("[")[0]] = None
+        for structure in found or structures:
+            is_refused = structure == refused if isinstance(refused, str) else refused
+            cell = "refused" if is_refused else "yes"
+            if row.cells.setdefault(structure, cell) != cell:
+                raise ValueError(f"{name}, {structure}: both yes and refused")
+
+
+def page(rows: dict[str, Row]) -> str:
+    """The whole file.
+
+    Raises:
+        ValueError: a marked row is not in GROUPS, or a row in GROUPS has no test.
+    """
+    expected = [name for names in GROUPS.values() for name in names]
+    if different := sorted(set(expected) ^ set(rows)):
+        raise ValueError(f"in GROUPS or in the tests' marks, but not in both: {different}")
+    lines = [HEAD]
+    for title, names in GROUPS.items():
+        lines += [f"## {title}", "", "| feature | unstructured | block | tests |", "| --- | --- | --- | --- |"]
+        for name in names:
+            row = rows[name]
+            cells = [row.cells.get(structure, "-") for structure in STRUCTURES]
+            lines.append(f"| {' | '.join([name, *cells, ', '.join(f'`{test}`' for test in row.tests)])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def collect() -> dict[str, Row]:
+    """The marks of all tests in files that have any; nothing is run."""
+    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.support(" in path.read_text())
+    collector = Collector()
+    arguments = ["--collect-only", "-qq", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *map(str, files)]
+    if pytest.main(arguments, plugins=[collector]) != pytest.ExitCode.OK:
+        raise SystemExit("the tests could not be collected")
+    return collector.rows
+
+
+if __name__ == "__main__":
+    text = page(collect())
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(text, encoding="utf-8")
