@@ -247,6 +247,14 @@ def test_a_run_that_trained_on_the_items_is_refused(model: Path, tmp_path: Path)
     results.check_held_out(str(folder), load_script("leaderboard").named_suite("builtin"))
 
 
+def test_an_answer_longer_than_the_context_is_named() -> None:
+    lm = SplitLM(tiny_gpt2(), tokenizer(), 1)
+    fits = [(("a", "b"), [1], [2] * lm.max_length)]
+    assert len(lm._loglikelihood_tokens(fits)) == 1
+    with pytest.raises(ValueError, match=f"{lm.max_length + 1} tokens does not fit .* context of {lm.max_length}"):
+        lm._loglikelihood_tokens([*fits, (("a", "b"), [1], [2] * (lm.max_length + 1))])
+
+
 def test_automatic_batch_size_on_a_cpu_keeps_logits_small() -> None:
     lm = SplitLM(tiny_gpt2(), tokenizer(), "auto")
     assert lm.batch_size == 64

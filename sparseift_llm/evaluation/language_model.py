@@ -100,7 +100,17 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Answers to (strings, context tokens, continuation tokens), in order; each process runs its batches."""
+        """Answers to (strings, context tokens, continuation tokens), in order; each process runs its batches.
+
+        Raises:
+            ValueError: a continuation alone is longer than the model's context.
+        """
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise ValueError(
+                f"an answer of {longest} tokens does not fit the model's context of {self.max_length}; leave the task "
+                "out with --only, or evaluate a model with a longer context"
+            )
         quiet = disable_tqdm or self._quiet
 
         def run(own: list[Any]) -> list[tuple[float, bool]]:
