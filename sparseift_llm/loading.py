@@ -162,10 +162,10 @@ def _check_loaded(model: PreTrainedModel, where: str | Path) -> None:
     transformers gives what it does not find random values, or none, and marks what it did find.
     """
     state = model.state_dict(keep_vars=True)
-    if moved := [name for name, tensor in state.items() if tensor.is_meta]:
+    if "disk" in getattr(model, "hf_device_map", {}).values() or any(tensor.is_meta for tensor in state.values()):
         raise ValueError(
-            f"device_map leaves {len(moved)} tensors off every device, first {moved[0]}: masks and tiles must be where "
-            "they are used; give a device_map without disk and offloading"
+            "device_map leaves tensors off every device, but masks and tiles must be where they are used; give one "
+            "without disk and offloading"
         )
     lost = {name for name, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)}
     for name, layer in sparse_layers(model).items():
