@@ -23,6 +23,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.layers.shards import is_sharded
 from sparseift_llm.layout import mark
+from sparseift_llm.mask_file import digest, masks_of
 from sparseift_llm.planning import read_record
 from sparseift_llm.saving import GATHER
 from sparseift_llm.strict import check_choice
@@ -112,5 +113,5 @@ def _save_packed(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)
     if layers:
         config = copy.deepcopy(model.config)
-        mark(config, read_record(config)[0], packed=True)
+        mark(config, read_record(config)[0], packed_by=digest(masks_of(model)))
         config.save_pretrained(folder)

@@ -29,17 +29,18 @@ def is_marked(hf_config: PreTrainedConfig) -> bool:
     return method == QUANT_METHOD
 
 
-def mark(hf_config: PreTrainedConfig, config: SparseIFTConfig, packed: bool = False) -> None:
+def mark(hf_config: PreTrainedConfig, config: SparseIFTConfig, packed_by: str | None = None) -> None:
     """Make `quantization_config` say how the weights are stored; there is none where they are a stock model's.
 
     Args:
         hf_config: changed in place.
         config: the transformation.
-        packed: only active values of unstructured matrices are stored, in the order of their masks (see export.py).
+        packed_by: only active values of unstructured matrices are stored, in the order of the masks that have this
+            digest (see export.py).
     """
     unmark(hf_config)
-    if packed:
-        hf_config.quantization_config = {"quant_method": QUANT_METHOD, "packed": True}
+    if packed_by is not None:
+        hf_config.quantization_config = {"quant_method": QUANT_METHOD, "packed_by": packed_by}
     elif has_own_layout(config):
         hf_config.quantization_config = {"quant_method": QUANT_METHOD}
 

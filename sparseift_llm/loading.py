@@ -34,20 +34,20 @@ class LayoutConfig(QuantizationConfigMixin):
 
     Args:
         quant_method: `sparse_ift`.
-        packed: see `layout.mark`.
+        packed_by: see `layout.mark`.
 
     Raises:
         ValueError: another field, so the folder was written by a later version.
     """
 
-    def __init__(self, quant_method: str = QUANT_METHOD, packed: bool = False, **unknown: Any) -> None:
+    def __init__(self, quant_method: str = QUANT_METHOD, packed_by: str | None = None, **unknown: Any) -> None:
         if unknown:
             raise ValueError(
                 f"quantization_config in config.json has {sorted(unknown)}, which this version of sparseift_llm does "
                 "not know; load the model with the version that saved it"
             )
         self.quant_method: Any = quant_method
-        self.packed = packed
+        self.packed_by = packed_by
 
 
 @register_quantizer(QUANT_METHOD)
@@ -83,13 +83,13 @@ class LayoutLoader(HfQuantizer):
         self.masks = None
         if self.file is not None:
             self.masks = read_masks(_folder_of_masks(self.file, str(model.config.name_or_path)))
-        elif self.quantization_config.packed or self.plan.config.block_size is None:
+        elif self.quantization_config.packed_by or self.plan.config.block_size is None:
             raise ValueError("a state_dict has no masks in it; give from_pretrained the folder that has both")
         install_sparse_layers(model, self.plan)
         for module in model.modules():  # GPT-2 would draw `c_proj.weight`, which a composite does not have
             if any(isinstance(child, CompositeProjection) for child in module.children()):
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        if self.quantization_config.packed:
+        if self.quantization_config.packed_by:
             self._expect_packed(model)
         self.ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {
@@ -100,7 +100,7 @@ class LayoutLoader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         where = "the state_dict" if self.file is None else self.file.parent
         _check_loaded(model, where)
-        if self.quantization_config.packed:
+        if self.quantization_config.packed_by:
             self._unpack(model)
         for layer in sparse_layers(model).values():
             layer.restore_buffers()
@@ -118,6 +118,9 @@ class LayoutLoader(HfQuantizer):
     def _expect_packed(self, model: PreTrainedModel) -> None:
         """Masked layers wait for their active values alone."""
         assert self.masks is not None
+        assert self.file is not None
+        if digest(self.masks) != self.quantization_config.packed_by:
+            raise ValueError(f"the masks in {self.file.parent} are not those of its weights; restore the folder")
         for name, layer in self._packed_layers(model).items():
             num_active = int(self.masks[name].sum()) if name in self.masks else layer.num_active
             values = torch.empty(num_active, dtype=layer.weight.dtype, device="meta")

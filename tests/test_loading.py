@@ -261,9 +261,8 @@ def test_without_the_import_own_layouts_are_errors_and_stock_ones_load(tmp_path:
             own_model(layout, arch, torch.float32).save_pretrained(folder)
             expected[str(folder)] = None
     wide = sparsify(tiny_model("gpt2", torch.float32), SparseIFTConfig()).eval()
-    stock = {"wide": wide, "rules that leave layers dense": sparsify(
-        tiny_model("gpt2", torch.float32), SparseIFTConfig(scope="ffn", rules=(FamilyRule("dense", targets=("q", "k", "v", "o")),))
-    ).eval()}  # fmt: skip
+    leaves_attention = SparseIFTConfig(scope="ffn", rules=(FamilyRule("dense", targets=("q", "k", "v", "o")),))
+    stock = {"wide": wide, "dense rules": sparsify(tiny_model("gpt2", torch.float32), leaves_attention).eval()}
     for name, model in stock.items():
         model.save_pretrained(tmp_path / name)
     save_export(wide, tmp_path / "packed", "sparse")
