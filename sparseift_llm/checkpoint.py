@@ -126,15 +126,17 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     source = {key: kwargs[key] for key in _SOURCE_OPTIONS if key in kwargs}
     hf_config = AutoConfig.from_pretrained(folder, **source)
     config, _ = read_record(hf_config)
-    if Path(folder).is_dir():
-        _check_weight_files(Path(folder, kwargs.get("subfolder", "")))
-    if is_marked(hf_config) or has_own_layout(config):
-        if not is_marked(hf_config):
-            mark(hf_config, config)
+    local = Path(folder, kwargs.get("subfolder", "")) if Path(folder).is_dir() else None
+    if local is not None:
+        _check_weight_files(local)
+    if is_marked(hf_config):
+        return _load(folder, **kwargs)
+    if has_own_layout(config):
+        mark(hf_config, config)
         return _load(folder, config=hf_config, **kwargs)
     model = _load(folder, **kwargs)
     plan = plan_of(model)
-    masks = read_masks(folder if Path(folder).is_dir() else _fetched_masks(folder, source))
+    masks = read_masks(local or _fetched_masks(folder, source))
     install_sparse_layers(model, plan)
     apply_masks(model, masks, folder, check_weights=True)
     return model

@@ -100,11 +100,15 @@ def test_sparse_takes_active_weights_and_a_bit_each(kind: str, tmp_path: Path) -
     assert exported < whole or kind == "tiles"
 
 
-def test_in_bfloat16_the_bit_weighs_twice(tmp_path: Path) -> None:
-    model = sparse_model("wide", dtype=torch.bfloat16, n_embd=256)
-    save_export(model, tmp_path / "sparse", "sparse")
-    share, active = stored_share(tmp_path / "sparse", model)
-    assert share <= active + 1 / 16 + 0.02
+def test_in_bfloat16_the_bit_weighs_twice_and_the_readme_says_so(tmp_path: Path) -> None:
+    shares = {}
+    for dtype, bit in ((torch.float32, 1 / 32), (torch.bfloat16, 1 / 16)):
+        model = sparse_model("wide", dtype=dtype, n_embd=256)
+        save_export(model, tmp_path / str(dtype), "sparse")
+        shares[dtype], active = stored_share(tmp_path / str(dtype), model)
+        assert shares[dtype] <= active + bit + 0.02
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{shares[torch.float32]:.3f} times their dense bytes in float32, {shares[torch.bfloat16]:.3f}" in text
 
 
 def test_the_checks_catch_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that released versions wrote load bit for bit; tests/fixtures holds them, and the scripts that made them."""
+"""Checkpoints that older versions wrote load bit for bit; tests/fixtures holds them, and the scripts that made them."""
 
 from __future__ import annotations
 
