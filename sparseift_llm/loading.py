@@ -7,6 +7,7 @@ weights are read. Nothing is quantised, and nothing of the quantiser stays on th
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ class LayoutLoader(HfQuantizer):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         if self.quantization_config.packed_by:
             self._expect_packed(model)
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -99,7 +101,7 @@ class LayoutLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         where = "the state_dict" if self.file is None else self.file.parent
-        _check_loaded(model, where)
+        _check_loaded(model, self.shapes, where)
         if self.quantization_config.packed_by:
             self._unpack(model)
         for layer in sparse_layers(model).values():
@@ -159,10 +161,16 @@ def _folder_of_masks(weights: Path, name: str) -> Path:
     return Path(found).parent if found else folder
 
 
-def _check_loaded(model: PreTrainedModel, where: str | Path) -> None:
-    """Raise ValueError unless every tensor came from the checkpoint, on a device, and tiles have distinct places.
+def _check_loaded(model: PreTrainedModel, shapes: Mapping[str, torch.Size], where: str | Path) -> None:
+    """Raise ValueError unless every tensor came from the checkpoint, whole, and tiles have distinct places.
 
-    transformers gives what it does not find random values, or none, and marks what it did find.
+    transformers gives what it does not find random values, or none, and marks what it did find; of models with a
+    quantiser, version 5.17 takes tensors of any shape.
+
+    Args:
+        model: as `from_pretrained` has filled it.
+        shapes: of its tensors, before it was filled.
+        where: their origin, for error messages.
     """
     state = model.state_dict(keep_vars=True)
     if "disk" in getattr(model, "hf_device_map", {}).values() or any(tensor.is_meta for tensor in state.values()):
@@ -170,15 +178,19 @@ def _check_loaded(model: PreTrainedModel, where: str | Path) -> None:
             "device_map leaves tensors off every device, but masks and tiles must be where they are used; give one "
             "without disk and offloading"
         )
-    lost = {name for name, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)}
+    lost = {
+        name
+        for name, tensor in state.items()
+        if tensor.shape != shapes[name] or not getattr(tensor, "_is_hf_initialized", False)
+    }
     for name, layer in sparse_layers(model).items():
         if not isinstance(layer, BlockSparseLinear):
             continue
         if {f"{name}.weight", f"{name}.columns"} & lost or not layer.has_valid_columns():
-            size = layer.block_size
+            number, size = shapes[f"{name}.columns"][0], layer.block_size
             raise ValueError(
-                f"the weights in {where} are missing or damaged: {name} should hold {len(layer.columns)} tiles of "
-                f"{size}x{size} and their columns, distinct within a block-row"
+                f"the weights in {where} are missing or damaged: {name} should hold {number} tiles of {size}x{size} and "
+                "their columns, distinct within a block-row"
             )
     if lost:
         raise ValueError(f"the weights in {where} are missing or damaged: no {min(lost)} of the model's shape")

@@ -130,25 +130,44 @@ def test_options_of_from_pretrained(layout: str, options: dict[str, Any], tmp_pa
         check_equal(load(tmp_path, **options), model)
 
 
-def test_of_a_folder_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mask file is looked for at the commit of the weights."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--me--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    for layout in ("wide, tiles", "doped"):
-        model = own_model(layout)
-        model.save_pretrained(repository / "snapshots" / commit)
-        check_equal(AutoModelForCausalLM.from_pretrained("me/tiny", cache_dir=tmp_path), model)
-        check_equal(load_pretrained("me/tiny", cache_dir=tmp_path), model)
-    wide = sparsify(tiny_model("gpt2"), SparseIFTConfig())
-    wide.save_pretrained(repository / "snapshots" / commit)
-    assert not differences(masks(load_pretrained("me/tiny", cache_dir=tmp_path)), masks(wide))
-    with monkeypatch.context() as patch:
-        (repository / "snapshots" / commit / MASKS_NAME).rename(tmp_path / "elsewhere")
-        patch.setattr("sparseift_llm.checkpoint.cached_file", lambda *_, **__: str(tmp_path / MASKS_NAME))
-        (tmp_path / "elsewhere").rename(tmp_path / MASKS_NAME)
-        assert not differences(masks(load_pretrained("me/tiny", cache_dir=tmp_path)), masks(wide))
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def in_cache(model: PreTrainedModel, cache: Path) -> Path:
+    """The model as if it had been downloaded: `me/tiny` in a cache folder of the hub."""
+    repository = cache / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    model.save_pretrained(repository / "snapshots" / COMMIT)
+    return repository / "snapshots" / COMMIT
+
+
+@pytest.mark.parametrize("layout", ["wide, tiles", "doped", None])
+def test_by_its_id_on_the_hub(layout: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers downloads weights only: the mask file is asked for at the commit of the weights."""
+    model = own_model(layout) if layout else sparsify(tiny_model("gpt2"), SparseIFTConfig())
+    folder = in_cache(model, tmp_path)
+    check_equal(load_pretrained("me/tiny", cache_dir=tmp_path), model)
+    if not layout:
+        return
+    check_equal(AutoModelForCausalLM.from_pretrained("me/tiny", cache_dir=tmp_path), model)
+    (folder / MASKS_NAME).rename(tmp_path / MASKS_NAME)
+    asked = []
+
+    def fetch(*args: Any, **kwargs: Any) -> str:
+        asked.append((args, kwargs))
+        return str(tmp_path / MASKS_NAME)
+
+    monkeypatch.setattr("sparseift_llm.loading.cached_file", fetch)
+    check_equal(AutoModelForCausalLM.from_pretrained("me/tiny", cache_dir=tmp_path), model)
+    assert asked == [(("me/tiny", MASKS_NAME), {"revision": COMMIT, "cache_dir": tmp_path})]
+
+
+@pytest.mark.parametrize("layout", ["wide, tiles", "doped", None])
+def test_in_a_subfolder(layout: str | None, tmp_path: Path) -> None:
+    model = own_model(layout) if layout else sparsify(tiny_model("gpt2"), SparseIFTConfig())
+    model.save_pretrained(tmp_path / "inner")
+    check_equal(load_pretrained(tmp_path, subfolder="inner"), model)
 
 
 # ---- no quantiser is left
