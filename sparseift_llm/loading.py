@@ -189,8 +189,8 @@ def _check_loaded(model: PreTrainedModel, shapes: Mapping[str, torch.Size], wher
         if {f"{name}.weight", f"{name}.columns"} & lost or not layer.has_valid_columns():
             number, size = shapes[f"{name}.columns"][0], layer.block_size
             raise ValueError(
-                f"the weights in {where} are missing or damaged: {name} should hold {number} tiles of {size}x{size} and "
-                "their columns, distinct within a block-row"
+                f"the weights in {where} are missing or damaged: {name} should hold {number} tiles of {size}x{size} "
+                "and their columns, distinct within a block-row"
             )
     if lost:
         raise ValueError(f"the weights in {where} are missing or damaged: no {min(lost)} of the model's shape")
