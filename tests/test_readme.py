@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
 
-from sparseift_llm import SparseIFTConfig
+from sparseift_llm import SparseIFTConfig, sparsify
 from sparseift_llm.bench import render, render_crossover
 from sparseift_llm.cli import main as sparseift
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.report import comparison_table
 from sparseift_llm.strict import parse_yaml
+from tests.models import tiny_config
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,7 +58,11 @@ def test_the_diff_makes_a_plain_trainer_script_sparse(tmp_path: Path) -> None:
     assert len(added) <= 6
 
 
-def test_shell_commands_name_things_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shell_commands_name_things_that_exist(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sparsify(tiny_config("gpt2"), SparseIFTConfig()).save_pretrained("runs/wide75")  # for `sparseift export`
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 5

@@ -220,8 +220,12 @@ class BlockSparseLinear(SparseProjection):
         self.slots_by_column.copy_(order)
         self.column_starts.copy_(starts)
 
+    def has_valid_columns(self) -> bool:
+        """Whether columns are inside the matrix, and distinct within a block-row; always on the meta device."""
+        return self.columns.is_meta or blocks.are_valid(self.columns, self.num_rows, self.num_columns)
+
     def _check_columns(self) -> None:
-        if not self.columns.is_meta and not blocks.are_valid(self.columns, self.num_rows, self.num_columns):
+        if not self.has_valid_columns():
             raise ValueError("columns are damaged: they must be distinct within a block-row and inside the matrix")
 
 
