@@ -8,6 +8,7 @@ from sparseift_llm.dst.callback import SparseTrainingCallback
 from sparseift_llm.dst.controller import SparseTrainingController
 from sparseift_llm.planning import count_flops, plan
 from sparseift_llm.scaling import optimizer_param_groups
+from sparseift_llm.spectral import spectral_report
 from sparseift_llm.surgery import sparsify, to_dense
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "optimizer_param_groups",
     "plan",
     "sparsify",
+    "spectral_report",
     "to_dense",
 ]

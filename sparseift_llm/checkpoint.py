@@ -206,15 +206,28 @@ def _check_columns(folder: Path, state: dict[str, Tensor], plan: Plan) -> None:
             )
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that its index names."""
-    index, names = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
+def weight_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the shards that its index names; they may be missing.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    index, whole_model = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if not index.is_file():
+        return [whole_model]
     try:
-        if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            # saving without shards over an earlier save deletes that one's shards, but not its index
-            is_stale = (folder / SAFE_WEIGHTS_NAME).is_file() and not any((folder / name).exists() for name in shards)
-            names = names if is_stale else shards
-        return {key: value for name in sorted(names) for key, value in load_file(folder / name).items()}
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = [folder / name for name in names]
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error
+    # saving without shards over an earlier save deletes that one's shards, but not its index
+    is_stale = whole_model.is_file() and not any(path.exists() for path in shards)
+    return [whole_model] if is_stale else shards
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files."""
+    try:
+        return {key: value for path in weight_files(folder) for key, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error
