@@ -1,10 +1,10 @@
 """Spectral quantities of masks and weights: is a sparse matrix, seen as a bipartite graph, a good expander?
 
-Legend: the graph of a mask M (out, in) has the input features as left vertices and the output features as right
-ones, one edge per active weight; vertices without an edge are left out, also of mean degrees d_L and d_R. The eigenvalues
-of [[0, M^T], [M, 0]] are plus and minus the singular values of M, so mu_0 = sigma_1 and the largest non-trivial one
-is mu_hat = sigma_2. The subgraphs K_i hold all left vertices of one degree and their edges; they count if they have 3 left
-vertices and mean degrees of 3 on both sides.
+Legend: the graph of a mask M (out, in) has the input features as left vertices, the output features as right ones,
+and one edge per active weight; vertices without an edge are left out, also of the mean degrees d_L and d_R. The
+eigenvalues of [[0, M^T], [M, 0]] are plus and minus the singular values of M, so mu_0 = sigma_1 and the largest
+non-trivial one is mu_hat = sigma_2. The subgraphs K_i hold all left vertices of one degree and their edges; they
+count if they have 3 left vertices and mean degrees of 3 on both sides.
 
 - delta_r = sqrt(d_L - 1) + sqrt(d_R - 1) - mu_hat(M), positive for a Ramanujan graph; delta_r_imdb: its mean over K_i;
 - lambda = mu_0(|W|) - mu_hat(|W|); lambda_imsg: its mean over K_i.
@@ -161,7 +161,7 @@ class _Graph:
     """
 
     def __init__(self, matrix: SparseMatrix) -> None:
-        self.edges, self.size = matrix.mask.T.double(), matrix.block_size  # left x right
+        self.edges, self.size = matrix.mask.T.contiguous(), matrix.block_size  # left x right
         self.weights = matrix.weight.T.abs()
         self.left_degrees = self.edges.sum(1)
 
@@ -212,13 +212,15 @@ def two_singular_values(matrix: Tensor) -> tuple[float, float]:
     """The two largest singular values of a non-negative matrix, the larger first; 0 where there is none.
 
     Args:
-        matrix: (m, n), of any float dtype; computed in float64.
+        matrix: (m, n), bool, or of a float dtype; computed in float64.
 
     Returns:
-        Both to `TOLERANCE` times the first. The Gram matrix of a mask is exact.
+        Both to `TOLERANCE` times the first.
     """
-    matrix = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-    first, second = _two_eigenvalues(matrix @ matrix.T)
+    # counts of common neighbours are whole numbers far below 2**24, so a mask's Gram matrix is exact in float32
+    matrix = matrix.float() if matrix.dtype == torch.bool else matrix.double()
+    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    first, second = _two_eigenvalues((matrix @ matrix.T).double())
     return math.sqrt(max(first, 0.0)), math.sqrt(max(second, 0.0))
 
 
