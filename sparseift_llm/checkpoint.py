@@ -68,6 +68,13 @@ def recorded_by_callback(state: Any, key: str, callback_name: str = "SparseTrain
     return state
 
 
+def numbered_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The `checkpoint-N` folders of a Trainer's output folder by N, ascending, complete or not."""
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = {int(path.name.rpartition("-")[2]): path for path in folders if _NUMBERED.fullmatch(path.name)}
+    return dict(sorted(numbered.items()))
+
+
 def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
     """Rename half-written `checkpoint-N` folders to `incomplete-checkpoint-N`, so that no resume takes them.
 
@@ -78,8 +85,8 @@ def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
         The new paths. Nothing is deleted.
     """
     moved = []
-    for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        if folder.is_dir() and _NUMBERED.fullmatch(folder.name) and not is_complete(folder):
+    for folder in numbered_checkpoints(output_dir).values():
+        if not is_complete(folder):
             target = folder.with_name(INCOMPLETE_PREFIX + folder.name)
             number = 1
             while target.exists():

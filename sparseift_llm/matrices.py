@@ -69,6 +69,7 @@ class MatrixSource:
 class _Entry:
     name: str
     kind: str
+    shape: tuple[int, int]
     is_transposed: bool
 
 
@@ -129,7 +130,13 @@ def _read_folder(
             fits = fits and are_valid(columns, *mask.shape) and torch.equal(tile_mask(columns, *mask.shape), mask)
         if not fits:
             raise ValueError(f"the masks in {folder} are not those of its weights, first in {entry.name}; restore it")
-        yield _matrix(entry, mask, weight, columns, block_size)
+        matrix = _matrix(entry, mask, weight, columns, block_size)
+        if matrix.shape != entry.shape:
+            raise ValueError(
+                f"the masks in {folder} are of another model: {entry.name} has shape {matrix.shape}, "
+                f"expected {entry.shape}"
+            )
+        yield matrix
 
 
 def _matrix(
@@ -147,8 +154,13 @@ def _entries(
     hf_config: PreTrainedConfig, every_nth_layer: int, names: set[str], where: str | Path
 ) -> tuple[int | None, list[_Entry]]:
     """The side of a tile, and what is known without weights of the sparse matrices of the chosen decoder layers."""
-    stock = build_model(hf_config, meta=True)
-    plan = plan_of(stock)
+    try:
+        stock = build_model(hf_config, meta=True)
+        plan = plan_of(stock)
+    except ValueError:
+        raise
+    except Exception as error:  # transformers and torch refuse sizes with exceptions of their own
+        raise ValueError(f"the config of {where} describes no model that can be built: {error}") from error
     found = [
         (projection.layer_index, layer, part)
         for projection, layer in zip(find_projections(stock), plan.layers, strict=True)
@@ -159,7 +171,9 @@ def _entries(
     if different:
         raise ValueError(f"the masks in {where} are of another model: {different[0]} stands in only one of them")
     entries = [
-        _Entry(part.name, layer.kind, layer.rule is None and isinstance(stock.get_submodule(layer.name), Conv1D))
+        _Entry(
+            part.name, layer.kind, part.shape, not layer.rule and isinstance(stock.get_submodule(layer.name), Conv1D)
+        )
         for layer_index, layer, part in found
         if layer_index % every_nth_layer == 0
     ]

@@ -187,5 +187,5 @@ def test_a_dense_model_is_refused() -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere has no readable config.json"):
+    with pytest.raises(ValueError, match=r"nowhere has no readable config.json"):
         spectral_report(tmp_path / "nowhere")
