@@ -269,27 +269,39 @@ def _write_table(path: Path, runs: Sequence[RunAnalysis]) -> None:
                     writer.writerow((*about, layer, *(row.get(column) for column in columns)))
 
 
+def labels(runs: Sequence[RunAnalysis]) -> list[str]:
+    """Folder names of the runs, or their paths where names are not unique."""
+    names = [run.run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.run) for run in runs]
+
+
 def render(analysis: Analysis) -> str:
     """The last models and the correlations as markdown, and what was left out."""
     lines = ["| run | step | " + " | ".join((*QUANTITIES, LOSS)) + " |", "| --- " + "| ---: " * 6 + "|"]
-    for run in analysis.runs:
+    for label, run in zip(labels(analysis.runs), analysis.runs, strict=True):
         for entry in run.checkpoints[-1:]:
             cells = [_number(value) for value in (*(entry["model"][key] for key in QUANTITIES), run.eval_loss)]
-            lines.append(f"| {run.run.name} | {entry['step']} | {' | '.join(cells)} |")
-    lines += ["", "| correlation of | and | runs | Pearson (95%) | p | Spearman (95%) | p |"]
-    lines.append("| --- | --- | ---: | --- | ---: | --- | ---: |")
-    for pair in analysis.correlations:
-        cells = [pair.excluded or "", "", "", ""]
-        if pair.excluded is None:
-            cells = [_number(pair.pearson, pair.pearson_interval), _number(pair.pearson_p),
-                     _number(pair.spearman, pair.spearman_interval), _number(pair.spearman_p)]  # fmt: skip
+            lines.append(f"| {label} | {entry['step']} | {' | '.join(cells)} |")
+    lines += ["", "Last models, means over layers.", ""]
+    found = [pair for pair in analysis.correlations if pair.excluded is None]
+    if found:
+        lines.append("| correlation of | and | runs | Pearson (95%) | p | Spearman (95%) | p |")
+        lines.append("| --- | --- | ---: | --- | ---: | --- | ---: |")
+    for pair in found:
+        cells = [_number(pair.pearson, pair.pearson_interval), _number(pair.pearson_p),
+                 _number(pair.spearman, pair.spearman_interval), _number(pair.spearman_p)]  # fmt: skip
         lines.append(f"| {pair.first} | {pair.second} | {pair.num_runs} | {' | '.join(cells)} |")
-    lines += ["", "Means over layers. Ten pairs are tested at once, and nothing is controlled for: no sign of a cause."]
-    left_out = [
-        f"left out: {run.run} ({where}): {reason}" for run in analysis.runs for where, reason in run.excluded.items()
-    ]
-    no_loss = [f"no {LOSS}: {run.run}: {run.no_loss}" for run in analysis.runs if run.checkpoints and run.no_loss]
-    return "\n".join([*lines, *([""] if left_out or no_loss else []), *left_out, *no_loss])
+    if found:
+        count = len(analysis.correlations)
+        lines += ["", f"{count} pairs are tested at once, and nothing is controlled for: no sign of a cause.", ""]
+    for reason in dict.fromkeys(pair.excluded for pair in analysis.correlations if pair.excluded):
+        pairs = [f"{pair.first} and {pair.second}" for pair in analysis.correlations if pair.excluded == reason]
+        which = "any pair" if len(pairs) == len(analysis.correlations) else ", ".join(pairs)
+        lines.append(f"no correlation of {which}: {reason}")
+    for run in analysis.runs:
+        lines += [f"left out: {run.run} ({where}): {reason}" for where, reason in run.excluded.items()]
+        lines += [f"no {LOSS} of {run.run}: {run.no_loss}"] if run.checkpoints and run.no_loss else []
+    return "\n".join(lines)
 
 
 def _number(value: float | None, interval: tuple[float, float] | None = None) -> str:
