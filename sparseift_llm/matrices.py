@@ -88,6 +88,8 @@ def matrix_source(model_or_folder: PreTrainedModel | str | Path, every_nth_layer
         raise ValueError(f"every_nth_layer must be at least 1, got {every_nth_layer}")
     if isinstance(model_or_folder, PreTrainedModel):
         return _source_of_model(model_or_folder, every_nth_layer)
+    if not isinstance(model_or_folder, str | Path):
+        raise ValueError(f"expected a transformers model or a folder, got {type(model_or_folder).__name__}: unwrap it")
     return _source_of_folder(Path(model_or_folder), every_nth_layer)
 
 

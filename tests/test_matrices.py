@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from sparseift_llm import SparseIFTConfig, load_pretrained, sparsify, spectral_report
@@ -189,3 +190,8 @@ def test_a_dense_model_is_refused() -> None:
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere has no readable config.json"):
         spectral_report(tmp_path / "nowhere")
+
+
+def test_a_wrapped_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a transformers model or a folder, got Sequential: unwrap it"):
+        spectral_report(nn.Sequential(sparse()))  # type: ignore[arg-type]
