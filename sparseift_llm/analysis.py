@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,14 +145,21 @@ def _analyze_run(run: Path, settings: dict[str, Any]) -> RunAnalysis:
             excluded[name] = str(error)
             logger.warning("%s is left out: %s", folder, error)
             continue
-        ordered = [entries[key] for key in sorted(entries)]
-        write_json(run / SPECTRAL_NAME, {"format": SPECTRAL_FORMAT, "settings": settings, "checkpoints": ordered})
+        known.pop(name, None)
+        _write_entries(run, settings, [*entries.values(), *known.values()])  # so that an interruption loses nothing
+    if entries:
+        _write_entries(run, settings, entries.values())
     if not entries:
         reasons = set(excluded.values()) or {"holds neither a checkpoint nor a model"}
         excluded = {"all": reasons.pop()} if len(reasons) == 1 else excluded
     checkpoints = tuple(entries[key] for key in sorted(entries))
     summary, no_loss = _loss_of(run, checkpoints[-1]["step"] if checkpoints else None)
     return RunAnalysis(run, checkpoints, excluded, summary[LOSS] if summary else None, no_loss, summary)
+
+
+def _write_entries(run: Path, settings: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
+    ordered = sorted(entries, key=lambda entry: entry["step"])
+    write_json(run / SPECTRAL_NAME, {"format": SPECTRAL_FORMAT, "settings": settings, "checkpoints": ordered})
 
 
 def _candidates(run: Path, excluded: dict[str, str]) -> Iterator[tuple[int, Path]]:
@@ -207,7 +214,8 @@ def _read_known(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if values["format"] != SPECTRAL_FORMAT or values["settings"] != settings:
             return {}
         keys = {"step", "folder", "masks_digest", "layers", "model"}
-        return {entry["folder"]: entry for entry in values["checkpoints"] if entry.keys() >= keys}
+        entries = [entry for entry in values["checkpoints"] if entry.keys() >= keys and type(entry["step"]) is int]
+        return {entry["folder"]: entry for entry in entries}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

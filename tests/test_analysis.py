@@ -128,6 +128,25 @@ def test_other_masks_weights_or_settings_are_computed_anew(
     assert len(read_json(run / "spectral.json")["checkpoints"][0]["layers"]) == 4
 
 
+def test_an_interruption_loses_nothing(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runs[0]
+    analyze([run], tmp_path / "out")
+    save_model(run, 60)  # the final model comes first, and is new
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    save_model(run / "checkpoint-2", 61, step=2)
+    reports = [spectral_report]
+    take_turns = lambda *words: (reports.pop() if reports else interrupted)(*words)  # noqa: E731
+    monkeypatch.setattr(sparseift_llm.analysis, "spectral_report", take_turns)
+    with pytest.raises(KeyboardInterrupt):
+        analyze([run], tmp_path / "out")
+    analysed = count_reports(monkeypatch)
+    analyze([run], tmp_path / "out")
+    assert analysed == [run / "checkpoint-2"]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "sparseift_spectral_v1"}', '{"format": 1}'])
 def test_a_damaged_file_of_a_run_is_written_anew(runs: list[Path], tmp_path: Path, text: str) -> None:
     (runs[0] / "spectral.json").write_text(text)
