@@ -14,6 +14,7 @@ from sparseift_llm.dst.controller import SparseTrainingController
 from sparseift_llm.export import save_export
 from sparseift_llm.planning import count_flops, plan
 from sparseift_llm.scaling import optimizer_param_groups
+from sparseift_llm.spectral import spectral_report
 from sparseift_llm.surgery import sparsify, to_dense
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "plan",
     "save_export",
     "sparsify",
+    "spectral_report",
     "to_dense",
 ]

@@ -57,6 +57,13 @@ def recorded_by_callback(state: Any, key: str, callback_name: str = "SparseTrain
     return state
 
 
+def numbered_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The `checkpoint-N` folders of a Trainer's output folder by N, ascending, complete or not."""
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = {int(path.name.rpartition("-")[2]): path for path in folders if _NUMBERED.fullmatch(path.name)}
+    return dict(sorted(numbered.items()))
+
+
 def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
     """Rename half-written `checkpoint-N` folders to `incomplete-checkpoint-N`, so that no resume takes them.
 
@@ -67,8 +74,8 @@ def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
         The new paths. Nothing is deleted.
     """
     moved = []
-    for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        if folder.is_dir() and _NUMBERED.fullmatch(folder.name) and not is_complete(folder):
+    for folder in numbered_checkpoints(output_dir).values():
+        if not is_complete(folder):
             target = folder.with_name(INCOMPLETE_PREFIX + folder.name)
             number = 1
             while target.exists():
@@ -164,14 +171,27 @@ def _load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _check_weight_files(folder: Path) -> None:
-    """Raise ValueError unless `model.safetensors`, or every shard that its index names, is there and whole."""
-    index, names = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
+def weight_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the shards that its index names; they may be missing.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    index, whole_model = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if whole_model.is_file() or not index.is_file():
+        return [whole_model]
     try:
-        if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) or names
-        for name in names:
-            with safe_open(folder / name, framework="pt"):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names] or [whole_model]
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Raise ValueError unless all weight files are there and whole."""
+    try:
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt"):
                 pass
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -58,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", required=True, help="dense (loads anywhere) or sparse (compact)")
     export.add_argument("--output", type=Path, required=True, help="new folder")
     export.set_defaults(run=_export)
+    analyze = commands.add_parser("analyze", help="spectral quantities of the checkpoints of runs, and correlations")
+    analyze.add_argument("runs", nargs="+", metavar="RUN", help="output folders of recipes/pretrain.py or of a Trainer")
+    analyze.add_argument("--output", type=Path, required=True, help="folder for analysis.json, analysis.csv, pictures")
+    analyze.add_argument(
+        "--every-nth-layer", type=int, default=1, metavar="N", help="take decoder layers 0, N, 2N, ..."
+    )
+    analyze.set_defaults(run=_analyze)
     bench = commands.add_parser("bench", help="time and memory of dense, masked and block-sparse twins, side by side")
     bench.add_argument("--only", metavar="NAME", help="one row: ffn_fp32, ffn_bf16, step_cpu, ffn_gpu or step_gpu")
     bench.add_argument("--crossover", action="store_true", help="FFNs of several widths and tiles instead")
@@ -106,6 +114,18 @@ def _export(arguments: argparse.Namespace) -> str:
     folder = export_run(arguments.source, arguments.output, arguments.format)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return f"wrote {folder}: {size / 1e6:,.2f} MB of weights and masks"
+
+
+def _analyze(arguments: argparse.Namespace) -> str:
+    from sparseift_llm.analysis import analyze, render
+    from sparseift_llm.spectral_pictures import draw
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sparseift_llm").setLevel(logging.INFO)
+    result = analyze(arguments.runs, arguments.output, arguments.every_nth_layer)
+    print(render(result))
+    pictures = draw(result, arguments.output)
+    return f"\nwrote {', '.join(map(str, [*sorted(arguments.output.glob('analysis.*')), *pictures]))}"
 
 
 def _bench(arguments: argparse.Namespace) -> str:

@@ -5,11 +5,14 @@ Reads and writes the masks of a model; knows nothing of checkpoints, Trainers or
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +53,33 @@ def digest(masks: Mapping[str, Tensor]) -> str:
     return result.hexdigest()
 
 
+@dataclass(frozen=True)
+class PackedMasks:
+    """The masks of a file as they are stored, an eighth of their size in memory.
+
+    Args:
+        packed: bits by module path, see `pack`.
+        shapes: shape of every mask.
+        digest: of all of them, see `digest`.
+    """
+
+    packed: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    digest: str
+
+    def unpack(self, name: str) -> Tensor:
+        """One mask, bool on the CPU."""
+        return unpack(self.packed[name], self.shapes[name])
+
+    def compute_digest(self) -> str:
+        """What `digest` is if the bits are whole."""
+        result = hashlib.sha256()
+        for name, bits in sorted(self.packed.items()):
+            result.update(f"{name}{self.shapes[name]}".encode())
+            result.update(bits.numpy().tobytes())
+        return result.hexdigest()
+
+
 def save_masks(model: nn.Module, folder: str | Path) -> Path:
     """Write `sparse_masks.safetensors` into `folder`, atomically: the file is whole or absent.
 
@@ -76,7 +106,30 @@ def read_masks(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing, truncated, damaged or of another format, naming the file.
     """
+    masks = read_packed_masks(folder)
+    return {name: masks.unpack(name) for name in masks.shapes}
+
+
+def read_packed_masks(folder: str | Path) -> PackedMasks:
+    """The masks in `folder` without unpacking them; errors as `read_masks`."""
     path = Path(folder) / MASKS_NAME
+    with _open(path) as (file, header):
+        shapes = {name: tuple(map(int, shape)) for name, shape in header["shapes"].items()}
+        masks = PackedMasks({name: file.get_tensor(name) for name in shapes}, shapes, str(header.get("digest")))
+    if masks.compute_digest() != masks.digest:
+        raise ValueError(f"{path} is damaged: its bits do not match its digest")
+    return masks
+
+
+def read_digest(folder: str | Path) -> str:
+    """The digest that the mask file in `folder` records, without reading masks; errors as `read_masks`."""
+    with _open(Path(folder) / MASKS_NAME) as (_, header):
+        return str(header.get("digest"))
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file and its header, with errors that name it."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: without it the masks of this checkpoint are lost; restore the file")
     try:
@@ -84,13 +137,9 @@ def read_masks(folder: str | Path) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
             if _FORMAT not in metadata:
                 raise ValueError(f"{path} is not a mask file of format {_FORMAT!r}: it has {sorted(metadata)}")
-            header = json.loads(metadata[_FORMAT])
-            masks = {name: unpack(file.get_tensor(name), tuple(shape)) for name, shape in header["shapes"].items()}
+            yield file, json.loads(metadata[_FORMAT])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    if digest(masks) != header.get("digest"):
-        raise ValueError(f"{path} is damaged: its bits do not match its digest")
-    return masks
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path, check_weights: bool = False) -> None:

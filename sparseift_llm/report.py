@@ -58,12 +58,7 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
             losses cannot be compared.
     """
     summaries = [read_summary(run) for run in runs]
-    for summary, run in zip(summaries, runs, strict=True):
-        data, first_data = summary["config"]["data"], summaries[0]["config"]["data"]
-        for key in sorted((data.keys() | first_data.keys()) - {"cache_dir"}):
-            first, other = first_data.get(key), data.get(key)
-            if first != other:
-                raise ValueError(f"{runs[0]} and {run} cannot be compared: data.{key} is {first!r} and {other!r}")
+    check_same_data(runs, summaries)
     header = ["", *(Path(run).name for run in runs), *(["ratio"] if len(runs) == 2 else [])]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for title, key, form in _ROWS:
@@ -72,6 +67,16 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
             cells.append(f"{summaries[1][key] / summaries[0][key]:.3f}" if key in _WITH_RATIO else "")
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + _notes(summaries)
+
+
+def check_same_data(runs: Sequence[str | Path], summaries: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError, naming two runs and the option, unless all runs had the same data and sequence length."""
+    for summary, run in zip(summaries, runs, strict=True):
+        data, first_data = summary["config"]["data"], summaries[0]["config"]["data"]
+        for key in sorted((data.keys() | first_data.keys()) - {"cache_dir"}):
+            first, other = first_data.get(key), data.get(key)
+            if first != other:
+                raise ValueError(f"{runs[0]} and {run} cannot be compared: data.{key} is {first!r} and {other!r}")
 
 
 def _notes(summaries: Sequence[dict[str, Any]]) -> str:
