@@ -29,6 +29,7 @@ from sparseift_llm.surgery import install_sparse_layers
 
 logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"
+_SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -147,9 +148,6 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     install_sparse_layers(model, plan)
     apply_masks(model, masks, folder, check_weights=True)
     return model
-
-
-_SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def _fetched_masks(repo_id: str | Path, source: dict[str, Any]) -> Path:

@@ -124,8 +124,10 @@ class LayoutLoader(HfQuantizer):
         if digest(self.masks) != self.quantization_config.packed_by:
             raise ValueError(f"the masks in {self.file.parent} are not those of its weights; restore the folder")
         for name, layer in self._packed_layers(model).items():
-            num_active = int(self.masks[name].sum()) if name in self.masks else layer.num_active
-            values = torch.empty(num_active, dtype=layer.weight.dtype, device="meta")
+            mask = self.masks.get(name)
+            if mask is None or mask.shape != layer.mask.shape:
+                raise ValueError(f"the masks in {self.file.parent} are of another model: {name} differs")
+            values = torch.empty(int(mask.sum()), dtype=layer.weight.dtype, device="meta")
             layer.weight = nn.Parameter(values, layer.weight.requires_grad)
 
     @torch.no_grad()

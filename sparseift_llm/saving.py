@@ -26,6 +26,7 @@ GATHER = (
     "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
     "StateDictOptions(full_state_dict=True, cpu_offload=True)) on all ranks, for save_pretrained(..., state_dict=...)"
 )
+_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
 _UPLOADED = (CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model*.safetensors.index*.json", MASKS_NAME)
 
 
@@ -94,9 +95,6 @@ def push_to_hub(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, **kwargs)
         return _upload(model, Path(folder), token=kwargs.get("token"), **{**hub, "repo_id": repo_id})
-
-
-_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
 
 
 def _upload(

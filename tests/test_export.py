@@ -139,6 +139,16 @@ def test_values_and_masks_of_two_exports_do_not_mix(tmp_path: Path) -> None:
             load(tmp_path / "first")
 
 
+def test_masks_of_another_model(tmp_path: Path) -> None:
+    """Whose digest config.json has, too: only the sizes that it gives are other ones."""
+    save_export(sparse_model("wide ffn", n_embd=32), tmp_path / "first", "sparse")
+    path = tmp_path / "first" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "n_layer": 3}))
+    with pytest.raises(ValueError, match=r"masks in .* are of another model: transformer\.h\.2\.mlp\.c_fc differs"):
+        load_pretrained(tmp_path / "first")
+
+
 # ---- dense
 
 

@@ -144,3 +144,13 @@ def test_the_cost_of_updates_is_the_committed_one() -> None:
     assert f"{100 * shares[0]:.1f}% (unstructured) and {100 * shares[1]:.1f}% (block)" in TEXT.replace("\n", " ")
     assert f"{result['block']['bytes_per_update'] / 1e6:.0f} MB" in TEXT
     assert not result["commit"].endswith("-dirty")
+
+
+def test_the_time_of_a_spectral_report_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "spectral_time.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    seconds = [result[structure]["processor_seconds"] for structure in ("unstructured", "block")]
+    sentence = f"takes {seconds[0]:.0f} s of processor time unstructured and {seconds[1]:.0f} s in tiles of 128"
+    assert sentence in TEXT.replace("\n", " ")
+    assert result["unstructured"]["num_layers"] == 48
+    assert not result["commit"].endswith("-dirty")
