@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from sparseift_llm import isoflop
 from sparseift_llm.config import FamilyRule
+from sparseift_llm.families.start import Start, singular_factors, start_of_inputs, start_of_outputs
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
 from sparseift_llm.topology.distributions import round_to_total
+from sparseift_llm.topology.masks import derive_seed
 
 # mean square of g(z) for normally distributed z of variance 1; of GELU (tanh formula) by numerical integration
 _MEAN_SQUARE = {"none": 1.0, "layernorm": 1.0, "gelu": 0.4252}
@@ -56,6 +58,21 @@ def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) ->
 def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
     """Parameters of the non-linearities."""
     return 2 * parts[0].shape[0] if rule.nonlinearity == "layernorm" else 0
+
+
+def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+    """U and V from the truncated singular value decomposition of a trained weight, singular values split evenly.
+
+    The largest entries (or tiles) of each stay. Inner units beyond the weight's rank are new: random in U, 0 in V.
+    Arguments as `parallel.start`.
+    """
+    u, v = parts
+    inner, outer = singular_factors(weight, u.shape[0])
+    is_old = inner.any(1)
+    return {
+        u.name: start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
+        v.name: start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
+    }
 
 
 class FactorizedProjection(CompositeProjection):
