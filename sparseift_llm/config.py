@@ -246,8 +246,8 @@ class SparseIFTConfig:
             actual = nonlinearity or NONLINEARITIES.get(family, ("none",))[0]
             if actual != "none":
                 raise ValueError(
-                    f"init='pretrained' needs linear maps, but family={family!r} has nonlinearity={actual!r} in place of "
-                    "a trained projection; use nonlinearity='none'"
+                    f"init='pretrained' needs linear maps, but family={family!r} has nonlinearity={actual!r} in place "
+                    "of a trained projection; use nonlinearity='none'"
                 )
 
     @classmethod

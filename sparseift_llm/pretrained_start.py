@@ -69,9 +69,7 @@ def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, plan: Plan) -> N
             raise ValueError(f"init='pretrained' knows no start for {name} of shape {tuple(parameter.shape)}")
 
 
-def _starts(
-    old: nn.Module, layer: LayerPlan, plan: Plan, num_units: tuple[int, int], seed: int
-) -> dict[str, Start]:
+def _starts(old: nn.Module, layer: LayerPlan, plan: Plan, num_units: tuple[int, int], seed: int) -> dict[str, Start]:
     """The matrices of a projection by path inside its module; none where it is copied as it is."""
     tile, weight = plan.config.block_size or 1, _matrix(old)
     starts_dense = plan.config.dst.algorithm == "gmp"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sparseift_llm import isoflop
 from sparseift_llm.config import FamilyRule
+from sparseift_llm.families.pass_through import pass_through
 from sparseift_llm.families.start import Start, singular_factors, start_of_inputs, start_of_outputs
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
 from sparseift_llm.topology.distributions import round_to_total
@@ -61,18 +62,25 @@ def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part,
 
 
 def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
-    """U and V from the truncated singular value decomposition of a trained weight, singular values split evenly.
+    """U and V of a trained weight, by the nearer one of two ways; arguments as `parallel.start`.
 
-    The largest entries (or tiles) of each stay. Inner units beyond the weight's rank are new: random in U, 0 in V.
-    Arguments as `parallel.start`.
+    One is the truncated singular value decomposition, singular values split evenly, of which the largest entries (or
+    tiles) of each factor stay; inner units beyond the weight's rank are new: random in U, 0 in V. The other is
+    `pass_through`, which comes nearer where few entries stay.
     """
     u, v = parts
     inner, outer = singular_factors(weight, u.shape[0])
     is_old = inner.any(1)
-    return {
-        u.name: start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
-        v.name: start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
-    }
+    ways = [
+        (
+            start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
+            start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
+        )
+    ]
+    passing = pass_through(weight.to(inner), u, v, tile, seed)
+    ways += [passing] if passing else []
+    best = min(ways, key=lambda way: float((weight - way[1].values @ way[0].values).square().sum()))
+    return {u.name: best[0], v.name: best[1]}
 
 
 class FactorizedProjection(CompositeProjection):

@@ -49,14 +49,16 @@ def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict
     counts = torch.stack([counts_per_row(part, tile) for part in parts]).to(weight.device)
     rows = scores.reshape(counts.shape[1], -1)
     everything = torch.ones_like(rows, dtype=torch.bool)
-    kept = largest_per_row(rows, everything, counts.sum(0).clamp(max=rows.shape[1]))
+    num_kept = counts.sum(0).clamp(max=rows.shape[1])
+    kept = everything if bool((num_kept == rows.shape[1]).all()) else largest_per_row(rows, everything, num_kept)
     noise = torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(weight.device)
     place = noise.masked_fill(~kept, torch.inf).argsort(1).argsort(1)
     starts, end = {}, torch.zeros_like(counts[0])
     for part, count in zip(parts, counts, strict=True):
         begin, end = end, end + count
         dealt = kept & (place >= begin[:, None]) & (place < end[:, None])
-        mask = dealt | largest_per_row(noise, ~dealt, count - dealt.sum(1))
+        missing = count - dealt.sum(1)
+        mask = dealt | largest_per_row(noise, ~dealt, missing) if missing.any() else dealt
         values = weight.masked_fill(~spread(dealt.view(scores.shape), tile, weight), 0)
         starts[part.name] = Start(values, mask.view(scores.shape) if part.is_sparse else None)
     return starts

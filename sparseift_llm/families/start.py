@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.topology.blocks import largest_per_row, row_starts, tile_sums
+from sparseift_llm.topology.masks import random_scores
 
 # The smallest tenth of normally distributed weights holds 0.05% of their sum of squares.
 NEW_UNIT_SHARE = 0.1
@@ -109,6 +110,14 @@ def singular_factors(weight: Tensor, inner: int) -> tuple[Tensor, Tensor]:
     u, v = weight.new_zeros(inner, weight.shape[1]), weight.new_zeros(weight.shape[0], inner)
     u[:rank], v[:, :rank] = root[:, None] * right[:rank], left[:, :rank] * root
     return u, v
+
+
+def fill_up(mask: Tensor, part: Part, tile: int, seed: int) -> Tensor:
+    """`mask` (R, C) with active units added at random up to the part's number, in every block-row if they are tiles."""
+    counts = counts_per_row(part, tile).to(mask.device)
+    rows = mask.reshape(len(counts), -1)
+    noise = random_scores(rows.shape, seed).to(mask.device)
+    return (rows | largest_per_row(noise, ~rows, counts - rows.sum(1))).view(mask.shape)
 
 
 def counts_per_row(part: Part, tile: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sparse Wide: the same decoder with wider sides: the widened transformers config, and a trained FFN's matrices in it."""
+"""Sparse Wide, the same decoder with wider sides: the widened transformers config, and trained FFN matrices in it."""
 
 from __future__ import annotations
 
