@@ -54,7 +54,7 @@ def pass_through(weight: Tensor, u: Part, v: Part, tile: int, seed: int) -> tupl
     most = min(num_inner, tiles.shape[1])
     tried = {round(most * index / (_NUM_TRIED - 1)) for index in range(_NUM_TRIED)}
     energy = tiles.square().sum((2, 3))
-    order = energy.sort(1, descending=True, stable=True).indices
+    order = energy.sort(dim=1, descending=True, stable=True).indices
     splits = [_split(energy, order, number, num_inner, int(per_u), per_v) for number in sorted(tried)]
     best = max((split for split in splits if split), key=lambda split: split.energy, default=None)
     if best is None:
