@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from sparseift_llm import isoflop
 from sparseift_llm.config import FamilyRule
-from sparseift_llm.families.start import Start, counts_per_row, spread
+from sparseift_llm.families.start import Start, counts_per_row, largest_units, places, spread
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
-from sparseift_llm.topology.blocks import largest_per_row, tile_sums
+from sparseift_llm.topology.blocks import tile_sums
 from sparseift_llm.topology.distributions import round_to_total
+from sparseift_llm.topology.masks import random_scores
 
 
 def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
@@ -50,15 +51,14 @@ def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict
     rows = scores.reshape(counts.shape[1], -1)
     everything = torch.ones_like(rows, dtype=torch.bool)
     num_kept = counts.sum(0).clamp(max=rows.shape[1])
-    kept = everything if bool((num_kept == rows.shape[1]).all()) else largest_per_row(rows, everything, num_kept)
-    noise = torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(weight.device)
-    place = noise.masked_fill(~kept, torch.inf).argsort(1).argsort(1)
+    kept = largest_units(rows, everything, num_kept)
+    noise = random_scores(rows.shape, seed).to(weight.device)
+    place = places(noise.masked_fill(~kept, torch.inf))
     starts, end = {}, torch.zeros_like(counts[0])
     for part, count in zip(parts, counts, strict=True):
         begin, end = end, end + count
         dealt = kept & (place >= begin[:, None]) & (place < end[:, None])
-        missing = count - dealt.sum(1)
-        mask = dealt | largest_per_row(noise, ~dealt, missing) if missing.any() else dealt
+        mask = dealt | largest_units(noise, ~dealt, count - dealt.sum(1))
         values = weight.masked_fill(~spread(dealt.view(scores.shape), tile, weight), 0)
         starts[part.name] = Start(values, mask.view(scores.shape) if part.is_sparse else None)
     return starts

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseift_llm.families.start import Start, counts_per_row, fill_up
 from sparseift_llm.layers.composite import Part
 
-_NUM_TRIED = 33
+_NUM_TRIED = 17
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.topology.blocks import largest_per_row, row_starts, tile_sums
-from sparseift_llm.topology.masks import random_scores
+from sparseift_llm.topology.masks import largest, random_scores
 
 # The smallest tenth of normally distributed weights holds 0.05% of their sum of squares.
 NEW_UNIT_SHARE = 0.1
@@ -117,7 +117,7 @@ def fill_up(mask: Tensor, part: Part, tile: int, seed: int) -> Tensor:
     counts = counts_per_row(part, tile).to(mask.device)
     rows = mask.reshape(len(counts), -1)
     noise = random_scores(rows.shape, seed).to(mask.device)
-    return (rows | largest_per_row(noise, ~rows, counts - rows.sum(1))).view(mask.shape)
+    return (rows | largest_units(noise, ~rows, counts - rows.sum(1))).view(mask.shape)
 
 
 def counts_per_row(part: Part, tile: int) -> Tensor:
@@ -133,6 +133,21 @@ def spread(mask: Tensor | None, tile: int, values: Tensor) -> Tensor:
     return mask if tile == 1 else mask.repeat_interleave(tile, 0).repeat_interleave(tile, 1)
 
 
+def largest_units(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+    """Mask of the `counts[r]` eligible entries of row r with the largest scores; among equals the lower index wins."""
+    if len(counts) > 1:
+        return largest_per_row(scores, eligible, counts)
+    return largest(scores, eligible, int(counts))  # without sorting all of a matrix
+
+
+def places(scores: Tensor) -> Tensor:
+    """Place of every entry of a row (R, C) in the row's ascending order, from 0."""
+    order = scores.argsort(dim=1, stable=True)
+    return torch.empty_like(order).scatter(
+        1, order, torch.arange(scores.shape[1], device=order.device).expand_as(order)
+    )
+
+
 def _scores(values: Tensor, tile: int) -> Tensor:
     return values.abs() if tile == 1 else tile_sums(values, tile)
 
@@ -144,13 +159,13 @@ def _choose(scores: Tensor, priority: Tensor, is_new: Tensor, part: Part, tile: 
     available = rows.sum(1)
     share = torch.where(counts > 1, (NEW_UNIT_SHARE * counts).round().clamp(min=1), 0).long()
     num_new = share.maximum(counts - (rows.shape[1] - available)).minimum(available)
-    chosen = largest_per_row(scores, ~rows, counts - num_new) | largest_per_row(priority, rows, num_new)
+    chosen = largest_units(scores, ~rows, counts - num_new) | largest_units(priority, rows, num_new)
     return chosen.view(is_new.shape)
 
 
 def _spread_evenly(num_units: int, width: int, generator: torch.Generator) -> Tensor:
     """Priorities (units, width) by which all units get one place at random before any gets a second one."""
-    order = torch.rand(num_units, width, generator=generator, dtype=torch.float64).argsort(1).argsort(1)
+    order = places(torch.rand(num_units, width, generator=generator, dtype=torch.float64))
     return -(order * num_units + torch.arange(num_units)[:, None]).double()
 
 
