@@ -62,7 +62,7 @@ def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, plan: Plan) -> N
         for name, start in _starts(old, layer, plan, _num_units(dense, sparse), seed).items():
             _store(new.get_submodule(name), start)
         if layer.rule is None:
-            _copy_bias(old, new, _num_units(dense, sparse))
+            _adopt(old, new, _num_units(dense, sparse))
     values = dict(dense.named_parameters())
     for name, parameter in sparse.named_parameters():
         if not name.startswith(tuple(started)) and parameter.shape != values[name].shape:
@@ -106,8 +106,10 @@ def _store(layer: nn.Module, start: Start) -> None:
     weight.copy_(values)
 
 
-def _copy_bias(old: nn.Module, new: nn.Module, num_units: tuple[int, int]) -> None:
-    """The bias of a widened projection: zeros for new hidden units."""
-    source, target = getattr(old, "bias", None), getattr(new, "bias", None)
-    if isinstance(source, Tensor) and isinstance(target, Tensor) and source.shape != target.shape:
-        target.copy_(wide.widen(source, num_units))
+def _adopt(old: nn.Module, new: nn.Module, num_units: tuple[int, int]) -> None:
+    """Give a widened projection the bias, with zeros for new hidden units, and what is frozen."""
+    for name, target in new.named_parameters(recurse=False):
+        source: Any = getattr(old, name)
+        target.requires_grad_(source.requires_grad)
+        if name == "bias" and source.shape != target.shape:
+            target.copy_(wide.widen(source, num_units))
