@@ -28,17 +28,17 @@ class ModelConfig:
     Args:
         name: a preset (default: gpt3-small), a path to a config.json, a model folder, or a hub id; only its config
             is read.
-        from_pretrained: folder or hub id of a trained dense model, in place of `name`; `sparse_ift.init` is then
-            `pretrained` unless it says otherwise.
         config: fields of the transformers config to change, e.g. `{n_layer: 4}`; of a trained model no sizes, but
             e.g. dropout. A fresh model takes vocabulary size and special tokens from the tokenizer.
         init_truncation: redraw initial weights beyond this many standard deviations; None keeps all.
+        from_pretrained: folder or hub id of a trained dense model, in place of `name`; `sparse_ift.init` is then
+            `pretrained` unless it says otherwise.
     """
 
     name: str | None = None
-    from_pretrained: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     init_truncation: float | None = None
+    from_pretrained: str | None = None
 
     def __post_init__(self) -> None:
         if self.from_pretrained is not None and (self.name is not None or self.init_truncation is not None):
