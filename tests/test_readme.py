@@ -18,6 +18,7 @@ from sparseift_llm.cli import main as sparseift
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.report import comparison_table
 from sparseift_llm.strict import parse_yaml
+from tests.test_loss_jump import load_benchmark
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -138,4 +139,13 @@ def test_the_cost_of_updates_is_the_committed_one() -> None:
     assert max(shares) < 0.03
     assert f"{100 * shares[0]:.1f}% (unstructured) and {100 * shares[1]:.1f}% (block)" in TEXT.replace("\n", " ")
     assert f"{result['block']['bytes_per_update'] / 1e6:.0f} MB" in TEXT
+    assert not result["commit"].endswith("-dirty")
+
+
+def test_the_loss_jump_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "loss_jump.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert load_benchmark().table(result) in TEXT
+    assert f"after {result['num_steps']:,} steps on the built-in corpus, has {result['dense']:.3f}" in TEXT
+    assert all(result[key] for key in ("command", "machine", "versions", "commit"))
     assert not result["commit"].endswith("-dirty")
