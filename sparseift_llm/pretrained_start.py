@@ -55,14 +55,16 @@ def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, plan: Plan) -> N
     Raises:
         ValueError: a parameter of another shape for which there is no start.
     """
-    started = {f"{layer.name}." for layer in plan.layers}
+    started, num_units = [], (sizes_of(dense.config).ffn, sizes_of(sparse.config).ffn)
     for index, layer in enumerate(plan.layers):
         seed = derive_seed(plan.config.seed, "pretrained start", index)
         old, new = dense.get_submodule(layer.name), sparse.get_submodule(layer.name)
-        for name, start in _starts(old, layer, plan, _num_units(dense, sparse), seed).items():
+        starts = _starts(old, layer, plan, num_units, seed)
+        for name, start in starts.items():
             _store(new.get_submodule(name), start)
-        if layer.rule is None:
-            _adopt(old, new, _num_units(dense, sparse))
+        if starts and layer.rule is None:
+            _adopt(old, new, num_units)
+        started += [f"{layer.name}."] if starts else []
     values = dict(dense.named_parameters())
     for name, parameter in sparse.named_parameters():
         if not name.startswith(tuple(started)) and parameter.shape != values[name].shape:
@@ -80,10 +82,6 @@ def _starts(old: nn.Module, layer: LayerPlan, plan: Plan, num_units: tuple[int, 
     if layer.kind not in ("mlp_in", "mlp_out"):
         return {}
     return {"": wide.start(weight, parts[0], layer.kind == "mlp_in", num_units, tile, seed)}
-
-
-def _num_units(dense: PreTrainedModel, sparse: PreTrainedModel) -> tuple[int, int]:
-    return sizes_of(dense.config).ffn, sizes_of(sparse.config).ffn
 
 
 def _matrix(module: nn.Module) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,14 @@ def test_weights_are_needed() -> None:
     with pytest.raises(ValueError, match="on the meta device"):
         sparsify(model, config)
     assert plan(tiny_config("gpt2"), config).ratio_linear == 1  # costs can be asked for before
+
+
+def test_a_projection_without_a_start_is_an_error() -> None:
+    config, dense = SparseIFTConfig(scope="ffn", init="pretrained"), tiny_model("gpt2")
+    result = plan(dense, config)
+    unknown = replace(result, layers=tuple(replace(layer, kind="new") for layer in result.layers))
+    with pytest.raises(ValueError, match=r"no start for transformer\.h\.0\.mlp\.c_fc\.weight"):
+        start_from(dense, sparsify(dense, config), unknown)
 
 
 def test_a_parameter_without_a_start_is_an_error() -> None:

@@ -108,12 +108,13 @@ def _factors(tiles: Tensor, split: _Split, num_inner: int) -> tuple[Tensor, Tens
     inner, outer = tiles.new_zeros(num_inner, width, tile, tile), tiles.new_zeros(num_rows, num_inner, tile, tile)
     same = torch.eye(tile, dtype=tiles.dtype, device=tiles.device)
     num_passed = int(split.passed.sum())
-    inner[torch.arange(num_passed), split.passed.nonzero()[:, 0]] = same
+    units = torch.arange(num_inner, device=tiles.device)
+    inner[units[:num_passed], split.passed.nonzero()[:, 0]] = same
     rows, columns = split.in_v.nonzero(as_tuple=True)
     outer[rows, (split.passed.cumsum(0) - 1)[columns]] = tiles[rows, columns]
     first = num_passed + split.num_partial.cumsum(0) - split.num_partial
     rows_of_parts = torch.arange(num_rows, device=tiles.device).repeat_interleave(split.num_partial)
-    outer[rows_of_parts, torch.arange(num_passed, num_inner)] = same
+    outer[rows_of_parts, units[num_passed:]] = same
     place = split.in_u.cumsum(1) - 1
     rows, columns = split.in_u.nonzero(as_tuple=True)
     # consecutive parts of an output take turns, so that each gets about as many entries

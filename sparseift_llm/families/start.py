@@ -41,7 +41,12 @@ def start_of_largest(values: Tensor, part: Part, tile: int) -> Start:
         part: the matrix to start; if it is not sparse, all values are kept.
         tile: side of a tile, 1 for single weights.
     """
-    return start_of_inputs(values, torch.ones(len(values), dtype=torch.bool, device=values.device), part, tile, 0)
+    if not part.is_sparse:
+        return Start(values, None)
+    counts, scores = counts_per_row(part, tile).to(values.device), _scores(values, tile)
+    rows = scores.reshape(len(counts), -1)
+    mask = largest_units(rows, torch.ones_like(rows, dtype=torch.bool), counts).view(scores.shape)
+    return Start(values.masked_fill(~spread(mask, tile, values), 0), mask)
 
 
 def start_of_inputs(values: Tensor, is_old: Tensor, part: Part, tile: int, seed: int) -> Start:
