@@ -34,7 +34,7 @@ from sparseift_llm.checkpoint import is_complete, last_complete_checkpoint
 from sparseift_llm.data import LoadedData, load_data
 from sparseift_llm.packing import RepeatedStream
 from sparseift_llm.planning import cost_of
-from sparseift_llm.presets import load_config
+from sparseift_llm.presets import load_config, load_trained
 from sparseift_llm.recipe import Recipe, load_recipe
 from sparseift_llm.run_record import (
     METRICS_NAME,
@@ -137,8 +137,16 @@ def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments) -> N
 
 
 def make_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
-    """The freshly initialised dense model or its Sparse-IFT twin."""
+    """The dense model, freshly initialised or trained, or its Sparse-IFT twin."""
     config = model_config(recipe)
+    if recipe.model.from_pretrained is not None:
+        if len(data.tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"data.tokenizer has {len(data.tokenizer)} entries, but {recipe.model.from_pretrained} knows "
+                f"{config.vocab_size}; set data.tokenizer to the model's own"
+            )
+        dense = load_trained(recipe.model.from_pretrained, config)
+        return sparsify(dense, recipe.sparse_ift) if recipe.sparse_ift else dense
     set_tokenizer_fields(config, data.tokenizer)
     model = sparsify(config, recipe.sparse_ift) if recipe.sparse_ift else build_model(config)
     if recipe.model.init_truncation is not None:
@@ -148,7 +156,9 @@ def make_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
 
 def model_config(recipe: Recipe) -> PreTrainedConfig:
     """The dense config that the recipe names, with its changes."""
-    config = load_config(recipe.model.name)
+    name = recipe.model.from_pretrained or recipe.model.name
+    assert name is not None  # ModelConfig sees to it
+    config = load_config(name)
     for key, value in recipe.model.config.items():
         if not hasattr(config, key):
             raise ValueError(f"model.config: {config.model_type} has no field {key!r}")

@@ -16,6 +16,7 @@ from sparseift_llm.strict import check_choice, check_fields, from_dict, load_yam
 
 KINDS = ("q", "k", "v", "o", "mlp_in", "mlp_out")
 FAMILIES = ("wide", "parallel", "factorized", "doped")
+INITS = ("paper", "preserve", "supar", "pretrained")
 NONLINEARITIES = {"parallel": ("layernorm", "none"), "factorized": ("none", "layernorm", "gelu"), "doped": ("none",)}
 _LAYER_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
@@ -128,8 +129,9 @@ class SparseIFTConfig:
             sparsity so that forward FLOPs with attention and logits, at `seq_len`, equal the
             dense model's.
         seq_len: tokens per sequence, needed by `accounting="whole_model"` only.
-        init: `paper` (stock init), `preserve` (output variance of the dense layer) or `supar`
-            (sparse maximal update; train with `optimizer_param_groups`).
+        init: `paper` (stock init), `preserve` (output variance of the dense layer), `supar`
+            (sparse maximal update; train with `optimizer_param_groups`) or `pretrained` (the weights of a trained
+            dense model, see pretrained_start.py; not with `wide` and scope `model`, nor with a non-linearity).
         targets: projection kinds to make sparse, any of q, k, v, o, mlp_in, mlp_out; `None` means
             all that the scope widens.
         exclude: projection kinds to leave dense.
@@ -173,7 +175,7 @@ class SparseIFTConfig:
         check_choice("structure", self.structure, ("unstructured", "block"))
         check_choice("distribution", self.distribution, ("uniform", "erk"))
         check_choice("accounting", self.accounting, ("linears", "whole_model"))
-        check_choice("init", self.init, ("paper", "preserve", "supar"))
+        check_choice("init", self.init, INITS)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         self._check_block()
@@ -222,6 +224,8 @@ class SparseIFTConfig:
                 raise ValueError(f"family={self.family!r} needs a sparsity above 0")
         if self.init == "supar" and (self.family != "wide" or self.rules):
             raise ValueError("init='supar' is derived for family='wide' alone; use init='preserve'")
+        if self.init == "pretrained":
+            self._check_pretrained()
         if self.rules and self.family == "wide" and self.scope == "model":
             raise ValueError("rules need sides of the dense model's size; use scope='ffn' or another family")
         for rule in self.rules:
@@ -229,6 +233,21 @@ class SparseIFTConfig:
                 raise ValueError(
                     f"rules: family='wide' with scope='ffn' gives every layer's FFN one width, so rules can be for "
                     f"attention only; give targets other than {', '.join(self.target_kinds)}"
+                )
+
+    def _check_pretrained(self) -> None:
+        if self.family == "wide" and self.scope == "model":
+            raise ValueError(
+                "init='pretrained' cannot widen the hidden side, because norms, tied embeddings and rotary heads would "
+                "compute something else there; use scope='ffn' or family='parallel', 'factorized' or 'doped'"
+            )
+        chosen = [(self.family, self.nonlinearity), *((rule.family, rule.nonlinearity) for rule in self.rules)]
+        for family, nonlinearity in chosen:
+            actual = nonlinearity or NONLINEARITIES.get(family, ("none",))[0]
+            if actual != "none":
+                raise ValueError(
+                    f"init='pretrained' needs linear maps, but family={family!r} has nonlinearity={actual!r} in place "
+                    "of a trained projection; use nonlinearity='none'"
                 )
 
     @classmethod

@@ -1,13 +1,24 @@
-"""Named dense models, and finding the transformers config behind a name, a file, a folder or a hub id."""
+"""Named dense models, and finding the transformers config behind a name, a file, a folder or a hub id; its weights."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from sparseift_llm.architectures import sizes_of
 from sparseift_llm.strict import nearest
 
 _GPT3 = {  # hidden, layers, heads: arXiv 2005.14165, table 2.1 (XL with 16 heads, so that they divide the width)
@@ -64,6 +75,37 @@ def load_config(model: str) -> PreTrainedConfig:
             f"{model!r} is no preset ({', '.join(PRESETS)}){nearest(model, PRESETS)}, no config.json, "
             f"no model folder, and could not be loaded as a hub id: {str(error).splitlines()[0]}"
         ) from error
+
+
+def load_trained(model: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A trained dense model with float32 weights.
+
+    Args:
+        model: a model folder, or a hub id.
+        config: its config, with the same sizes.
+
+    Raises:
+        ValueError: a Sparse-IFT model, other sizes, or weights that are missing or damaged.
+    """
+    if getattr(config, "sparse_ift", None):
+        raise ValueError(f"{model!r} is a Sparse-IFT model; start from a dense one, e.g. what to_dense gives")
+    if sizes_of(config) != sizes_of(load_config(model)):
+        raise ValueError(
+            f"model.config changes sizes of {model!r}, whose weights have theirs: {sizes_of(load_config(model))}, now "
+            f"{sizes_of(config)}; leave them as they are"
+        )
+    loader: Any = AutoModelForCausalLM
+    try:
+        trained, info = loader.from_pretrained(
+            model, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model!r}: no weights could be loaded: {str(error).splitlines()[0]}") from error
+    wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"the weights of {model!r} are missing or damaged: no {min(wrong)} of the model's shape")
+    result: PreTrainedModel = trained
+    return result
 
 
 def _config_from_file(path: Path) -> PreTrainedConfig:

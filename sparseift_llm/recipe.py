@@ -23,20 +23,32 @@ from sparseift_llm.strict import convert, from_dict, load_yaml, nearest, parse_y
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which dense model to start from; weights are always freshly initialised.
+    """Which dense model to start from: freshly initialised (`name`), or trained (`from_pretrained`).
 
     Args:
-        name: a preset, a path to a config.json, a model folder, or a hub id.
-        config: fields of the transformers config to change, e.g. `{n_layer: 4}`. Vocabulary size
-            and special tokens are taken from the tokenizer.
+        name: a preset (default: gpt3-small), a path to a config.json, a model folder, or a hub id; only its config
+            is read.
+        config: fields of the transformers config to change, e.g. `{n_layer: 4}`; of a trained model no sizes, but
+            e.g. dropout. A fresh model takes vocabulary size and special tokens from the tokenizer.
         init_truncation: redraw initial weights beyond this many standard deviations; None keeps all.
+        from_pretrained: folder or hub id of a trained dense model, in place of `name`; `sparse_ift.init` is then
+            `pretrained` unless it says otherwise.
     """
 
-    name: str = "gpt3-small"
+    name: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     init_truncation: float | None = None
+    from_pretrained: str | None = None
 
     def __post_init__(self) -> None:
+        if self.from_pretrained is not None and (self.name is not None or self.init_truncation is not None):
+            given = "name" if self.name is not None else "init_truncation"
+            raise ValueError(
+                f"model.{given}={getattr(self, given)!r} is for a freshly initialised model; leave it out, or "
+                f"from_pretrained={self.from_pretrained!r}"
+            )
+        if self.from_pretrained is None and self.name is None:
+            object.__setattr__(self, "name", "gpt3-small")
         if self.init_truncation is not None and self.init_truncation <= 0:
             raise ValueError(f"init_truncation must be above 0, got {self.init_truncation}")
 
@@ -98,12 +110,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _build(values: dict[str, Any]) -> Recipe:
     sections = {key: {} if values.get(key) is None else values[key] for key in ("model", "data", "training")}
     training = _checked_training(sections["training"])
+    model = from_dict(ModelConfig, sections["model"], "model")
     data = from_dict(DataConfig, sections["data"], "data")
+    if model.from_pretrained is not None and data.tokenizer == "bpe":
+        raise ValueError(
+            f"model.from_pretrained={model.from_pretrained!r} knows the tokens of its own tokenizer; set "
+            "data.tokenizer to it, usually the same folder or hub id"
+        )
     sparse_values = values.get("sparse_ift")
     if sparse_values is not None:
         if not isinstance(sparse_values, dict):
             raise ValueError(f"sparse_ift must be a mapping or null, got {sparse_values!r}")
         sparse_values = {"seed": training.get("seed", 42), "seq_len": data.seq_len, **sparse_values}
+        if model.from_pretrained is not None:
+            sparse_values.setdefault("init", "pretrained")
+        elif sparse_values.get("init") == "pretrained":
+            raise ValueError("sparse_ift.init='pretrained' needs model.from_pretrained, a trained dense model")
     decay_steps = values.get("lr_decay_steps")
     if decay_steps is not None and (type(decay_steps) is not int or decay_steps < 1):
         raise ValueError(f"lr_decay_steps must be a whole number of steps, at least 1, got {decay_steps!r}")
@@ -116,7 +138,7 @@ def _build(values: dict[str, Any]) -> Recipe:
             "lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in lr_scheduler_kwargs"
         )
     return Recipe(
-        model=from_dict(ModelConfig, sections["model"], "model"),
+        model=model,
         data=data,
         sparse_ift=None if sparse_values is None else SparseIFTConfig.from_dict(sparse_values),
         training=training,

@@ -37,7 +37,7 @@ def fan_in_multipliers(plan: Plan) -> dict[str, float]:
 def scale_initial_weights(model: PreTrainedModel, plan: Plan, dense_sizes: dict[str, int]) -> None:
     """Rescale a freshly built widened model in place, as `plan.config.init` says.
 
-    `paper` changes nothing. `preserve` multiplies each projection's weights by 1 / sqrt(m), m as in
+    `paper` and `pretrained` change nothing. `preserve` multiplies each projection's weights by 1 / sqrt(m), m as in
     `fan_in_multipliers`, so that outputs have the dense layer's variance. `supar` does that too,
     divides the logits by the width multiplier (in the final norm) and scales attention scores
     by 1 / head size instead of its root (in the queries).
@@ -52,7 +52,7 @@ def scale_initial_weights(model: PreTrainedModel, plan: Plan, dense_sizes: dict[
 
     Source: SµPar, arXiv 2405.15743, table 1.
     """
-    if plan.config.init == "paper":
+    if plan.config.init in ("paper", "pretrained"):
         return
     for name, multiplier in fan_in_multipliers(plan).items():
         model.get_submodule(name).weight.mul_(1 / math.sqrt(multiplier))  # type: ignore[operator]
@@ -65,7 +65,7 @@ def scale_initial_weights(model: PreTrainedModel, plan: Plan, dense_sizes: dict[
 def optimizer_param_groups(model: PreTrainedModel, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for an Adam-type optimizer: no decay on vectors, and SµPar's learning rates.
 
-    For a dense model, `paper` and `preserve` every group has `lr`. Under `supar` a projection's
+    For a dense model, `paper`, `preserve` and `pretrained` every group has `lr`. Under `supar` a projection's
     is lr / m (see `fan_in_multipliers`), and parameters that carry a folded factor (final norm,
     queries that have a matrix or norm of their own) have it on their learning rate, too. With a fused
     QKV matrix the queries share its learning rate.

@@ -24,6 +24,7 @@ from sparseift_llm.layers.shards import is_sharded
 from sparseift_llm.layout import mark, unmark
 from sparseift_llm.planning import LayerPlan, Plan, plan, record
 from sparseift_llm.saving import GATHER, install_saving, restore_saving
+from sparseift_llm.pretrained_start import check_has_weights, start_from
 from sparseift_llm.scaling import scale_initial_weights
 from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.masks import derive_seed, random_mask
@@ -35,8 +36,8 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
     The result is a transformers model with other widths and sparse projections. Unstructured, its weights hold exact
     zeros, and `save_pretrained` writes a stock checkpoint plus the packed masks. Block-sparse, it holds
     active tiles only, and so does its checkpoint: `load_pretrained` reads it, `to_dense` makes it stock. It is randomly
-    initialised (set torch's seed before), except that parameters whose shape did not change
-    keep the values of `model`, when a model is given. The argument itself is not changed.
+    initialised (set torch's seed before), except that parameters whose shape did not change keep the values of `model`,
+    when a model is given; with `init="pretrained"` all start from them. The argument itself is not changed.
 
     Args:
         model: a dense model, or its config. Under `torch.device("meta")` nothing is allocated.
@@ -46,10 +47,12 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
         A new model of the same class, dtype and device; `print` shows each layer's sparsity.
 
     Raises:
-        ValueError: as `plan` does.
+        ValueError: as `plan` does; `init="pretrained"` without a model that has weights.
 
     Source: arXiv 2303.11525.
     """
+    if config.init == "pretrained":
+        check_has_weights(model)
     result = plan(model, config)
     if isinstance(model, PreTrainedConfig):
         dense_config = model
@@ -71,7 +74,10 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
         sparse.generation_config = copy.deepcopy(model.generation_config)
         sparse.train(model.training)
     install_sparse_layers(sparse, result)
-    _set_initial_masks(sparse, config)
+    if config.init == "pretrained" and isinstance(model, PreTrainedModel):
+        start_from(model, sparse, result)
+    else:
+        _set_initial_masks(sparse, config)
     return sparse
 
 

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from sparseift_llm import isoflop
 from sparseift_llm.config import FamilyRule
+from sparseift_llm.families.start import (
+    Start,
+    singular_factors,
+    start_of_inputs,
+    start_of_largest,
+    start_of_outputs,
+)
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
+from sparseift_llm.topology.masks import derive_seed
 
 
 def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
@@ -43,6 +51,21 @@ def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) ->
 def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
     """Parameters of the non-linearities: there are none."""
     return 0
+
+
+def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+    """U and V from the truncated singular value decomposition of a trained weight, W from the largest of what is left.
+
+    Arguments as `parallel.start`.
+    """
+    w, u, v = parts
+    inner, outer = singular_factors(weight, u.shape[0])
+    is_old = inner.any(1)
+    return {
+        w.name: start_of_largest(weight.to(inner) - outer @ inner, w, tile),
+        u.name: start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
+        v.name: start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
+    }
 
 
 class DopedProjection(CompositeProjection):

@@ -6,10 +6,11 @@ import dataclasses
 import math
 from types import ModuleType
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparseift_llm.config import FamilyRule, SparseIFTConfig
 from sparseift_llm.families import doped, factorized, parallel
+from sparseift_llm.families.start import Start
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part
 
 _FAMILIES: dict[str, tuple[ModuleType, type]] = {
@@ -93,3 +94,9 @@ def build(
     """The module in place of `dense`, freshly initialised; arguments as `ParallelProjection`."""
     module: CompositeProjection = _FAMILIES[rule.family][1](dense, rule, parts, make, preserve)
     return module
+
+
+def start(weight: Tensor, rule: FamilyRule, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+    """The matrices in place of a trained weight (out, in), by name of the part; arguments as `parallel.start`."""
+    starts: dict[str, Start] = _FAMILIES[rule.family][0].start(weight, parts, tile, seed)
+    return starts

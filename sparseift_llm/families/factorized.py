@@ -10,8 +10,11 @@ from torch.nn import functional as F
 
 from sparseift_llm import isoflop
 from sparseift_llm.config import FamilyRule
+from sparseift_llm.families.pass_through import pass_through
+from sparseift_llm.families.start import Start, singular_factors, start_of_inputs, start_of_outputs
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
 from sparseift_llm.topology.distributions import round_to_total
+from sparseift_llm.topology.masks import derive_seed
 
 # mean square of g(z) for normally distributed z of variance 1; of GELU (tanh formula) by numerical integration
 _MEAN_SQUARE = {"none": 1.0, "layernorm": 1.0, "gelu": 0.4252}
@@ -56,6 +59,28 @@ def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) ->
 def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
     """Parameters of the non-linearities."""
     return 2 * parts[0].shape[0] if rule.nonlinearity == "layernorm" else 0
+
+
+def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+    """U and V of a trained weight, by the nearer one of two ways; arguments as `parallel.start`.
+
+    One is the truncated singular value decomposition, singular values split evenly, of which the largest entries (or
+    tiles) of each factor stay; inner units beyond the weight's rank are new: random in U, 0 in V. The other is
+    `pass_through`, which comes nearer where few entries stay.
+    """
+    u, v = parts
+    inner, outer = singular_factors(weight, u.shape[0])
+    is_old = inner.any(1)
+    ways = [
+        (
+            start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
+            start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
+        )
+    ]
+    passing = pass_through(weight.to(inner), u, v, tile, seed)
+    ways += [passing] if passing else []
+    best = min(ways, key=lambda way: float((weight - way[1].values @ way[0].values).square().sum()))
+    return {u.name: best[0], v.name: best[1]}
 
 
 class FactorizedProjection(CompositeProjection):

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from sparseift_llm import isoflop
 from sparseift_llm.config import FamilyRule
+from sparseift_llm.families.start import Start, counts_per_row, largest_units, places, spread
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
+from sparseift_llm.topology.blocks import tile_sums
 from sparseift_llm.topology.distributions import round_to_total
+from sparseift_llm.topology.masks import random_scores
 
 
 def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
@@ -29,6 +32,36 @@ def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) ->
 def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
     """Parameters of the non-linearities."""
     return 0 if rule.nonlinearity == "none" else 2 * shape[0] * len(parts)
+
+
+def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+    """Deal the entries (or tiles) of a trained weight to the branches at random, so that they sum to it exactly.
+
+    With tiles a block-row holds a fixed number in every branch. Where these do not add up to all of the row's tiles
+    (the number of branches does not divide it), the smallest ones are left out, or zeros fill the rest.
+
+    Args:
+        weight: (out, in) of the dense projection.
+        parts: as `parts` gives them.
+        tile: side of a tile, 1 for single weights.
+        seed: of the deal.
+    """
+    scores = weight.abs() if tile == 1 else tile_sums(weight, tile)
+    counts = torch.stack([counts_per_row(part, tile) for part in parts]).to(weight.device)
+    rows = scores.reshape(counts.shape[1], -1)
+    everything = torch.ones_like(rows, dtype=torch.bool)
+    num_kept = counts.sum(0).clamp(max=rows.shape[1])
+    kept = largest_units(rows, everything, num_kept)
+    noise = random_scores(rows.shape, seed).to(weight.device)
+    place = places(noise.masked_fill(~kept, torch.inf))
+    starts, end = {}, torch.zeros_like(counts[0])
+    for part, count in zip(parts, counts, strict=True):
+        begin, end = end, end + count
+        dealt = kept & (place >= begin[:, None]) & (place < end[:, None])
+        mask = dealt | largest_units(noise, ~dealt, count - dealt.sum(1))
+        values = weight.masked_fill(~spread(dealt.view(scores.shape), tile, weight), 0)
+        starts[part.name] = Start(values, mask.view(scores.shape) if part.is_sparse else None)
+    return starts
 
 
 class ParallelProjection(CompositeProjection):

@@ -1,15 +1,19 @@
-"""Sparse Wide: the same decoder with wider sides. Gives the widened transformers config, nothing else."""
+"""Sparse Wide, the same decoder with wider sides: the widened transformers config, and trained FFN matrices in it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sparseift_llm import isoflop
 from sparseift_llm.architectures import head_dim_is_free, sizes_of, valid_head_dim, with_sizes
 from sparseift_llm.config import SparseIFTConfig
+from sparseift_llm.families.start import Start, start_of_inputs, start_of_outputs
+from sparseift_llm.layers.composite import Part
 
 
 def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedConfig:
@@ -58,6 +62,35 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
     # from the rounded hidden size, so that a ratio of 4 stays 4, as in the authors' configs
     ffn = isoflop.round_size(sizes.ffn * hidden / sizes.hidden, multiple, lambda size: size >= sizes.ffn)
     return with_sizes(dense, hidden, ffn, head_dim)
+
+
+def start(weight: Tensor, part: Part, is_input: bool, num_units: tuple[int, int], tile: int, seed: int) -> Start:
+    """A trained FFN matrix inside the widened one (scope `ffn`): its largest weights stay, new units change no output.
+
+    Args:
+        weight: (out, in) of the dense projection. A gate fused with the matrix beside it stands above or below it.
+        part: the widened matrix.
+        is_input: its outputs are the hidden units (mlp_in), not its inputs (mlp_out).
+        num_units: hidden units of the dense and of the widened FFN.
+        tile: side of a tile, 1 for single weights.
+        seed: of the new units' random weights.
+    """
+    is_old = widen(torch.ones(weight.shape[0 if is_input else 1], dtype=torch.bool, device=weight.device), num_units)
+    if is_input:
+        return start_of_inputs(widen(weight, num_units), is_old, part, tile, seed)
+    return start_of_outputs(widen(weight.T, num_units).T, is_old, part, tile, seed)
+
+
+def widen(rows: Tensor, num_units: tuple[int, int]) -> Tensor:
+    """Zeros (or False) after every `num_units[0]` rows, so that there are `num_units[1]` in their place.
+
+    >>> widen(torch.tensor([1, 2, 3, 4]), (2, 3)).tolist()
+    [1, 2, 0, 3, 4, 0]
+    """
+    groups = rows.unflatten(0, (-1, num_units[0]))
+    wide = groups.new_zeros(len(groups), num_units[1], *rows.shape[1:])
+    wide[:, : num_units[0]] = groups
+    return wide.flatten(0, 1)
 
 
 def resolve_block_size(dense: PreTrainedConfig, config: SparseIFTConfig) -> SparseIFTConfig:
