@@ -23,8 +23,8 @@ from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.layers.shards import is_sharded
 from sparseift_llm.layout import mark, unmark
 from sparseift_llm.planning import LayerPlan, Plan, plan, record
-from sparseift_llm.saving import GATHER, install_saving, restore_saving
 from sparseift_llm.pretrained_start import check_has_weights, start_from
+from sparseift_llm.saving import GATHER, install_saving, restore_saving
 from sparseift_llm.scaling import scale_initial_weights
 from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.masks import derive_seed, random_mask
