@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparseift_llm.architectures import find_projections
+from sparseift_llm.projections import find_projections
 from sparseift_llm.evaluation import builtin
 from sparseift_llm.evaluation.suites import (
     Headline,

@@ -55,7 +55,7 @@ def random_columns(num_rows: int, num_columns: int, num_tiles: int, seed: int) -
     with torch.device("cpu"):  # also while a model is built on the meta device
         scores = random_scores(torch.Size((num_rows, num_columns)), seed)
         counts = row_starts(num_tiles, num_rows).diff()
-        return columns_of(_largest_per_row(scores, torch.ones_like(scores, dtype=torch.bool), counts))
+        return columns_of(largest_per_row(scores, torch.ones_like(scores, dtype=torch.bool), counts))
 
 
 def columns_of(mask: Tensor) -> Tensor:
@@ -140,11 +140,11 @@ def drop_and_grow_per_row(mask: Tensor, magnitude: Tensor, growth: Tensor, num_c
     """
     active = mask.sum(1)
     num_changed = num_changed.to(mask.device).minimum(active).minimum(mask.shape[1] - active)
-    kept = mask & ~_largest_per_row(-magnitude, mask, num_changed)
-    return kept | _largest_per_row(growth, ~kept, num_changed)
+    kept = mask & ~largest_per_row(-magnitude, mask, num_changed)
+    return kept | largest_per_row(growth, ~kept, num_changed)
 
 
-def _largest_per_row(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+def largest_per_row(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     """Mask of the `counts[r]` eligible entries of row r with the largest scores; among equals the lower index wins."""
     order = scores.masked_fill(~eligible, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
