@@ -38,6 +38,7 @@ QKV_LAYOUTS = {
     "persimmon": "per_head",
 }
 ACTIVATIONS = {"gpt2": "act", "gpt_neox": "act"}  # beside mlp_out, where it stands alone between mlp_in and mlp_out
+_SEE_LATER_TOKENS = ("cpmant",)
 _HIDDEN_TWINS = {"opt": ("word_embed_proj_dim",)}  # further fields that must equal the hidden size
 
 
@@ -80,6 +81,8 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(f"model type {name!r} has no causal language model in transformers, so it is not supported")
     if getattr(config, "is_heterogeneous", False):
         raise ValueError(f"{name} has layers of different sizes (per_layer_config), which is not supported")
+    if name in _SEE_LATER_TOKENS:
+        raise ValueError(f"{name} is no GPT: each token sees the later ones, too; use a causal language model")
     # other configs have a left-over field `is_decoder` that says nothing
     if hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True):
         raise ValueError(f"{name} with is_decoder=False sees later tokens, too; set is_decoder=True")

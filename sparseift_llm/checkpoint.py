@@ -165,7 +165,8 @@ def _load_own_layout(folder: Path, hf_config: PreTrainedConfig, plan: Plan, **kw
         stock_class.__init__(self, config, *args, **options)
         install_sparse_layers(self, plan)
         for module in self.modules():  # GPT-2 would draw `c_proj.weight`, which a composite does not have
-            if any(isinstance(child, CompositeProjection) for child in module.children()):
+            has_buffers = next(module.buffers(recurse=False), None) is not None  # GPT-J fills them there
+            if not has_buffers and any(isinstance(child, CompositeProjection) for child in module.children()):
                 module._is_hf_initialized = True
 
     # transformers renames a checkpoint's parameters for the classes of its own modules only
