@@ -42,9 +42,7 @@ def active_counts(
     total = sum(twins)
     if config.accounting == "whole_model":
         seq_len = config.seq_len or 0
-        dense_flops = model_flops(
-            dense_model, dense, sum(projection.num_weights for projection in dense), seq_len
-        )
+        dense_flops = model_flops(dense_model, dense, sum(projection.num_weights for projection in dense), seq_len)
         available = sum(counts[index] for index in picked)
         around = model_flops(widened_model, sparse, sum(counts) - available, seq_len)
         total = _whole_model_total(len(picked), available, dense_flops, around, config)

@@ -18,10 +18,16 @@ def final_norm(model: PreTrainedModel) -> str:
     """Path of the norm before the logits: the last one beside the list of decoder layers.
 
     Raises:
-        ValueError: there is none, or it has no weight.
+        ValueError: there is none, it has no weight, or there is a matrix outside the layers that may stand behind it.
     """
-    path, _ = decoder_layers(model)
+    path, layers = decoder_layers(model)
     parent = path.rpartition(".")[0]
+    known = {*layers.modules(), model.get_output_embeddings()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module not in known:
+            raise ValueError(
+                f"init='supar' scales a norm before the logits, but {name} stands there, too; use 'preserve'"
+            )
     names = [name for name, child in model.get_submodule(parent).named_children() if _is_norm(child)]
     if not names:
         raise ValueError(f"init='supar' needs a norm before the logits, {model.config.model_type} has none here")

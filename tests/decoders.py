@@ -49,7 +49,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "opt": {"word_embed_proj_dim": 32},
     "reformer": {"axial_pos_embds": False},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
-    "youtu": {"num_key_value_heads": 4, "head_dim": 4},
+    # loading, transformers sets its padding row to 0
+    "youtu": {"num_key_value_heads": 4, "head_dim": 4, "pad_token_id": None},
 }
 # Model types whose default config is left as it is: its sizes depend on each other, and it is refused anyway.
 _AS_IT_IS = ("bamba", "dots3_note_text", "granitemoehybrid", "mamba2", "zamba", "zamba2")
