@@ -302,14 +302,14 @@ def also_ineligible(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     return LARGEST(scores, torch.ones_like(eligible), counts)
 
 
-LARGEST = blocks._largest_per_row
+LARGEST = blocks.largest_per_row
 
 
 @pytest.mark.parametrize("fault", [last_of_equals, over_all_rows, also_ineligible])
 def test_the_check_of_drop_and_grow_catches_faults(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
     growth = torch.tensor([[1.0, 1.0, 1.0, 9.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 2.0, 3.0]])
     check_drop_and_grow(MASK, MAGNITUDE, growth, [1, 1, 1])
-    monkeypatch.setattr(blocks, "_largest_per_row", fault)
+    monkeypatch.setattr(blocks, "largest_per_row", fault)
     with pytest.raises(AssertionError):
         check_drop_and_grow(MASK, MAGNITUDE, growth, [1, 1, 1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, T5Config, ViTConfig, Wav2Vec2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, load_pretrained, plan, sparsify
+from sparseift_llm import (
+    DSTConfig,
+    SparseIFTConfig,
+    SparseTrainingController,
+    load_pretrained,
+    plan,
+    sparsify,
+    to_dense,
+)
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection
 from sparseift_llm.mask_file import digest, masks_of
+from sparseift_llm.ops.block_kernels import use_block_kernel
 from sparseift_llm.projections import find_projections
 from tests.decoders import DISTINCT, FFN_FIXED, LATENT, REFUSED, SUPPORTED, decoder, decoder_config
 from tests.models import token_ids
@@ -24,6 +35,7 @@ from tests.models import token_ids
 ALL_REFUSED = [(name, reason) for reason, names in REFUSED.items() for name in names]
 DROP_IN = ("parallel", "factorized", "doped")
 LISTED_FOR = "5.23"  # the version of transformers whose model types the lists in decoders.py are
+FOUND = "decoders of self-attention and MLP in Linear or Conv1D, found by paths and shapes"
 KINDS = {"q", "k", "v", "o", "mlp_in", "mlp_out"}
 
 
@@ -58,6 +70,11 @@ def test_every_model_type_is_either_tested_or_refused() -> None:
     assert len(installed(SUPPORTED)) >= 60
 
 
+@pytest.mark.support(
+    "experts, encoder-decoders, recurrent, convolutional and multimodal models",
+    refused=True,
+    structures=("unstructured", "block"),
+)
 @pytest.mark.parametrize(("name", "reason"), [pair for pair in ALL_REFUSED if installed(pair[:1])])
 def test_refused(name: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
@@ -123,6 +140,7 @@ def choices_for(name: str) -> list[dict[str, Any]]:
 CASES = [(name, choice) for name in installed(DISTINCT) for choice in choices_for(name)]
 
 
+@pytest.mark.support(FOUND)
 @pytest.mark.parametrize(("name", "choice"), CASES, ids=[f"{name}-{next(iter(c.values()))}" for name, c in CASES])
 def test_rigl_moves_masks_and_a_saved_model_is_the_same(name: str, choice: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -145,6 +163,35 @@ def test_rigl_moves_masks_and_a_saved_model_is_the_same(name: str, choice: dict[
         assert any(isinstance(module, CompositeProjection) for module in loaded.modules())
     else:
         assert sparse_layers(loaded).keys() == {layer.name for layer in result.layers if layer.is_sparse}
+
+
+@pytest.fixture
+def reference_kernel() -> Iterator[None]:
+    use_block_kernel("reference")
+    yield
+    use_block_kernel(None)
+
+
+@pytest.mark.support(FOUND, structures=("block",))
+@pytest.mark.parametrize("name", installed(DISTINCT))
+def test_tiles(name: str, reference_kernel: None) -> None:
+    torch.manual_seed(0)
+    scope = "ffn" if name in LATENT else "model"
+    config = SparseIFTConfig(scope=scope, structure="block", block_size=8, dst=DSTConfig(update_every_steps=1))
+    model = sparsify(decoder_config(name), config)
+    assert all(isinstance(layer, BlockSparseLinear) for layer in sparse_layers(model).values())
+    before = digest(masks_of(model))
+    train(model, 1)
+    assert digest(masks_of(model)) != before
+    model.eval()
+    torch.testing.assert_close(logits(to_dense(model), token_ids()), logits(model, token_ids()), rtol=1e-3, atol=1e-4)
+
+
+def test_the_readme_says_how_many() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"{len(SUPPORTED)} of the {len(SUPPORTED) + len(ALL_REFUSED)} model types of transformers {LISTED_FOR}" in text
+    )
 
 
 @pytest.mark.parametrize("name", installed(SUPPORTED))

@@ -118,6 +118,7 @@ def train(model: PreTrainedModel, num_steps: int = 3) -> None:
     assert controller.cost.num_updates == num_steps
 
 
+@pytest.mark.support("balance_heads")
 @pytest.mark.parametrize("algorithm", ["set", "rigl"])
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_are_balanced_at_the_start_and_after_updates(name: str, algorithm: str) -> None:
@@ -178,6 +179,7 @@ def test_only_what_is_targeted() -> None:
 # ---- tiles
 
 
+@pytest.mark.support("balance_heads", structures=("block",))
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "llama"])
 def test_heads_of_whole_block_rows_are_balanced_to_a_tile(name: str) -> None:
     """Heads grow from 8 to 16 rows; outputs are balanced, the inputs of o are not."""
