@@ -137,6 +137,9 @@ class SparseIFTConfig:
         exclude: projection kinds to leave dense.
         width_multiple: the widened hidden and FFN sizes are rounded to a multiple of this (and of
             what the architecture itself needs).
+        balance_heads: every attention head keeps the same number of active weights (to within one), at the start and in
+            every update: per head the rows of q, of k and of v, fused or not, and the input columns of o. With tiles,
+            whose block-rows have as many tiles anyway, a head must be whole block-rows, and o stays as it is.
         nonlinearity: in every branch of `parallel` (`layernorm`, the default, or `none`: then the branches sum to one
             linear map); between the factors of `factorized` (`none`, the default, `layernorm`, `gelu`).
         sparse_u_only: `factorized` keeps its outer factor dense.
@@ -162,6 +165,7 @@ class SparseIFTConfig:
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     width_multiple: int = 1
+    balance_heads: bool = False
     nonlinearity: str | None = None
     sparse_u_only: bool = False
     rules: tuple[FamilyRule, ...] = ()
@@ -180,6 +184,7 @@ class SparseIFTConfig:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         self._check_block()
         self._check_families()
+        self._check_heads()
         if self.width_multiple < 1:
             raise ValueError(f"width_multiple must be at least 1, got {self.width_multiple}")
         if self.targets == ():
@@ -209,6 +214,20 @@ class SparseIFTConfig:
             raise ValueError(
                 "algorithm='gmp' starts dense, but structure='block' stores a fixed number of tiles; use "
                 "structure='unstructured', or static, set or rigl"
+            )
+
+    def _check_heads(self) -> None:
+        if not self.balance_heads:
+            return
+        if self.family != "wide" or not {"q", "k", "v", "o"} & set(self.target_kinds):
+            raise ValueError(
+                "balance_heads needs sparse attention projections: family='wide' with scope='model', and any of q, k, "
+                "v, o in targets; or leave it out"
+            )
+        if self.dst.algorithm == "gmp":
+            raise ValueError(
+                "algorithm='gmp' prunes the smallest weights wherever they are, so balance_heads cannot hold; use "
+                "static, set or rigl"
             )
 
     def _check_families(self) -> None:

@@ -88,7 +88,8 @@ class LayoutLoader(HfQuantizer):
             raise ValueError("a state_dict has no masks in it; give from_pretrained the folder that has both")
         install_sparse_layers(model, self.plan)
         for module in model.modules():  # GPT-2 would draw `c_proj.weight`, which a composite does not have
-            if any(isinstance(child, CompositeProjection) for child in module.children()):
+            has_buffers = next(module.buffers(recurse=False), None) is not None  # GPT-J fills them there
+            if not has_buffers and any(isinstance(child, CompositeProjection) for child in module.children()):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         if self.quantization_config.packed_by:
             self._expect_packed(model)

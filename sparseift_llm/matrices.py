@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparseift_llm.architectures import build_model, find_projections
+from sparseift_llm.architectures import build_model
 from sparseift_llm.checkpoint import weight_files
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.shards import whole
 from sparseift_llm.mask_file import PackedMasks, digest, masks_of, read_packed_masks
 from sparseift_llm.ops.block_reference import dense_weight
 from sparseift_llm.planning import plan_of, read_record
+from sparseift_llm.projections import find_projections
 from sparseift_llm.topology.blocks import are_valid, tile_mask
 
 

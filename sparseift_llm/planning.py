@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
-from sparseift_llm.allocation import active_counts, model_flops
-from sparseift_llm.architectures import Projection, architecture_of, build_model, find_projections, sizes_of, with_sizes
+from sparseift_llm.allocation import active_counts, head_groups, model_flops
+from sparseift_llm.architectures import build_model, check_config, sizes_of, with_sizes
 from sparseift_llm.config import FamilyRule, SparseIFTConfig
 from sparseift_llm.families.drop_in import num_norm_params, parts_of, rule_for
-from sparseift_llm.families.wide import resolve_block_size, wide_config
+from sparseift_llm.families.wide import build_widened, check_widths, resolve_block_size, wide_config
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.layout import unmark
+from sparseift_llm.projections import Projection, find_projections
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class LayerPlan:
         is_sparse: whether there is a mask in it.
         rule: the drop-in family that replaces it; None if it is Wide's or dense.
         parts: the matrices of a drop-in family.
+        heads: with `balance_heads`, the side along which heads lie (0 outputs, 1 inputs), and their number.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LayerPlan:
     is_sparse: bool
     rule: FamilyRule | None = None
     parts: tuple[Part, ...] = ()
+    heads: tuple[int, int] | None = None
 
     @property
     def matrices(self) -> tuple[Part, ...]:
@@ -229,13 +232,14 @@ def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str,
 
 def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None) -> Plan:
     seq_len = seq_len or config.seq_len or int(getattr(dense_config, "max_position_embeddings", 2048))
-    architecture_of(dense_config)
+    check_config(dense_config)
     config = resolve_block_size(dense_config, config)
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
     widened_config = wide_config(dense_config, config)
-    widened_model = build_model(widened_config, meta=True)
+    widened_model = build_widened(widened_config)
     projections = find_projections(widened_model)
+    check_widths(dense_projections, projections, dense_config, widened_config)
     rules = [rule_for(config, p.name, p.kinds, p.layer_index) for p in projections]
     chosen = [
         config.family == "wide" and rule is None and _is_chosen(projection, config)
@@ -248,11 +252,12 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
             f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
         )
     dense_cost = cost_of(dense_model, seq_len)
-    active = active_counts(dense_projections, projections, chosen, config, dense_config, widened_config)
+    active = active_counts(dense_projections, projections, chosen, config, dense_model, widened_model)
+    heads = head_groups(projections, widened_config, config) if config.balance_heads else {}
     layers = tuple(
         LayerPlan(
             p.name, p.kind, dense.shape, p.shape, count, is_chosen or rule is not None, rule,
-            parts_of(rule, p.name, p.shape, config) if rule else (),
+            parts_of(rule, p.name, p.shape, config) if rule else (), heads.get(p.name) if is_chosen else None,
         )
         for dense, p, count, is_chosen, rule in zip(
             dense_projections, projections, active, chosen, replaced, strict=True
@@ -265,7 +270,7 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
     if config.block_size is not None:
         num_stored -= sum(part.num_weights - part.num_active for part in sparse)
     topology_bytes = sum(_topology_bytes(part, config.block_size) for part in sparse)
-    flops = model_flops(widened_config, sum(active), seq_len)
+    flops = model_flops(widened_model, projections, sum(active), seq_len)
     sparse_cost = ModelCost(sum(active), num_linear, num_stored, flops, topology_bytes)
     return Plan(config, widened_config, seq_len, layers, dense_cost, sparse_cost)
 
@@ -284,8 +289,9 @@ def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCos
         model = build_model(model, meta=True)
     layers = sparse_layers(model).values()
     inactive = sum(layer.mask.numel() * layer.unit_size - layer.count_active() for layer in layers)
-    total = sum(projection.num_weights for projection in find_projections(model))
-    flops = model_flops(model.config, total - inactive, seq_len)
+    projections = find_projections(model)
+    total = sum(projection.num_weights for projection in projections)
+    flops = model_flops(model, projections, total - inactive, seq_len)
     return ModelCost(
         total - inactive, total, model.num_parameters(), flops, sum(layer.topology_bytes for layer in layers)
     )

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sparseift_llm.architectures import architecture_of, sizes_of
+from sparseift_llm.architectures import QKV_LAYOUTS, sizes_of
+from sparseift_llm.norms import final_norm, norm_offset, query_norm
 from sparseift_llm.planning import Plan, plan_of, read_record
 
 
@@ -48,7 +50,7 @@ def scale_initial_weights(model: PreTrainedModel, plan: Plan, dense_sizes: dict[
         dense_sizes: `hidden`, `ffn`, `head_dim` of the dense model.
 
     Raises:
-        ValueError: `supar` on a model without a final norm.
+        ValueError: `supar` on a model without a final norm, with norms or a fused QKV matrix that are not understood.
 
     Source: SµPar, arXiv 2405.15743, table 1.
     """
@@ -130,57 +132,61 @@ def _learning_rate_factors(model: PreTrainedModel) -> dict[str, tuple[float, flo
     config, dense_sizes = read_record(model.config)
     if config.init != "supar":
         return {}
-    plan, sizes, architecture = plan_of(model), sizes_of(model.config), architecture_of(model.config)
+    plan, sizes = plan_of(model), sizes_of(model.config)
     width, head = dense_sizes["hidden"] / sizes.hidden, math.sqrt(dense_sizes["head_dim"] / sizes.head_dim)
     factors = {f"{name}.weight": (1 / multiplier, 1.0) for name, multiplier in fan_in_multipliers(plan).items()}
-    for part in ("weight", "bias"):
-        factors[f"{architecture.final_norm}.{part}"] = (1.0, width)
-    for name in _own_query_modules(model, plan):
-        factors[f"{name}.weight"] = (factors.get(f"{name}.weight", (1.0, 1.0))[0], head)
-        factors[f"{name}.bias"] = (1.0, head)
+    folded = {} if width == 1 else {final_norm(model): width}
+    if head != 1:
+        folded |= dict.fromkeys(_own_query_modules(model, plan), head)
+    for name, factor in folded.items():
+        for parameter, _ in model.get_submodule(name).named_parameters(prefix=name):
+            factors[parameter] = (factors.get(parameter, (1.0, 1.0))[0], factor)
     return factors
 
 
 def _scale_final_norm(model: PreTrainedModel, factor: float) -> None:
-    architecture = architecture_of(model.config)
-    if not _has(model, architecture.final_norm):
-        raise ValueError(f"init='supar' needs a norm before the logits, {model.config.model_type} has none here")
-    offset = architecture.norm_offset
-    for name, parameter in model.get_submodule(architecture.final_norm).named_parameters():
-        parameter.copy_((parameter + offset) * factor - offset if name == "weight" else parameter * factor)
+    if factor != 1:
+        _scale_norm(model.get_submodule(final_norm(model)), factor)
+
+
+def _scale_norm(norm: nn.Module, factor: float) -> None:
+    offset = norm_offset(norm)
+    for name, parameter in norm.named_parameters():
+        is_weight = name.endswith("weight")
+        parameter.copy_((parameter + offset) * factor - offset if is_weight else parameter * factor)
 
 
 def _scale_queries(model: PreTrainedModel, plan: Plan, factor: float) -> None:
-    own = _own_query_modules(model, plan)
-    for name in own:
+    if factor == 1:
+        return
+    for name in (own := _own_query_modules(model, plan)):
         module = model.get_submodule(name)
-        for parameter in module.parameters():
-            parameter.mul_(factor)
-    if not own:
-        for layer in plan.layers:
-            if layer.kind == "qkv":
-                for part in model.get_submodule(layer.name).parameters():
-                    _query_part(part, model).mul_(factor)
+        if name in (layer.name for layer in plan.layers):
+            for parameter in module.parameters():
+                parameter.mul_(factor)
+        else:
+            _scale_norm(module, factor)
+    for layer in () if own else plan.layers:
+        if layer.kind == "qkv":
+            module = model.get_submodule(layer.name)
+            for part in module.parameters():
+                _query_part(part.T if isinstance(module, Conv1D) and part.ndim == 2 else part, model).mul_(factor)
 
 
 def _own_query_modules(model: PreTrainedModel, plan: Plan) -> list[str]:
     """Where scaling the queries means scaling a whole module: the query norm, else the query projection."""
-    names = []
-    for layer in plan.layers:
-        if layer.kind == "q":
-            norm = layer.name.rsplit(".", 1)[0] + ".q_norm"  # a norm after the projection would undo its scale
-            names.append(norm if _has(model, norm) else layer.name)
-    return names
+    names = [(layer, query_norm(model, layer.name)) for layer in plan.layers if "q" in layer.kind]
+    return [norm or layer.name for layer, norm in names if norm or layer.kind == "q"]
 
 
 def _query_part(parameter: Tensor, model: PreTrainedModel) -> Tensor:
-    """The entries of a fused QKV weight or bias that make queries, as a view."""
-    sizes, layout = sizes_of(model.config), architecture_of(model.config).qkv_layout
-    if layout == "blocks":  # Conv1D: outputs are the last dimension, q comes first
-        return parameter[..., : sizes.attention_width]
+    """The rows of a fused QKV weight (out, in) or bias that make queries, as a view."""
+    sizes, layout = sizes_of(model.config), QKV_LAYOUTS.get(model.config.model_type)
+    if layout is None:
+        raise ValueError(
+            f"init='supar' has to scale the queries, but in which rows {model.config.model_type} keeps them is not "
+            f"known; use init='preserve', or one of {', '.join(QKV_LAYOUTS)}"
+        )
+    if layout == "blocks":  # q comes first
+        return parameter[: sizes.attention_width]
     return parameter.unflatten(0, (sizes.num_heads, 3, sizes.head_dim))[:, 0]
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    parent, _, child = name.rpartition(".")
-    return getattr(model.get_submodule(parent), child, None) is not None

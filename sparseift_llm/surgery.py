@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 
-from sparseift_llm.architectures import architecture_of, build_model
+from sparseift_llm.architectures import ACTIVATIONS, build_model
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.families.drop_in import build
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
@@ -27,6 +27,7 @@ from sparseift_llm.pretrained_start import check_has_weights, start_from
 from sparseift_llm.saving import GATHER, install_saving, restore_saving
 from sparseift_llm.scaling import scale_initial_weights
 from sparseift_llm.topology.blocks import random_columns
+from sparseift_llm.topology.heads import random_mask_per_head
 from sparseift_llm.topology.masks import derive_seed, random_mask
 
 
@@ -132,7 +133,10 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[s
             make = partial(_make_part, dense, layer, sparse_layer)
             _replace(model, layer.name, build(dense, layer.rule, layer.parts, make, plan.config.init == "preserve"))
         elif layer.is_sparse:
-            _replace(model, layer.name, sparse_layer(dense, layer.matrices[0], layer.dense_shape))
+            sparse = sparse_layer(dense, layer.matrices[0], layer.dense_shape)
+            if layer.heads is not None and isinstance(sparse, MaskedProjection):
+                sparse.balance_heads(*layer.heads)
+            _replace(model, layer.name, sparse)
     _fuse_feed_forwards(model, plan)
     install_saving(model)
     # every rank computes the same masks and indices; broadcasting them before each forward would be waste
@@ -174,7 +178,7 @@ def _sparse_layer(
 
 def _fuse_feed_forwards(model: PreTrainedModel, plan: Plan) -> None:
     """Let block-sparse mlp_out layers compute mlp_in and GELU, too: the widened activation is then never stored."""
-    act = architecture_of(model.config).activation
+    act = ACTIVATIONS.get(model.config.model_type)
     layers = {(layer.name.rpartition(".")[0], layer.kind): model.get_submodule(layer.name) for layer in plan.layers}
     for (parent, kind), up in layers.items() if act else ():
         down = layers.get((parent, "mlp_out"))
@@ -190,7 +194,11 @@ def _set_initial_masks(model: PreTrainedModel, config: SparseIFTConfig) -> None:
     for index, layer in enumerate(sparse_layers(model).values()):
         if not isinstance(layer, MaskedProjection) or layer.weight.is_meta or config.dst.algorithm == "gmp":
             continue
-        mask = random_mask(layer.weight.shape, layer.num_active, derive_seed(config.seed, "initial mask", index))
+        seed = derive_seed(config.seed, "initial mask", index)
+        if layer.heads is None:
+            mask = random_mask(layer.weight.shape, layer.num_active, seed)
+        else:
+            mask = random_mask_per_head(layer.weight.shape, layer.num_active, seed, layer.heads)
         layer.set_mask(mask.to(layer.weight.device))
 
 

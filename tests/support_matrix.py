@@ -67,6 +67,11 @@ GROUPS = {
         "checkpoints pieced together from two steps",
         "2,000 steps, an update every 10",
     ),
+    "Models": (
+        "decoders of self-attention and MLP in Linear or Conv1D, found by paths and shapes",
+        "experts, encoder-decoders, recurrent, convolutional and multimodal models",
+        "balance_heads",
+    ),
     "Families": ("Wide", "Parallel, Factorized, Doped"),
 }
 HEAD = """# What is supported

@@ -94,11 +94,14 @@ _QUANTISED: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MixtralConfig(num_hidden_layers=1), "mixtral is a mixture of experts .*=8.* which is not supported"),
-        (Qwen2MoeConfig(num_hidden_layers=1), "qwen2_moe is a mixture of experts"),
+        (
+            MixtralConfig(num_hidden_layers=1),
+            r"experts\.gate_up_proj \(8 x 28672 x 4096\) is of a mixture of experts",
+        ),
+        (Qwen2MoeConfig(num_hidden_layers=1), "mixture of experts, which is not supported; use a dense architecture"),
         (LlamaConfig(**_QUANTISED), "quantised.*without quantization_config"),
-        (T5Config(num_layers=1), "'t5' is not supported; supported: gpt2, gpt_neox, opt, llama"),
-        (BertConfig(num_hidden_layers=1, is_decoder=True), "'bert' is not supported; supported: gpt2"),
+        (T5Config(num_layers=1), "t5 with is_encoder_decoder=True is not supported; use a decoder-only"),
+        (BertConfig(num_hidden_layers=1), "bert with is_decoder=False sees later tokens"),
         (OPTConfig(**COMMON, ffn_dim=128, word_embed_proj_dim=16), "word_embed_proj_dim=16 .*make them equal"),
         (
             GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True),

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparseift_llm.architectures import find_projections
 from sparseift_llm.evaluation import builtin
 from sparseift_llm.evaluation.suites import (
     Headline,
@@ -31,6 +30,7 @@ from sparseift_llm.evaluation.suites import (
 )
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.planning import cost_of
+from sparseift_llm.projections import find_projections
 from sparseift_llm.run_record import RECIPE_NAME, SUMMARY_NAME, commit, machine, versions, write_json
 
 Leaves = Mapping[str, Mapping[str, Any]]

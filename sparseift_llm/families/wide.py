@@ -1,19 +1,32 @@
-"""Sparse Wide, the same decoder with wider sides: the widened transformers config, and trained FFN matrices in it."""
+"""Sparse Wide, the same decoder with wider sides: the widened transformers config and model, checked, and trained FFN
+matrices in it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
-from sparseift_llm.architectures import head_dim_is_free, sizes_of, valid_head_dim, with_sizes
+from sparseift_llm.architectures import (
+    build_model,
+    head_dim_is_free,
+    num_kv_heads,
+    sizes_of,
+    valid_head_dim,
+    with_sizes,
+)
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.families.start import Start, start_of_inputs, start_of_outputs
 from sparseift_llm.layers.composite import Part
+from sparseift_llm.projections import Projection
+
+_OTHERWISE = "use scope='ffn', or a family that changes no width (parallel, factorized, doped)"
 
 
 def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedConfig:
@@ -93,6 +106,20 @@ def widen(rows: Tensor, num_units: tuple[int, int]) -> Tensor:
     return wide.flatten(0, 1)
 
 
+def build_widened(config: PreTrainedConfig) -> PreTrainedModel:
+    """The widened model on the meta device.
+
+    Raises:
+        ValueError: its class does not take these widths.
+    """
+    try:
+        return build_model(config, meta=True)
+    except Exception as error:
+        raise ValueError(
+            f"{config.model_type} cannot be built with the widths {sizes_of(config)} ({error}); {_OTHERWISE}"
+        ) from error
+
+
 def resolve_block_size(dense: PreTrainedConfig, config: SparseIFTConfig) -> SparseIFTConfig:
     """`config` with a `block_size` chosen by the widened model's hidden size, where tiles are asked for without one."""
     if config.structure != "block" or config.block_size is not None:
@@ -106,6 +133,29 @@ def _fills_tiles(dense: PreTrainedConfig, config: SparseIFTConfig, head_dim: int
     """Whether queries, keys and values of heads of this size have widths that are multiples of the tile."""
     if config.block_size is None or not {"q", "k", "v", "o"} & set(config.target_kinds):
         return True
-    num_heads = sizes_of(dense).num_heads
-    num_kv_heads = getattr(dense, "num_key_value_heads", None) or num_heads
-    return all(number * head_dim % config.block_size == 0 for number in (num_heads, num_kv_heads))
+    return all(
+        number * head_dim % config.block_size == 0 for number in (sizes_of(dense).num_heads, num_kv_heads(dense))
+    )
+
+
+def check_widths(
+    dense: Sequence[Projection], wide: Sequence[Projection], dense_config: PreTrainedConfig, config: PreTrainedConfig
+) -> None:
+    """Raise ValueError unless every side grew by the factor of the width that it belongs to.
+
+    Args:
+        dense, wide: the projections of the dense and of the widened model, as they were built.
+        dense_config, config: their configs.
+    """
+    sizes, wider = sizes_of(dense_config), sizes_of(config)
+    hidden, ffn = Fraction(wider.hidden, sizes.hidden), Fraction(wider.ffn, sizes.ffn)
+    head = Fraction(wider.head_dim, sizes.head_dim)
+    factors = {"o": (hidden, head), "mlp_in": (ffn, hidden), "mlp_out": (hidden, ffn)}  # (out, in)
+    for before, after in zip(dense, wide, strict=True):
+        asked = [side * by for side, by in zip(before.shape, factors.get(before.kind, (head, hidden)), strict=True)]
+        if list(after.shape) != asked:
+            rows, columns = (float(side) for side in asked)
+            raise ValueError(
+                f"{after.name} would have to be {rows:g} x {columns:g}, but the config of {config.model_type} makes it "
+                f"{after.out_features} x {after.in_features}; {_OTHERWISE}"
+            )

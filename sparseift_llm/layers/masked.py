@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.shards import local, part_of, whole
 from sparseift_llm.ops.masked_weight import masked_weight
+from sparseift_llm.topology.heads import HeadGroups, drop_and_grow_per_head
 from sparseift_llm.topology.masks import drop_and_grow
 
 
@@ -21,7 +22,16 @@ class MaskedProjection(SparseProjection):
 
     `weight` is 0 wherever `mask`, a buffer of its shape, is; the mask is not part of the state dict
     (see mask_file.py).
+
+    Attributes:
+        heads: groups that keep as many active weights each, or None.
     """
+
+    heads: HeadGroups | None = None
+
+    def balance_heads(self, side: int, count: int) -> None:
+        """Let `count` heads along the outputs (side 0) or inputs (side 1) keep their active weights in every update."""
+        self.heads = HeadGroups(1 - side if isinstance(self, Conv1D) else side, count)
 
     def _adopt(self, dense: nn.Module, num_active: int, dense_shape: tuple[int, int]) -> None:
         self.weight = dense.weight  # type: ignore[assignment]
@@ -75,6 +85,8 @@ class MaskedProjection(SparseProjection):
         return dense_gradient.abs()
 
     def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
+        if self.heads is not None:
+            return drop_and_grow_per_head(self.mask, self.magnitude(), growth, fraction, phase, self.heads)
         active = int(self.mask.sum())
         num_changed = min(int(fraction * active), self.mask.numel() - active)
         return drop_and_grow(self.mask, self.magnitude(), growth, num_changed)

@@ -47,7 +47,8 @@ class _Capture(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, sink: DenseGradient) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # a view of it would be an output that models may not add to in place, as Falcon does
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -60,7 +61,7 @@ def capture_dense_gradient(y: Tensor, x: Tensor, sink: DenseGradient) -> Tensor:
     """`y` itself; its backward pass adds the dense weight gradient of y = x W^T to `sink`.
 
     Args:
-        y: (tokens, out).
+        y: (tokens, out), an intermediate result.
         x: (tokens, in), of the same dtype.
         sink: gets (out, in).
     """
