@@ -29,8 +29,10 @@ NOTES = (
     "FLOPs count multiply-adds of projections, attention and logits; norms and elementwise work are left out.",
     "One seed each: differences smaller than the spread between seeds mean nothing.",
 )
-MASKED_NOTE = "Unstructured masks are multiplied at the cost of the stored, dense matrix: fewer tokens/s at equal FLOPs."
-_WITH_RATIO = {key for _, key, _ in HEADLINES} - {"linear_sparsity"}
+MASKED_NOTE = (
+    "Unstructured masks are multiplied at the cost of the stored, dense matrix: fewer tokens/s at equal FLOPs."
+)
+WITH_RATIO = {key for _, key, _ in HEADLINES} - {"linear_sparsity"}
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
     for title, key, form in HEADLINES:
         cells = [title, *(form.format(summary[key]) for summary in summaries)]
         if len(runs) == 2:
-            cells.append(f"{summaries[1][key] / summaries[0][key]:.3f}" if key in _WITH_RATIO else "")
+            cells.append(f"{summaries[1][key] / summaries[0][key]:.3f}" if key in WITH_RATIO else "")
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + _notes(summaries)
 

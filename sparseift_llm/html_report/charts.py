@@ -17,6 +17,7 @@ from sparseift_llm.html_report.markup import element
 NUM_STYLES = 6
 _SIZE = 1000  # of the box that lines are drawn in, stretched to the chart
 _SCALES = {3: "thousands", 6: "millions", 9: "billions"}
+_TIMES_TEN = "\u00d710"
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 MARKERS = (  # circle, square, triangle, diamond, cross, star; centred, about 8 wide
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -77,14 +78,14 @@ def make_axis(low: float, high: float, label: str, num_ticks: int = 5) -> Axis:
         low, high = low - margin, high + margin
     step = _round_step((high - low) / num_ticks)
     largest = max(abs(low), abs(high))
-    power = 3 * (int(math.floor(math.log10(largest))) // 3) if largest >= 1e5 or largest < 1e-3 else 0
+    power = 3 * (math.floor(math.log10(largest)) // 3) if largest >= 1e5 or largest < 1e-3 else 0
     if power:
-        label = f"{label} ({_SCALES.get(power) or '×10' + str(power).translate(_SUPERSCRIPTS)})"
-    decimals = max(0, -int(math.floor(math.log10(step / 10.0**power) + 1e-9)))
+        label = f"{label} ({_SCALES.get(power) or _TIMES_TEN + str(power).translate(_SUPERSCRIPTS)})"
+    decimals = max(0, -math.floor(math.log10(step / 10.0**power) + 1e-9))
     if round(step / 10.0**power, decimals) != round(step / 10.0**power, decimals + 1):  # 2.5
         decimals += 1
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ticks = tuple((index * step, f"{index * step / 10.0**power:.{decimals}f}") for index in numbers)
+    ticks = tuple((index * step, f"{index * step / 10.0**power:,.{decimals}f}") for index in numbers)
     return Axis(low, high, ticks, label)
 
 
@@ -101,6 +102,7 @@ def line_chart(
     y_label: str,
     starts_at_zero: bool = False,
     columns: Mapping[str, str] | None = None,
+    x_low: float | None = None,
 ) -> Markup | None:
     """A chart of all series, or None if there is no point to draw.
 
@@ -111,6 +113,7 @@ def line_chart(
         x_label, y_label: what the axes show, with units.
         starts_at_zero: the y axis includes 0.
         columns: which columns of the figure's table hold `x` and `y`, for the script that reads values out.
+        x_low: where the x axis begins; None: at the first point.
     """
     points = [point for line in series for point in line.points if math.isfinite(point[1])]
     if not points:
@@ -119,7 +122,8 @@ def line_chart(
     low, high = min(y_values), max(y_values)
     margin = (high - low) * 0.05
     low, high = (min(low, 0.0) if starts_at_zero else low - margin), high + margin
-    x, y = make_axis(min(x_values), max(x_values), x_label), make_axis(low, high, y_label)
+    x_low = min(x_values) if x_low is None else min(x_low, *x_values)
+    x, y = make_axis(x_low, max(x_values), x_label), make_axis(low, high, y_label)
     names = Markup("").join(
         [element("title", title, id=f"{chart_id}-t"), element("desc", _description(series, x, y), id=f"{chart_id}-d")]
     )
@@ -176,7 +180,8 @@ def _lines(line: Series, x: Axis, y: Axis) -> list[Markup]:
 def _marks(line: Series, x: Axis, y: Axis, most: int = 12) -> list[Markup]:
     """Markers on at most so many points, spread evenly."""
     finite = [point for point in line.points if math.isfinite(point[1])]
-    chosen = np.unique(np.linspace(0, len(finite) - 1, min(most, len(finite))).round().astype(int)) if finite else []
+    most = min(most, len(finite))
+    chosen = sorted({round(place) for place in np.linspace(0, len(finite) - 1, most).tolist()})
     return [
         element("use", href=marker_of(line.style), class_=f"mark {style_class(line.style)}",
                 x=f"{100 * x.share(finite[index][0]):.2f}%", y=f"{100 * (1 - y.share(finite[index][1])):.2f}%")

@@ -131,7 +131,9 @@ def kind_of(name: str, model_type: Any) -> str | None:
 def short_names(names: Sequence[str]) -> list[str]:
     """`names` without the dotted start that all share, e.g. `transformer.h.`."""
     parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix([part[:-1] for part in parts])) if len(parts) > 1 else 0
+    shared = 0
+    while len(parts) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
     return [".".join(part[shared:]) for part in parts]
 
 

@@ -23,7 +23,7 @@ class HeatMap:
         title: of the figure.
         unit: what a cell's shade shows, for the legend.
         labels: of the rows.
-        rows: values of equal number per row; None and what is not finite leaves the cell blank.
+        rows: values, spread over the width; None and what is not finite leaves the cell blank.
         ends: what stands below the first and the last column.
         low, high: values of the first and the last shade; values beyond take that shade.
     """
@@ -41,10 +41,11 @@ def draw(map_id: str, heat: HeatMap) -> Markup:
     """The map with its row labels, the ends of its x axis, and a legend of shades."""
     height = _ROW_HEIGHT * len(heat.rows)
     width = math.ceil(_CHARACTER * max(map(len, heat.labels), default=0)) + 6
-    labels = [
-        element("text", label, x=width - 6, y=_ROW_HEIGHT * index + _ROW_HEIGHT / 2, dy="0.35em", text_anchor="end")
-        for index, label in enumerate(heat.labels)
-    ]
+    labels = element(
+        "g",
+        *(element("text", label, y=_ROW_HEIGHT * (index + 1) - 3) for index, label in enumerate(heat.labels)),
+        transform=f"translate({width - 6})",
+    )
     num_columns = max(map(len, heat.rows), default=0)
     cells = element(
         "svg",
@@ -52,9 +53,10 @@ def draw(map_id: str, heat: HeatMap) -> Markup:
         element("desc", _description(heat), id=f"{map_id}-d"),
         *_cells(heat),
         role="img", aria_labelledby=f"{map_id}-t {map_id}-d", class_="cells", height=height,
+        shape_rendering="crispEdges",
         viewBox=f"0 0 {max(num_columns, 1)} {max(len(heat.rows), 1)}", preserveAspectRatio="none",
     )  # fmt: skip
-    names = element("svg", *labels, width=width, height=height, class_="row-labels", aria_hidden="true")
+    names = element("svg", labels, width=width, height=height, class_="row-labels", aria_hidden="true")
     ends = element("p", element("span", heat.ends[0]), element("span", heat.ends[1]), class_="ends")
     return element("div", names, element("div", cells, ends, class_="heat-box"), class_="heat") + _legend(heat)
 
@@ -69,7 +71,8 @@ def shade(value: float | None, low: float, high: float) -> int | None:
 
 
 def _cells(heat: HeatMap) -> list[Markup]:
-    """One path per shade; neighbours of equal shade in a row are one rectangle."""
+    """One path per shade; neighbours of equal shade in a row are one rectangle. Rows of fewer cells have wider ones."""
+    num_columns = max(map(len, heat.rows), default=0)
     paths: dict[int, list[str]] = {}
     for y, row in enumerate(heat.rows):
         shades = [shade(value, heat.low, heat.high) for value in row]
@@ -78,7 +81,8 @@ def _cells(heat: HeatMap) -> list[Markup]:
             if x == len(shades) or shades[x] != shades[start]:
                 found = shades[start]
                 if found is not None:
-                    paths.setdefault(found, []).append(f"M{start} {y}h{x - start}v1h{start - x}z")
+                    left, right = (f"{num_columns * end / len(row):.5g}" for end in (start, x))
+                    paths.setdefault(found, []).append(f"M{left} {y}H{right}v1H{left}z")
                 start = x
     return [element("path", d="".join(paths[number]), class_=f"h{number}") for number in sorted(paths)]
 
@@ -94,5 +98,6 @@ def _legend(heat: HeatMap) -> Markup:
     ramp = element("svg", *shades, class_="ramp", aria_hidden="true", viewBox=f"0 0 {NUM_SHADES} 1",
                    preserveAspectRatio="none", width=120, height=12)  # fmt: skip
     if heat.high > heat.low:
-        return element("p", f"{heat.unit}: {short(heat.low, 4)} ", ramp, f" {short(heat.high, 4)}", class_="legend")
-    return element("p", f"{heat.unit}: {short(heat.low, 4)} in every cell", class_="legend")
+        scale = element("span", f"{short(heat.low, 3)} ", ramp, f" {short(heat.high, 3)}", class_="scale")
+        return element("p", f"{heat.unit}: ", scale, class_="legend")
+    return element("p", f"{heat.unit}: {short(heat.low, 3)} in every cell", class_="legend")

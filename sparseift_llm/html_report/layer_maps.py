@@ -98,7 +98,7 @@ def evolution_figures(runs: Sequence[Run]) -> list[LayerFigure]:
 
 def spectral_figures(runs: Sequence[Run]) -> list[LayerFigure]:
     """For each run with spectral.json: spectral quantities of every layer by step."""
-    quantities = [(q.key, q.title, q.key) for q in SPECTRAL_QUANTITIES]
+    quantities = [(q.key, q.title, q.unit) for q in SPECTRAL_QUANTITIES]
     return _figures("spectral", runs, lambda run: run.spectral, quantities, _spectral_table)
 
 
@@ -118,18 +118,24 @@ def _figures(
             continue
         steps = _columns(sorted(by_step))
         layers = list(dict.fromkeys(layer for step in steps for layer in by_step[step]["layers"]))
+        kinds = [_kind(by_step[steps[-1]]["layers"].get(layer)) for layer in layers]
+        labels = [f"{name} {kind}" for name, kind in zip(short_names(layers), kinds, strict=True)]
         maps = []
         for key, title, unit in quantities:
             span = ranges[key]
             rows = [[_value(by_step[step], layer, key) for step in steps] for layer in layers]
             if span is not None and any(value is not None for row in rows for value in row):
                 ends = f"step {steps[0]}", f"step {steps[-1]}"
-                heat = HeatMap(title, unit, short_names(layers), rows, ends, *span)
+                heat = HeatMap(title, unit, labels, rows, ends, *span)
                 maps.append((title, draw(f"{name}-layers-{index}-{key}", heat)))
         shown = f"{len(steps)} of {len(by_step)} steps" if len(steps) < len(by_step) else f"{len(steps)} steps"
         about = f"One column each for {shown}; blank: not logged."
         figures.append(LayerFigure(run.name, about, maps, make_table(by_step[steps[-1]])))
     return figures
+
+
+def _kind(layer: Any) -> str:
+    return text(mapping(layer).get("kind", "unknown"))
 
 
 def _columns(steps: Sequence[int]) -> list[int]:
@@ -157,7 +163,7 @@ def _range(logged: Sequence[Mapping[int, Mapping[str, Any]]], key: str) -> tuple
 def _evolution_table(entry: Mapping[str, Any]) -> Table:
     keys = [key for key, _, _ in _BY_LAYER]
     rows = [
-        [name, text(mapping(values).get("kind", "unknown")), *(short(mapping(values).get(key)) for key in keys)]
+        [name, _kind(values), *(short(mapping(values).get(key)) for key in keys)]
         for name, values in entry["layers"].items()
     ]
     header = ["layer", "kind", *(f"{title.lower()} ({unit})" for _, title, unit in _BY_LAYER)]
@@ -173,7 +179,7 @@ def _spectral_table(entry: Mapping[str, Any]) -> Table:
         sides = " x ".join(map(str, shape)) if isinstance(shape, list) else text(shape)
         excluded = values.get("excluded")
         why = "" if excluded in (None, False) else "yes" if excluded is True else text(excluded)
-        rows.append([name, text(values.get("kind", "unknown")), sides, *(short(values.get(key)) for key in keys), why])
+        rows.append([name, _kind(values), sides, *(short(values.get(key)) for key in keys), why])
     header = ["layer", "kind", "rows x columns", "sparsity", "mean degree, left", "mean degree, right"]
     header += [*(q.key for q in SPECTRAL_QUANTITIES), "excluded"]
     return Table(f"Spectral quantities by layer at step {entry['step']}, the last analysed", header, [Body(rows)])

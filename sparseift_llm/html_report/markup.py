@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from sparseift_llm.html_report.reading import finite, number
 
-NONE = "–"  # printed where there is no value
+NONE = "\u2013"  # printed where there is no value
 
 
 @dataclass(frozen=True)

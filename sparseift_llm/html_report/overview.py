@@ -11,17 +11,22 @@ from sparseift_llm.evaluation.suites import is_ratio
 from sparseift_llm.html_report.markup import NONE, Body, Table, formatted, short
 from sparseift_llm.html_report.reading import finite, flattened, mapping, text
 from sparseift_llm.html_report.runs import Run
-from sparseift_llm.report import HEADLINES, MASKED_NOTE, NOTES, differing_data
+from sparseift_llm.report import HEADLINES, MASKED_NOTE, NOTES, WITH_RATIO, differing_data
 
 _RECORD = ("machine", "versions", "commit", "command", "device", "num_ranks", "data_fingerprint")
 _FROM_LOG = ("eval_loss", "train_flops", "train_tokens", "tokens_per_second")  # what a log line has, too
 
 
 def headline_table(runs: Sequence[Run]) -> Table:
-    """The headline numbers of every run; of an unfinished one, what its log has last."""
-    rows = [["optimizer steps", *(_headline(run, "step", "{:,}") for run in runs)]]
-    rows += [[title, *(_headline(run, key, form) for run in runs)] for title, key, form in HEADLINES]
-    return Table("Headline numbers", ["", *(run.name for run in runs)], [Body(rows)])
+    """The headline numbers of every run; of an unfinished one, what its log has last. With two, their ratios."""
+    rows = []
+    for title, key, form in (("optimizer steps", "step", "{:,}"), *HEADLINES):
+        rows.append([title, *(_headline(run, key, form) for run in runs)])
+        if len(runs) == 2:
+            first, second = (finite(run.summary.get(key)) for run in runs)
+            rows[-1].append(f"{second / first:.3f}" if key in WITH_RATIO and first and second is not None else "")
+    ratio = [f"{runs[1].name} / {runs[0].name}"] if len(runs) == 2 else []
+    return Table("Headline numbers", ["", *(run.name for run in runs), *ratio], [Body(rows)])
 
 
 def _headline(run: Run, key: str, form: str) -> str:
@@ -88,13 +93,20 @@ def difference_table(runs: Sequence[Run]) -> Table | None:
     """Settings, versions and machines that are not the same in all runs; None for a single run or if all agree."""
     values = [settings(run) for run in runs]
     keys = dict.fromkeys(key for found in values for key in found)
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys))
     rows = [
-        [key, *(found.get(key, NONE) for found in values)]
-        for key in keys
+        [key, *(_setting(found, key) for found in values)]
+        for key in sorted(keys, key=lambda key: sections.index(key.partition(".")[0]))
         if len({found.get(key) for found in values}) > 1
     ]
     header = ["setting", *(run.name for run in runs)]
     return Table("Settings that differ", header, [Body(rows)], is_words=True) if rows else None
+
+
+def _setting(found: Mapping[str, str], key: str) -> str:
+    if key in found:
+        return found[key]
+    return "options below" if any(name.startswith(f"{key}.") for name in found) else NONE
 
 
 def setting_tables(runs: Sequence[Run]) -> list[tuple[str, Table]]:
@@ -132,7 +144,9 @@ def comparison_warnings(runs: Sequence[Run]) -> list[str]:
         except ValueError as error:
             warnings.append(f"{error}.")
         except (KeyError, TypeError, AttributeError) as error:
-            warnings.append(f"{name}: whether the same questions were asked is not known, a file is damaged ({error!r}).")
+            warnings.append(
+                f"{name}: whether the same questions were asked is not known, a file is damaged ({error!r})."
+            )
     return warnings
 
 

@@ -21,7 +21,7 @@ from sparseift_llm.html_report.charts import MARKERS, marker_of, style_class
 from sparseift_llm.html_report.runs import Run, read_runs
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_NOT_IN_HTML = {code: "\ufffd" for code in (*range(9), 11, 12, *range(14, 32), 127)}
+_NOT_IN_HTML = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127), "\ufffd")
 
 
 def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Run]:
@@ -84,7 +84,11 @@ def _sections(runs: Sequence[Run]) -> dict[str, Any]:
         "by_kind": curves.by_kind_table(runs),
         "evolution": layer_maps.evolution_figures(runs),
         "spectral": curves.multiples(
-            "spectral", "Spectral quantities of the whole model", runs, curves.SPECTRAL_QUANTITIES, curves.spectral_lines
+            "spectral",
+            "Spectral quantities of the whole model",
+            runs,
+            curves.SPECTRAL_QUANTITIES,
+            curves.spectral_lines,
         ),
         "spectral_layers": layer_maps.spectral_figures(runs),
         "training": curves.multiples("training", "Speed and gradients", runs, curves.TRAINING_QUANTITIES),
