@@ -17,7 +17,7 @@ from sparseift_llm.html_report.markup import Body, Table, short
 from sparseift_llm.html_report.reading import finite, mapping, text
 from sparseift_llm.html_report.runs import Run
 
-NUM_BINS, MOST_COLUMNS = 48, 40
+NUM_BINS, MOST_COLUMNS = 48, 32
 _BY_LAYER = (
     ("sparsity", "Sparsity", "share of zeros"),
     ("exploration", "Exploration", "share of weights that were ever active"),
