@@ -12,7 +12,8 @@ from sparseift_llm.html_report.markup import element, short
 
 NUM_SHADES = 9
 _ROW_HEIGHT = 14  # pixels
-_CHARACTER = 6.3  # width of a row's label, pixels
+_CHARACTER = 6.3  # of a row's label, pixels
+_MOST_CHARACTERS = 26
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class HeatMap:
 def draw(map_id: str, heat: HeatMap) -> Markup:
     """The map with its row labels, the ends of its x axis, and a legend of shades."""
     height = _ROW_HEIGHT * len(heat.rows)
-    width = math.ceil(_CHARACTER * max(map(len, heat.labels), default=0)) + 6
+    names = [_fitted(label) for label in heat.labels]
+    width = math.ceil(_CHARACTER * max(map(len, names), default=0)) + 6
     labels = element(
         "g",
-        *(element("text", label, y=_ROW_HEIGHT * (index + 1) - 3) for index, label in enumerate(heat.labels)),
+        *(element("text", label, y=_ROW_HEIGHT * (index + 1) - 3) for index, label in enumerate(names)),
         transform=f"translate({width - 6})",
     )
     num_columns = max(map(len, heat.rows), default=0)
@@ -56,9 +58,9 @@ def draw(map_id: str, heat: HeatMap) -> Markup:
         shape_rendering="crispEdges",
         viewBox=f"0 0 {max(num_columns, 1)} {max(len(heat.rows), 1)}", preserveAspectRatio="none",
     )  # fmt: skip
-    names = element("svg", labels, width=width, height=height, class_="row-labels", aria_hidden="true")
+    texts = element("svg", labels, width=width, height=height, class_="row-labels", aria_hidden="true")
     ends = element("p", element("span", heat.ends[0]), element("span", heat.ends[1]), class_="ends")
-    return element("div", names, element("div", cells, ends, class_="heat-box"), class_="heat") + _legend(heat)
+    return element("div", texts, element("div", cells, ends, class_="heat-box"), class_="heat") + _legend(heat)
 
 
 def shade(value: float | None, low: float, high: float) -> int | None:
@@ -68,6 +70,11 @@ def shade(value: float | None, low: float, high: float) -> int | None:
     if not high > low:
         return NUM_SHADES // 2
     return min(NUM_SHADES - 1, max(0, int(NUM_SHADES * (value - low) / (high - low))))
+
+
+def _fitted(label: str) -> str:
+    """A label that fits beside a map on a phone: start and end, with an ellipsis between. Tables have it whole."""
+    return label if len(label) <= _MOST_CHARACTERS else f"{label[:9]}\u2026{label[10 - _MOST_CHARACTERS :]}"
 
 
 def _cells(heat: HeatMap) -> list[Markup]:
