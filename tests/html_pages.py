@@ -112,7 +112,7 @@ def table_rows(root: Node, caption: str) -> dict[str, list[list[str]]]:
 def drawn_points(chart: Node, classes: set[str]) -> list[tuple[float, float]]:
     """The points of a chart's lines with these classes, read back from the numbers printed along its axes."""
     x_ticks, y_ticks = [], []
-    for text in [node for node in chart.all("text")]:
+    for text in chart.all("text"):
         value = float(text.text.replace(",", ""))
         if text.attributes["text-anchor"] == "middle":
             x_ticks.append((float(text.attributes["x"].rstrip("%")) * 10, value))
@@ -141,7 +141,12 @@ def log_lines(num: int = 6) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl: a training step each, held-out losses after every second."""
     lines: list[dict[str, Any]] = []
     for step in range(1, num + 1):
-        at = {"step": step, "train_tokens": 128 * step, "train_flops": 7_500_000_001 * step, "wall_seconds": 0.37 * step}
+        at = {
+            "step": step,
+            "train_tokens": 128 * step,
+            "train_flops": 7_500_000_001 * step,
+            "wall_seconds": 0.37 * step,
+        }
         quantities = {
             "loss": 6.0 / step + 0.123456789,
             "grad_norm": 1.5 / step,

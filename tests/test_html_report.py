@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def check_page(root: Node, text: str) -> None:
     assert not re.search(r"(https?:)?//(?!www\.w3\.org/2000/svg)\w+\.\w", script.text)
     levels = [int(node.tag[1]) for node in root.all() if re.fullmatch(r"h[1-6]", node.tag)]
     assert levels[0] == 1 == levels.count(1)
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     assert [len(root.all(tag)) for tag in ("header", "nav", "main", "title")] == [1, 1, 1, 1 + len(root.all("desc"))]
     for table in root.all("table"):
         assert table.all("caption")[0].text
@@ -117,7 +118,7 @@ def test_the_page_of_a_run_with_everything(full_run: Path) -> None:
 
 
 def test_the_checks_would_notice(full_run: Path) -> None:
-    root, text = report(full_run)
+    _, text = report(full_run)
     for before, after in (
         ('<link rel="icon" href="data:,">', '<link rel="stylesheet" href="https://example.org/a.css">'),
         ('id="loss-h"', 'id="runs-h"'),
@@ -167,9 +168,7 @@ def test_characters_that_html_and_utf8_lack(full_run: Path) -> None:
 # ---- its numbers
 
 
-def test_headline_numbers_are_those_of_the_summaries(
-    real_runs: tuple[Path, Path], real_page: tuple[Node, str]
-) -> None:
+def test_headline_numbers_are_those_of_the_summaries(real_runs: tuple[Path, Path], real_page: tuple[Node, str]) -> None:
     dense, sparse = (read_json(run / "summary.json") for run in real_runs)
     rows = {row[0]: row[1:] for row in table_rows(real_page[0], "Headline numbers")[""]}
     assert rows.keys() == {"optimizer steps", *(title for title, _, _ in HEADLINES)}
@@ -186,7 +185,7 @@ def test_curves_are_those_of_the_logs(real_runs: tuple[Path, Path], real_page: t
     for index, run in enumerate(real_runs):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for name, (key, unit) in units.items():
-            (figure,) = [n for n in root.all("figure", f"{name}-whole")]
+            (figure,) = root.all("figure", f"{name}-whole")
             (chart,) = figure.all("svg", "chart")
             for loss, width in (("loss", "thin"), ("eval_loss", "main")):
                 expected = [(line[key] / unit, line[loss]) for line in lines if loss in line]
@@ -240,7 +239,9 @@ def test_masks_along_training(full_run: Path) -> None:
     assert by_layer[0] == ["transformer.h.0.attn.c_attn", "qkv", "0.75", "0.37", printed(0.1 / 6), printed(1 - 0.1 / 6)]
     assert len(by_layer) == 4
     speed = table_rows(root, "Speed and gradients")["full"]
-    assert speed == [[printed(x[key]) for key in ("step", "tokens_per_second", "grad_norm", "dead_units")] for x in lines]
+    assert speed == [
+        [printed(x[key]) for key in ("step", "tokens_per_second", "grad_norm", "dead_units")] for x in lines
+    ]
 
 
 def test_spectral_curves(full_run: Path) -> None:
@@ -333,7 +334,7 @@ def test_contrast_in_both_schemes() -> None:
             assert contrast(scheme[name], scheme["--page"]) >= 3, name
         shades = [contrast(scheme[f"--h{index}"], scheme["--page"]) for index in range(9)]
         assert shades[0] > 1.15  # told from a blank cell
-        assert all(second > 1.1 * first for first, second in zip(shades, shades[1:], strict=False))
+        assert all(second > 1.1 * first for first, second in pairwise(shades))
 
 
 # ---- the command

@@ -16,11 +16,12 @@ from sparseift_llm.html_report.page import write_report
 from tests.html_pages import LAYERS, log_lines, write_full_run, write_lines, write_masks
 
 CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --allow-file-access-from-files --enable-logging=stderr "
-    "--virtual-time-budget=5000 --window-size=1400,1000"
-).split()
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=5000",
+    "--window-size=1400,1000",
+]  # fmt: skip
 # a window is never narrower than 500 pixels, a frame is; the page's own policy lets no test script in
 FRAME = """<!DOCTYPE html><iframe id="frame" src="report.html" width="{width}" height="900" style="border:0"></iframe>
 <pre id="found"></pre><script>
@@ -95,7 +96,9 @@ def test_the_page_in_a_browser(folder: Path, width: int, dark: bool) -> None:
 def test_complaints_are_noticed(folder: Path) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     try:
-        (folder / "report.html").write_text(page.replace("</main>", "<p>" + "x" * 900 + "</p><script>1</script></main>"))
+        (folder / "report.html").write_text(
+            page.replace("</main>", "<p>" + "x" * 900 + "</p><script>1</script></main>")
+        )
         with pytest.raises(AssertionError, match="CONSOLE"):  # the policy forbids a script that is not the page's
             look(folder, 380, False)
     finally:

@@ -70,6 +70,10 @@ def logged(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def binary(run: Path) -> None:
+    (run / "metrics.jsonl").write_bytes(b"\xff\n\xfe\n")
+
+
 def without_masks(run: Path) -> None:
     (run / "sparse_masks.safetensors").unlink()
     (run / "model.safetensors").write_bytes(b"")
@@ -83,14 +87,14 @@ BROKEN: tuple[tuple[str, Callable[[Path], None], str], ...] = (
     ("recipe cut", cut("recipe.json"), "recipe.json is truncated or damaged: "),
     ("recipe too deep", write("recipe.json", "[" * 100_000), "recipe.json is truncated or damaged: "),
     ("log line damaged", logged(step="4"), "metrics.jsonl is damaged: line 4 is no JSON object with a step"),
-    ("log not text", lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n\xfe\n") and None, "lines 1, 2 are no JSON"),
+    ("log not text", binary, "metrics.jsonl is damaged: lines 1, 2 are no JSON"),
     ("loss lost", logged(loss=math.nan), "the training loss is not finite in 1 logged step, first at step 3 (nan)"),
-    ("loss a word", logged(loss="high"), "the training loss is not finite in 1 logged step, first at step 3 (no number)"),
+    ("loss a word", logged(loss="high"), "in 1 logged step, first at step 3 (no number)"),
     ("held-out loss lost", logged(eval_loss=math.inf), "the held-out loss is not finite in 1 logged step"),
     ("layers damaged", write("layers.jsonl", "null\n"), "layers.jsonl is damaged: line 1 is no JSON object"),
     ("spectral cut", cut("spectral.json"), "spectral.json is truncated or damaged: "),
     ("spectral of another format", write("spectral.json", '{"format": "v2"}'), "'sparseift_spectral_v1', but 'v2'"),
-    ("spectral without checkpoints", write("spectral.json", '{"format": "sparseift_spectral_v1"}'), "all of its checkp"),
+    ("spectral without checkpoints", write("spectral.json", '{"format": "sparseift_spectral_v1"}'), "all of its ch"),
     ("masks cut", cut("sparse_masks.safetensors"), "sparse_masks.safetensors is truncated or damaged"),
     ("masks missing", without_masks, "sparse_masks.safetensors is missing: without it the masks"),
     ("evaluation cut", cut("eval_tiny.json"), "eval_tiny.json: eval_tiny.json is truncated or damaged"),
@@ -273,6 +277,8 @@ def test_any_bytes_may_be_lost(run: Path, name: str) -> None:
     content = (run / name).read_bytes()
     for _ in range(8):
         start = draw.randrange(len(content))
-        (run / name).write_bytes(content[:start] + draw.randbytes(draw.randrange(3)) + content[start + draw.randrange(9) :])
+        (run / name).write_bytes(
+            content[:start] + draw.randbytes(draw.randrange(3)) + content[start + draw.randrange(9) :]
+        )
         write_report([run], run.parent / "report.html")
         parse((run.parent / "report.html").read_text())

@@ -24,7 +24,7 @@ X_AXES = (  # name, key, label, words of the switch
     ("tokens", "train_tokens", "training tokens", "tokens"),
     ("time", "wall_seconds", "wall-clock time, evaluation included (s)", "wall-clock time"),
 )
-SPANS = (("whole", 0.0, "whole training"), ("half", 0.5, "second half (of the shortest run) on"))
+SPANS = (("whole", 0.0, "whole training"), ("half", 0.5, "from the middle of the shortest run"))
 _EXTREMES = "for every curve the smallest and the largest value of equal stretches"
 _EVENLY = f"{NUM_LINES} a run, spread evenly, and for every curve the extremes of each tenth of training"
 _LOSSES = (("loss", "training", False), ("eval_loss", "held-out", True))
@@ -92,7 +92,7 @@ SPECTRAL_QUANTITIES = (
 
 
 def loss_figure(runs: Sequence[Run]) -> Figure | None:
-    """Training and held-out loss of all runs, over every axis, over all of training and its last half."""
+    """Training and held-out loss of all runs, over every axis, whole and from the middle of training."""
     kept = [{key: _kept(run.metrics, key, MOST_LOSSES) for key, _, _ in _LOSSES} for run in runs]
     plots = []
     for column, (name, key, label, words) in enumerate(X_AXES, start=1):

@@ -89,7 +89,7 @@ def newest_masks(run: Path, summary: Mapping[str, Any], kinds: Mapping[str, str]
         try:
             masks = read_masks(folder)
         except ValueError as error:
-            problems.append(str(error).replace(str(folder), where))
+            problems.append(str(error).replace(f"{folder}{os.sep}", "" if where == "." else f"{where}/"))
             continue
         layers = []
         for name in sorted(masks, key=_natural):

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from sparseift_llm.html_report.curves import SPECTRAL_QUANTITIES
-from sparseift_llm.html_report.degrees import LayerDegrees, binned, short_names
+from sparseift_llm.html_report.degrees import LayerDegrees, Masks, binned, short_names
 from sparseift_llm.html_report.heat import HeatMap, draw
 from sparseift_llm.html_report.markup import Body, Table, short
 from sparseift_llm.html_report.reading import finite, mapping, text
@@ -23,6 +23,10 @@ _BY_LAYER = (
     ("exploration", "Exploration", "share of weights that were ever active"),
     ("churn", "Churn", "share of active weights that the last update grew"),
     ("survival", "Survival", "share of grown weights that the next update kept"),
+)
+_SIDES: tuple[tuple[str, str, Callable[[LayerDegrees], NDArray[np.int64]]], ...] = (
+    ("row", "Row degrees (outputs)", lambda layer: layer.rows),
+    ("column", "Column degrees (inputs)", lambda layer: layer.columns),
 )
 
 
@@ -44,28 +48,35 @@ class LayerFigure:
 
 
 def degree_figures(runs: Sequence[Run]) -> list[LayerFigure]:
-    """For each run with masks: degrees of rows and columns along every layer's sides."""
+    """For each run with masks: degrees of rows and columns along every layer's sides; shades mean the same in all."""
     figures = []
-    for index, run in enumerate(runs):
-        if run.masks is None or not run.masks.layers:
-            continue
-        layers = run.masks.layers
-        labels = [f"{name} {layer.kind}" for name, layer in zip(_short(layers), layers, strict=True)]
+    having = [(index, run, run.masks) for index, run in enumerate(runs) if run.masks is not None and run.masks.layers]
+    cells = {
+        (index, side): [_relative(degrees(layer)) for layer in masks.layers]
+        for index, _, masks in having
+        for side, _, degrees in _SIDES
+    }
+    spread = max((abs(value - 1) for rows in cells.values() for row in rows for value in row), default=0)
+    spread = min(1.0, max(0.1, spread))
+    for index, run, masks in having:
+        labels = [f"{name} {layer.kind}" for name, layer in zip(_short(masks.layers), masks.layers, strict=True)]
         maps = []
-        for side, title in (("rows", "Row degrees (outputs)"), ("columns", "Column degrees (inputs)")):
-            rows = [_relative(layer.rows if side == "rows" else layer.columns) for layer in layers]
-            heat = HeatMap(title, "degree, 1 is the layer's mean", labels, rows, (f"first {side[:-1]}", "last"), 0, 2)
+        for side, title, _ in _SIDES:
+            ends = f"first {side}", "last"
+            unit = "degree, 1 is the layer's mean"
+            heat = HeatMap(title, unit, labels, cells[index, side], ends, 1 - spread, 1 + spread)
             maps.append((title, draw(f"degrees-{index}-{side}", heat)))
-        step = "" if run.masks.step is None else f" of step {run.masks.step}"
-        where = "the final model" if run.masks.folder == "." else run.masks.folder
-        num_active = sum(int(layer.rows.sum()) for layer in layers)
-        size = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-        about = (
-            f"Masks{step} from {where}: {num_active:,} of {size:,} {run.masks.unit} active, "
-            f"sparsity {1 - num_active / size:.6g}."
-        )
-        figures.append(LayerFigure(run.name, about, maps, _degree_table(layers, run.masks.unit)))
+        figures.append(LayerFigure(run.name, _about(masks), maps, _degree_table(masks.layers, masks.unit)))
     return figures
+
+
+def _about(masks: Masks) -> str:
+    step = "" if masks.step is None else f" of step {masks.step}"
+    where = "the final model" if masks.folder == "." else masks.folder
+    num_active = sum(int(layer.rows.sum()) for layer in masks.layers)
+    size = sum(layer.shape[0] * layer.shape[1] for layer in masks.layers)
+    sparsity = 1 - num_active / size if size else 0.0
+    return f"Masks{step} from {where}: {num_active:,} of {size:,} {masks.unit} active, sparsity {sparsity:.6g}."
 
 
 def _short(layers: Sequence[LayerDegrees]) -> list[str]:

@@ -109,7 +109,9 @@ def _read(folder: Path, name: str) -> Run:
     problems += _lost_losses(metrics)
     if not any(file.is_there for file in (summary, recipe, metrics)):
         problems.append(f"none of {SUMMARY_NAME}, {RECIPE_NAME} and {METRICS_NAME} is there: no run left this folder")
-    open_ends = _unfinished(summary, metrics, mapping(recipe.values.get("training")))
+        open_ends = []
+    else:
+        open_ends = _unfinished(summary, metrics, mapping(recipe.values.get("training")))
     cut = [
         f"the last line of {path} was cut off, as when a run is killed; left out"
         for path, file in ((METRICS_NAME, metrics), (LAYERS_NAME, layers))
