@@ -21,6 +21,13 @@ from sparseift_llm.html_report.charts import MARKERS, marker_of, style_class
 from sparseift_llm.html_report.runs import Run, read_runs
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 _NOT_IN_HTML = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127), "\ufffd")
 
 
@@ -51,15 +58,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Run]:
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    return environment.get_template("page.html.jinja").render(
+    return _ENVIRONMENT.get_template("page.html.jinja").render(
         **_sections(runs),
         version=sparseift_llm.__version__,
         markers=list(enumerate(MARKERS)),

@@ -25,7 +25,7 @@ for (const figure of document.querySelectorAll("figure[data-table]")) {
     }
     return best?.row;
   };
-  chart.addEventListener("pointermove", (event) => {
+  const show = (event) => {
     if (!bodies) load();
     const box = chart.getBoundingClientRect();
     const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
@@ -39,6 +39,7 @@ for (const figure of document.querySelectorAll("figure[data-table]")) {
       }
     }
     output.textContent = words.join("; ");
-  });
+  };
+  for (const type of ["pointerdown", "pointermove"]) chart.addEventListener(type, show);
   chart.addEventListener("pointerleave", clear);
 }
