@@ -196,6 +196,14 @@ def test_a_run_without_masks_or_weights(run: Path) -> None:
     assert "No run here has masks" in root.by_id("degrees").text
 
 
+@pytest.mark.parametrize("step", [10**400, math.nan, "six", None])
+def test_a_step_that_is_no_step(run: Path, step: Any) -> None:
+    summary_with(step=step)(run)
+    (found,), _ = read(run)
+    assert found.masks is not None
+    assert (found.masks.folder, found.masks.step) == (".", None)
+
+
 # ---- which masks are newest
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sparseift_llm.architectures import ARCHITECTURES
-from sparseift_llm.html_report.reading import mapping, number, read_object
+from sparseift_llm.html_report.reading import finite, mapping, read_object
 from sparseift_llm.mask_file import MASKS_NAME, read_masks
 
 
@@ -105,8 +105,8 @@ def newest_masks(run: Path, summary: Mapping[str, Any], kinds: Mapping[str, str]
 
 def _folders(run: Path, summary: Mapping[str, Any]) -> Iterator[tuple[float, Path]]:
     """The final folder, and checkpoints, each with its step; the final folder's is infinite if unknown."""
-    step = number(summary.get("step"))
-    yield math.inf if step is None or math.isnan(step) else step + 0.5, run  # of equal steps the final folder
+    step = finite(summary.get("step"))
+    yield math.inf if step is None else step + 0.5, run  # of equal steps the final folder
     for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         digits = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if folder.is_dir() and digits.isascii() and digits.isdigit():
