@@ -16,7 +16,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# A dense GPT-2 and its Sparse-IFT twin at the same linear FLOPs, a table and a picture, then both on the built-in suite.
+# A dense GPT-2 and its Sparse-IFT twin at the same linear FLOPs, a table and a picture, both on the built-in suite, a page.
 demo: install
 	rm -rf $(DEMO)/dense $(DEMO)/sparse
 	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/dense --sparse_ift null
@@ -25,6 +25,7 @@ demo: install
 	TQDM_DISABLE=1 $(RUN)/python eval/leaderboard.py --model $(DEMO)/dense --suite builtin
 	TQDM_DISABLE=1 $(RUN)/python eval/leaderboard.py --model $(DEMO)/sparse --suite builtin
 	$(RUN)/python eval/compare.py $(DEMO)/dense/eval_builtin.json $(DEMO)/sparse/eval_builtin.json --output $(DEMO)/evaluation
+	$(RUN)/sparseift report $(DEMO)/dense $(DEMO)/sparse -o $(DEMO)/report.html
 
 # a file runs in one worker, so that what its processes report is made once
 test: install

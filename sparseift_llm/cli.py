@@ -66,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         "--every-nth-layer", type=int, default=1, metavar="N", help="take decoder layers 0, N, 2N, ..."
     )
     analyze.set_defaults(run=_analyze)
+    report = commands.add_parser("report", help="one HTML page about runs, finished or not")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="output folders of recipes/pretrain.py, dense first")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write")
+    report.set_defaults(run=_report)
     bench = commands.add_parser("bench", help="time and memory of dense, masked and block-sparse twins, side by side")
     bench.add_argument("--only", metavar="NAME", help="one row: ffn_fp32, ffn_bf16, step_cpu, ffn_gpu or step_gpu")
     bench.add_argument("--crossover", action="store_true", help="FFNs of several widths and tiles instead")
@@ -126,6 +130,14 @@ def _analyze(arguments: argparse.Namespace) -> str:
     print(render(result))
     pictures = draw(result, arguments.output)
     return f"\nwrote {', '.join(map(str, [*sorted(arguments.output.glob('analysis.*')), *pictures]))}"
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    from sparseift_llm.html_report.page import write_report
+
+    runs = write_report(arguments.runs, arguments.output)
+    states = [f"{run.name}: {'; '.join([run.state, *run.reasons])}" for run in runs]
+    return "\n".join([*states, f"wrote {arguments.output}"])
 
 
 def _bench(arguments: argparse.Namespace) -> str:

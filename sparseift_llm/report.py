@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from sparseift_llm.run_record import SUMMARY_NAME, read_metrics
 COMPARISON_NAME = "comparison.md"
 PICTURE_NAME = "loss.png"
 
-_ROWS = (  # title, summary key, format
+HEADLINES = (  # title, summary key, format
     ("held-out loss (nats/token)", "eval_loss", "{:.4f}"),
     ("held-out perplexity", "perplexity", "{:.2f}"),
     ("held-out bits per byte", "bits_per_byte", "{:.4f}"),
@@ -25,7 +25,14 @@ _ROWS = (  # title, summary key, format
     ("training tokens", "train_tokens", "{:,}"),
     ("tokens/s", "tokens_per_second", "{:,.0f}"),
 )
-_WITH_RATIO = {key for _, key, _ in _ROWS} - {"linear_sparsity"}
+NOTES = (
+    "FLOPs count multiply-adds of projections, attention and logits; norms and elementwise work are left out.",
+    "One seed each: differences smaller than the spread between seeds mean nothing.",
+)
+MASKED_NOTE = (
+    "Unstructured masks are multiplied at the cost of the stored, dense matrix: fewer tokens/s at equal FLOPs."
+)
+WITH_RATIO = {key for _, key, _ in HEADLINES} - {"linear_sparsity"}
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def read_summary(run: str | Path) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    missing = [key for _, key, _ in _ROWS if not isinstance(summary, dict) or key not in summary]
+    missing = [key for _, key, _ in HEADLINES if not isinstance(summary, dict) or key not in summary]
     if missing:
         raise ValueError(f"{path} is not the summary of a run: it has no {missing[0]!r}")
     return summary
@@ -61,10 +68,10 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
     check_same_data(runs, summaries)
     header = ["", *(Path(run).name for run in runs), *(["ratio"] if len(runs) == 2 else [])]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    for title, key, form in _ROWS:
+    for title, key, form in HEADLINES:
         cells = [title, *(form.format(summary[key]) for summary in summaries)]
         if len(runs) == 2:
-            cells.append(f"{summaries[1][key] / summaries[0][key]:.3f}" if key in _WITH_RATIO else "")
+            cells.append(f"{summaries[1][key] / summaries[0][key]:.3f}" if key in WITH_RATIO else "")
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + _notes(summaries)
 
@@ -72,22 +79,20 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
 def check_same_data(runs: Sequence[str | Path], summaries: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError, naming two runs and the option, unless all runs had the same data and sequence length."""
     for summary, run in zip(summaries, runs, strict=True):
-        data, first_data = summary["config"]["data"], summaries[0]["config"]["data"]
-        for key in sorted((data.keys() | first_data.keys()) - {"cache_dir"}):
-            first, other = first_data.get(key), data.get(key)
-            if first != other:
-                raise ValueError(f"{runs[0]} and {run} cannot be compared: data.{key} is {first!r} and {other!r}")
+        for key, first, other in differing_data(summaries[0]["config"]["data"], summary["config"]["data"]):
+            raise ValueError(f"{runs[0]} and {run} cannot be compared: data.{key} is {first!r} and {other!r}")
+
+
+def differing_data(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Options of the data (key, first's, other's) on which two runs differ, so that losses cannot be compared."""
+    keys = sorted((first.keys() | other.keys()) - {"cache_dir"})  # where tokens are kept does not matter
+    return [(key, first.get(key), other.get(key)) for key in keys if first.get(key) != other.get(key)]
 
 
 def _notes(summaries: Sequence[dict[str, Any]]) -> str:
-    notes = [
-        "FLOPs count multiply-adds of projections, attention and logits; norms and elementwise work are left out. "
-        "One seed each: differences smaller than the spread between seeds mean nothing."
-    ]
+    notes = [" ".join(NOTES)]
     if any(summary["linear_sparsity"] > 0 for summary in summaries):
-        notes.append(
-            "Unstructured masks are multiplied at the cost of the stored, dense matrix: fewer tokens/s at equal FLOPs."
-        )
+        notes.append(MASKED_NOTE)
     return "\n\n".join(notes) + "\n"
 
 

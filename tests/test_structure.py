@@ -68,6 +68,7 @@ def test_the_core_imports_without_optional_packages() -> None:
         "for name in ('datasets', 'lm_eval', 'matplotlib', 'triton'):\n"
         "    sys.modules[name] = None\n"
         "import sparseift_llm, sparseift_llm.data, sparseift_llm.recipe, sparseift_llm.cli\n"
+        "import sparseift_llm.html_report.page\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
