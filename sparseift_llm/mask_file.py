@@ -56,8 +56,11 @@ def save_masks(model: nn.Module, folder: str | Path) -> Path:
     Returns:
         The file's path.
     """
-    masks = masks_of(model)
-    path = Path(folder) / MASKS_NAME
+    return write_masks(masks_of(model), Path(folder) / MASKS_NAME)
+
+
+def write_masks(masks: Mapping[str, Tensor], path: Path) -> Path:
+    """Write any bool masks to `path`, atomically, and return it."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     # one entry only: safetensors writes several in random order, and equal masks should be equal files
     header = {_FORMAT: json.dumps({"digest": digest(masks), "shapes": shapes}, sort_keys=True)}
@@ -70,13 +73,17 @@ def save_masks(model: nn.Module, folder: str | Path) -> Path:
     return path
 
 
-def read_masks(folder: str | Path) -> dict[str, Tensor]:
+def read_masks(folder: str | Path, name: str = MASKS_NAME) -> dict[str, Tensor]:
     """Read the masks in `folder`, checked against their digest.
+
+    Args:
+        folder: of a model or checkpoint.
+        name: the file.
 
     Raises:
         ValueError: the file is missing, truncated, damaged or of another format, naming the file.
     """
-    path = Path(folder) / MASKS_NAME
+    path = Path(folder) / name
     if not path.is_file():
         raise ValueError(f"{path} is missing: without it the masks of this checkpoint are lost; restore the file")
     try:
