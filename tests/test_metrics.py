@@ -1,4 +1,4 @@
-"""Metrics of masks by hand: a toy layer through several RigL updates, sums over layers, kinds, missed updates, state."""
+"""Metrics of masks by hand: a toy layer through RigL updates, sums over layers, kinds, missed updates, state."""
 
 from __future__ import annotations
 
