@@ -77,14 +77,17 @@ class StepSample:
             handle.remove()
         self._handles, self._sampled = [], {}
 
-    @torch.no_grad()
     def _sample(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or module in self._sampled or not args:
-            return
-        tokens = args[0].detach().reshape(-1, args[0].shape[-1])[:SAMPLE_TOKENS]
+        if not torch.compiler.is_compiling() and module not in self._sampled and args:
+            self._sampled[module] = self._count(module, args[0])
+
+    @staticmethod
+    @torch.no_grad()
+    def _count(module: nn.Module, input: Tensor) -> tuple[Tensor, int]:
+        tokens = input.reshape(-1, input.shape[-1])[:SAMPLE_TOKENS]
         # a fused feed-forward never stores its activation: it is computed again, for these tokens only
         hidden = module.hidden(tokens) if isinstance(module, BlockSparseLinear) else tokens
-        self._sampled[module] = num_saturated(hidden), hidden.shape[-1]
+        return num_saturated(hidden), hidden.shape[-1]
 
 
 def _ffn_outputs(model: nn.Module, model_type: str) -> list[nn.Module]:
