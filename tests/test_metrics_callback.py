@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
             assert shown[name][logs["step"]] == pytest.approx(logs[name])
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [{"step": logs["step"], **logs} for logs in entries] == record.logs
+
+
+def test_the_page_on_metrics_names_them_all(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+)(?:/<kind>)?`", page.partition("`<kind>` is")[0]))
+    record = Record()
+    new_trainer(tmp_path, record).train()
+    logged = {key.partition("/")[0] for key in record.logs[-1]}
+    assert logged - {"step", "loss", "grad_norm", "learning_rate", "epoch"} == named - {"loss"}
 
 
 @pytest.mark.parametrize("place", ["before", "after", "added later"])
