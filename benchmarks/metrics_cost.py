@@ -26,7 +26,7 @@ from sparseift_llm.bench import ROWS
 from sparseift_llm.dst.report import MaskReport, ReportOptions
 from sparseift_llm.run_record import commit, machine, versions, write_json
 
-REPEATS, UPDATE_EVERY, LOG_EVERY = 5, 100, 10
+REPEATS, UPDATE_EVERY, LOG_EVERY = 3, 100, 10
 ROW = ROWS["step_cpu"]
 
 
