@@ -229,9 +229,13 @@ def train(
     recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, data: LoadedData, resume_from: Path | None
 ) -> dict[str, Any]:
     """Run the Trainer to its end, save the model, and return the run's summary."""
-    sparse = SparseTrainingCallback() if recipe.sparse_ift else None
-    tokens_per_step = sequences_per_step(args) * recipe.data.seq_len
-    record = RunRecord(recipe.training["output_dir"], tokens_per_step, recipe.data.seq_len, sparse)
+    tokens_per_step, seq_len = sequences_per_step(args) * recipe.data.seq_len, recipe.data.seq_len
+    sparse = None
+    if recipe.sparse_ift:
+        sparse = SparseTrainingCallback(
+            tokens_per_step=tokens_per_step, seq_len=seq_len, peak_flops_per_second="measure"
+        )
+    record = RunRecord(recipe.training["output_dir"], tokens_per_step, seq_len, sparse)
     trainer = Pretrainer(
         model=model,
         args=args,

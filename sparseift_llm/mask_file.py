@@ -86,8 +86,11 @@ def save_masks(model: nn.Module, folder: str | Path) -> Path:
     Returns:
         The file's path.
     """
-    masks = masks_of(model)
-    path = Path(folder) / MASKS_NAME
+    return write_masks(masks_of(model), Path(folder) / MASKS_NAME)
+
+
+def write_masks(masks: Mapping[str, Tensor], path: Path) -> Path:
+    """Write any bool masks to `path`, atomically, and return it."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     # one entry only: safetensors writes several in random order, and equal masks should be equal files
     header = {_FORMAT: json.dumps({"digest": digest(masks), "shapes": shapes}, sort_keys=True)}
@@ -100,19 +103,23 @@ def save_masks(model: nn.Module, folder: str | Path) -> Path:
     return path
 
 
-def read_masks(folder: str | Path) -> dict[str, Tensor]:
+def read_masks(folder: str | Path, name: str = MASKS_NAME) -> dict[str, Tensor]:
     """Read the masks in `folder`, checked against their digest.
+
+    Args:
+        folder: of a model or checkpoint.
+        name: the file.
 
     Raises:
         ValueError: the file is missing, truncated, damaged or of another format, naming the file.
     """
-    masks = read_packed_masks(folder)
+    masks = read_packed_masks(folder, name)
     return {name: masks.unpack(name) for name in masks.shapes}
 
 
-def read_packed_masks(folder: str | Path) -> PackedMasks:
-    """The masks in `folder` without unpacking them; errors as `read_masks`."""
-    path = Path(folder) / MASKS_NAME
+def read_packed_masks(folder: str | Path, name: str = MASKS_NAME) -> PackedMasks:
+    """The masks in `folder` without unpacking them; arguments and errors as `read_masks`."""
+    path = Path(folder) / name
     with _open(path) as (file, header):
         shapes = {name: tuple(map(int, shape)) for name, shape in header["shapes"].items()}
         masks = PackedMasks({name: file.get_tensor(name) for name in shapes}, shapes, str(header.get("digest")))

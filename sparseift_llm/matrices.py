@@ -67,7 +67,16 @@ class MatrixSource:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class MatrixEntry:
+    """What a config tells of a sparse matrix.
+
+    Args:
+        name: module path.
+        kind: of the projection it belongs to.
+        shape: (out, in).
+        is_transposed: whether mask and weight are stored as (in, out), as a `Conv1D`'s are.
+    """
+
     name: str
     kind: str
     shape: tuple[int, int]
@@ -96,7 +105,7 @@ def matrix_source(model_or_folder: PreTrainedModel | str | Path, every_nth_layer
 
 def _source_of_model(model: PreTrainedModel, every_nth_layer: int) -> MatrixSource:
     layers = sparse_layers(model)
-    block_size, entries = _entries(model.config, every_nth_layer, set(layers), "the model")
+    block_size, entries = matrix_entries(model.config, every_nth_layer, set(layers), "the model")
 
     def read() -> Iterator[SparseMatrix]:
         for entry in entries:
@@ -115,13 +124,13 @@ def _source_of_folder(folder: Path, every_nth_layer: int) -> MatrixSource:
         raise ValueError(f"{folder} has no readable config.json: {str(error).splitlines()[0]}") from error
     read_record(hf_config)
     masks = read_packed_masks(folder)
-    block_size, entries = _entries(hf_config, every_nth_layer, set(masks.shapes), folder)
+    block_size, entries = matrix_entries(hf_config, every_nth_layer, set(masks.shapes), folder)
     weights = _Weights(folder)
     return MatrixSource(masks.digest, len(entries), lambda: _read_folder(folder, entries, masks, weights, block_size))
 
 
 def _read_folder(
-    folder: Path, entries: list[_Entry], masks: PackedMasks, weights: _Weights, block_size: int | None
+    folder: Path, entries: list[MatrixEntry], masks: PackedMasks, weights: _Weights, block_size: int | None
 ) -> Iterator[SparseMatrix]:
     for entry in entries:
         mask, weight = masks.unpack(entry.name), weights.read(f"{entry.name}.weight")
@@ -145,7 +154,7 @@ def _read_folder(
 
 
 def _matrix(
-    entry: _Entry, mask: Tensor, weight: Tensor, columns: Tensor | None, block_size: int | None
+    entry: MatrixEntry, mask: Tensor, weight: Tensor, columns: Tensor | None, block_size: int | None
 ) -> SparseMatrix:
     if block_size is not None:
         assert columns is not None
@@ -155,9 +164,9 @@ def _matrix(
     return SparseMatrix(entry.name, entry.kind, mask, block_size or 1, weight)
 
 
-def _entries(
+def matrix_entries(
     hf_config: PreTrainedConfig, every_nth_layer: int, names: set[str], where: str | Path
-) -> tuple[int | None, list[_Entry]]:
+) -> tuple[int | None, list[MatrixEntry]]:
     """The side of a tile, and what is known without weights of the sparse matrices of the chosen decoder layers."""
     try:
         stock = build_model(hf_config, meta=True)
@@ -175,9 +184,13 @@ def _entries(
     different = sorted({part.name for _, _, part in found} ^ names)
     if different:
         raise ValueError(f"the masks in {where} are of another model: {different[0]} stands in only one of them")
+    keeps_storage = {layer.name for _, layer, _ in found if plan.config.block_size is None and layer.rule is None}
     entries = [
-        _Entry(
-            part.name, layer.kind, part.shape, not layer.rule and isinstance(stock.get_submodule(layer.name), Conv1D)
+        MatrixEntry(
+            part.name,
+            layer.kind,
+            part.shape,
+            layer.name in keeps_storage and isinstance(stock.get_submodule(layer.name), Conv1D),
         )
         for layer_index, layer, part in found
         if layer_index % every_nth_layer == 0

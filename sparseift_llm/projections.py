@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparseift_llm.architectures import check_config
+from sparseift_llm.architectures import build_model, check_config
 from sparseift_llm.config import KINDS
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection
@@ -94,6 +94,20 @@ def find_projections(model: PreTrainedModel) -> list[Projection]:
     for index, layer in enumerate(layers):
         found += _of_layer(f"{prefix}.{index}", layer, index, model.config.hidden_size)
     return found
+
+
+def projection_kinds(config: PreTrainedConfig) -> dict[str, str]:
+    """What every projection of a decoder computes, by module path, from its config; errors as `find_projections`."""
+    return {projection.name: projection.kind for projection in find_projections(build_model(config, meta=True))}
+
+
+def kind_of(name: str, kinds: Mapping[str, str], default: str) -> str:
+    """The kind of the projection at module path `name`, or of the one that it is a part of.
+
+    >>> kind_of("h.0.mlp.c_fc.branches.1", {"h.0.attn.c_attn": "qkv", "h.0.mlp.c_fc": "mlp_in"}, "other")
+    'mlp_in'
+    """
+    return next((kind for path, kind in kinds.items() if f"{name}.".startswith(f"{path}.")), default)
 
 
 def is_low_rank(name: str) -> bool:

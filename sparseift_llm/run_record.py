@@ -24,7 +24,8 @@ import sparseift_llm
 from sparseift_llm import isoflop
 from sparseift_llm.dst.callback import SparseTrainingCallback
 from sparseift_llm.dst.controller import SparseTrainingController
-from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.dst.throughput import TrainingFlops
+from sparseift_llm.json_lines import read_lines
 from sparseift_llm.planning import count_flops
 
 METRICS_NAME = "metrics.jsonl"
@@ -105,15 +106,9 @@ def training_flops(
         num_steps, tokens_per_step, seq_len: see `isoflop.run_flops` and `count_flops`.
         controller: the run's controller, whose counters are read.
     """
-    flops = count_flops(model, seq_len)
     if controller is None:
-        return isoflop.run_flops(tokens_per_step, num_steps, flops)
-    layers = sparse_layers(model).values()
-    active = sum(layer.count_active() for layer in layers)
-    size = sum(layer.mask.numel() * layer.unit_size for layer in layers)
-    around = isoflop.FlopCount(flops.linear - isoflop.linear_flops(active), flops.attention, flops.logit)
-    dense_gradient_weights = size * controller.num_dense_gradient_steps
-    return isoflop.run_flops(tokens_per_step, num_steps, around, controller.active_weight_steps, dense_gradient_weights)
+        return isoflop.run_flops(tokens_per_step, num_steps, count_flops(model, seq_len))
+    return TrainingFlops(model, tokens_per_step, seq_len, controller).total(num_steps)
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -121,11 +116,7 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
 
     A last line without its newline was cut off when the run was killed, and is left out.
     """
-    path = Path(output_dir) / METRICS_NAME
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_lines(Path(output_dir) / METRICS_NAME)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Not a test module.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import GPT2Config
 
+from sparseift_llm import SparseIFTConfig, plan
 from sparseift_llm.mask_file import digest, pack
+from sparseift_llm.planning import record
 from tests.test_report import DATA, SPARSE
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -26,7 +30,16 @@ LAYERS = {  # name -> (kind, mask shape)
     "transformer.h.1.attn.c_attn": ("qkv", (12, 4)),
     "transformer.h.1.mlp.c_fc": ("mlp_in", (16, 4)),
 }
-TILES = {"structure": "block", "block_size": 16}
+TILES: dict[str, Any] = {"structure": "block", "block_size": 16}
+
+
+@functools.cache
+def model_config() -> str:
+    """config.json of a model that has LAYERS."""
+    dense = GPT2Config(n_embd=32, n_layer=2, n_head=2)
+    result = plan(dense, SparseIFTConfig(targets=("q", "k", "v", "mlp_in"), **TILES))
+    result.hf_config.sparse_ift = record(result, dense)
+    return json.dumps(result.hf_config.to_dict())
 
 
 @dataclass
@@ -205,7 +218,7 @@ def write_full_run(folder: Path, **changes: Any) -> Path:
     summary = {**SPARSE, "step": 6, "config": config, **record, **changes}
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "recipe.json").write_text(json.dumps({**config, "data_fingerprint": "f00"}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "sparse_ift": TILES}))
+    (folder / "config.json").write_text(model_config())
     (folder / "eval_tiny.json").write_text(json.dumps(evaluation()))
     write_lines(folder / "metrics.jsonl", log_lines())
     layers = [

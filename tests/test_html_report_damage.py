@@ -239,6 +239,7 @@ def test_kinds_from_analyses_where_the_config_does_not_tell(run: Path) -> None:
     layers = read(run)[0][0].masks
     assert layers is not None
     assert {layer.kind for layer in layers.layers} == {"unknown"}
+    assert "masks are shown as they are stored" in read(run)[1].by_id("runs").text
 
 
 # ---- anything at all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm.checkpoint import find_resumed_checkpoint, set_aside_incomplete
 from sparseift_llm.dst.controller import SparseTrainingController
+from sparseift_llm.dst.report import MaskReport, ReportOptions, go_first
 from sparseift_llm.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
 
 
@@ -21,14 +23,28 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     What to do is read from the model (`SparseIFTConfig.dst`). Checkpoints hold the masks
     (`sparse_masks.safetensors`) and, in `trainer_state.json`, the rest of the state;
     `trainer.train(resume_from_checkpoint=True)` goes on from them, and half-written
-    checkpoints are set aside when the Trainer is created.
+    checkpoints are set aside when the Trainer is created. It becomes the first of the Trainer's callbacks, so that
+    every tracker gets what it adds to the log.
+
+    Args:
+        metrics: log the mask metrics of docs/metrics.md and write `layers.jsonl`; training is the same without.
+        tokens_per_step, seq_len, peak_flops_per_second: for metrics of speed, see `ReportOptions`.
 
     Raises:
-        ValueError: at the start of training: the model has no sparse layers, DeepSpeed, FSDP1 or
-            DataParallel is in use, or the resumed checkpoint's masks are missing, damaged or another model's.
+        ValueError: an argument out of range. At the start of training: the model has no sparse layers, DeepSpeed,
+            FSDP1 or DataParallel is in use, or the resumed checkpoint's masks are missing, damaged or another model's.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        metrics: bool = True,
+        tokens_per_step: int | None = None,
+        seq_len: int | None = None,
+        peak_flops_per_second: float | str | None = None,
+    ) -> None:
+        self.options = ReportOptions(tokens_per_step, seq_len, peak_flops_per_second)
+        self.metrics = metrics
+        self.report: MaskReport | None = None
         self.controller: SparseTrainingController | None = None
         self.saved: dict[str, Any] = {}
         self._output_dir = "."
@@ -63,12 +79,16 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
                 "per GPU with accelerate launch or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
             )
         assert model is not None
+        go_first(self)
         self._rank_files = _rank_files(args)
-        if self.controller is not None:
-            self.controller.close()  # of an earlier train() that ended in an exception
+        self._close()  # what an earlier train() left that ended in an exception
         self.controller = SparseTrainingController(model, optimizer, state.max_steps, args.gradient_accumulation_steps)
+        scaler = getattr(optimizer, "scaler", None)
+        self.report = MaskReport(self.controller, model, args, scaler, self.options) if self.metrics else None
         if state.global_step > 0:
             self._resume(args, state, model)
+        if self.report is not None:
+            self.report.begin(state)
 
     def _resume(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
         assert self.controller is not None
@@ -98,46 +118,72 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             )
         apply_masks(model, masks, folder, check_weights=True)
         self.controller.load_counters(saved)
+        if self.report is not None:
+            self.report.restore(folder, saved.get("metrics"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.controller is not None:
             self.controller.begin_step()
+        if self.report is not None:
+            self.report.begin_step(args, state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.report is not None:
+            self.report.before_optimizer_step()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step
+        if self.report is not None:
+            self.report.end_step()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.report is not None:
+            self.report.interrupt()
+
+    on_save = on_evaluate
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Add the cost of mask updates since the start of this process to what is logged."""
+        """Add the cost of mask updates since the start of this process, and the mask metrics, to what is logged."""
         if self.controller is None or logs is None or "loss" not in logs:
             return
         cost = self.controller.cost
         logs.update(mask_update_seconds=cost.seconds, mask_update_bytes=cost.num_bytes)
+        if self.report is not None:
+            self.report.log(logs, state)
         state.log_history[-1].update(logs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        if self.controller is not None:
-            self.controller.close()
+        self._close()
         if args.load_best_model_at_end and state.best_model_checkpoint:
             apply_masks(model, read_masks(state.best_model_checkpoint), state.best_model_checkpoint)
 
     def state(self) -> dict[str, Any]:
         """What a Trainer stores of this callback in `trainer_state.json`."""
+        arguments = {"metrics": self.metrics, **asdict(self.options)}
         if self.controller is None:
-            return {"args": {}, "attributes": {"saved": {}}}
+            return {"args": arguments, "attributes": {"saved": {}}}
         checkpoint = Path(self._output_dir).absolute() / f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
         if checkpoint.is_dir() and not (checkpoint / MASKS_NAME).exists():
             save_masks(self.controller.model, checkpoint)  # sharded weights are saved without save_pretrained
+        masks_digest = self.controller.masks_digest()
         saved = {
             **self.controller.counters(),
-            "masks_digest": self.controller.masks_digest(),
+            "masks_digest": masks_digest,
             "checkpoint": str(checkpoint),
             "rank_files": self._rank_files,
         }
-        return {"args": {}, "attributes": {"saved": saved}}
+        if self.report is not None:
+            saved["metrics"] = self.report.save(checkpoint, masks_digest)
+        return {"args": arguments, "attributes": {"saved": saved}}
+
+    def _close(self) -> None:
+        for part in (self.controller, self.report):
+            if part is not None:
+                part.close()
 
 
 def _rank_files(args: TrainingArguments) -> list[str]:

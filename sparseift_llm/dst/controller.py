@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.planning import read_record
 
 logger = logging.getLogger(__name__)
+UpdateListener = Callable[[str, Tensor, Tensor, "Tensor | None"], None]
 
 
 @dataclass
@@ -72,6 +73,7 @@ class SparseTrainingController(Joinable):
         active_weight_steps: active sparse weights, summed over steps taken (for training FLOPs).
         num_dense_gradient_steps: steps on which dense gradients were computed.
         cost: time and communication of mask updates.
+        listeners: called in every update for every layer: name, mask, next mask, units' gradient norms (RigL) or None.
         ranks: the collectives of mask updates.
 
     Raises:
@@ -103,6 +105,7 @@ class SparseTrainingController(Joinable):
         self.active_weight_steps = 0
         self.num_dense_gradient_steps = 0
         self.cost = UpdateCost()
+        self.listeners: list[UpdateListener] = []
         self._copies = AveragedCopies()
         self._num_active = self._count_active()
         self.ranks = Ranks(next(iter(self.layers.values())).mask.device)
@@ -232,7 +235,10 @@ class SparseTrainingController(Joinable):
             if layer.is_frozen:
                 continue
             growth = self._growth(name) if self.algorithm.needs_dense_gradient else None
-            changed = layer.set_mask(self.algorithm.next_mask(layer, self.step, index, growth))
+            mask = self.algorithm.next_mask(layer, self.step, index, growth)
+            for listener in self.listeners:
+                listener(name, layer.mask, mask, growth)
+            changed = layer.set_mask(mask)
             zero_state(self.optimizer, layer.weight, changed, name)
             self.ranks.num_bytes += layer.gathered_bytes
         self._num_active = self._count_active()

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from sparseift_llm.architectures import ARCHITECTURES
 from sparseift_llm.html_report.reading import finite, mapping, read_object
 from sparseift_llm.mask_file import MASKS_NAME, read_masks
+from sparseift_llm.matrices import matrix_entries
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,12 @@ def newest_masks(run: Path, summary: Mapping[str, Any], kinds: Mapping[str, str]
         except ValueError as error:
             problems.append(str(error).replace(f"{folder}{os.sep}", "" if where == "." else f"{where}/"))
             continue
-        layers = []
-        for name in sorted(masks, key=_natural):
-            mask = masks[name].numpy()
-            kind = kind_of(name, config.get("model_type")) or kinds.get(name, "unknown")
-            layers.append(LayerDegrees(name, kind, mask.sum(1), mask.sum(0)))
+        layers, doubts = _layers(folder, masks, kinds)
+        problems += doubts
         unit = "weights"
         if sparse_ift.get("structure") == "block":
             unit = f"tiles of {sparse_ift.get('block_size')}x{sparse_ift.get('block_size')}"
-        return Masks(where, None if math.isinf(step) else int(step), unit, tuple(layers)), problems
+        return Masks(where, None if math.isinf(step) else int(step), unit, layers), problems
     return None, problems
 
 
@@ -113,19 +112,23 @@ def _folders(run: Path, summary: Mapping[str, Any]) -> Iterator[tuple[float, Pat
             yield float(digits), folder
 
 
-def kind_of(name: str, model_type: Any) -> str | None:
-    """The kind of the projection at module path `name`, or inside of which it is; None for unknown models.
-
-    >>> kind_of("transformer.h.3.attn.c_attn", "gpt2")
-    'qkv'
-    >>> kind_of("transformer.h.3.mlp.c_fc.branches.0", "gpt2")
-    'mlp_in'
-    """
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    for path, kinds in architecture.projections.items() if architecture else ():
-        if f".{path}." in f".{name}.":
-            return "".join(kinds)
-    return None
+def _layers(
+    folder: Path, masks: Mapping[str, Tensor], kinds: Mapping[str, str]
+) -> tuple[tuple[LayerDegrees, ...], list[str]]:
+    """The degrees of all masks, (out, in); and what is wrong where the config does not tell how they are stored."""
+    entries, problems = {}, []
+    try:
+        found = matrix_entries(AutoConfig.from_pretrained(folder, local_files_only=True), 1, set(masks), folder)[1]
+        entries = {entry.name: entry for entry in found}
+    except Exception as error:  # transformers validates each field with exceptions of its own
+        problems.append(f"masks are shown as they are stored: {str(error).splitlines()[0]}")
+    layers = []
+    for name in sorted(masks, key=_natural):
+        mask, entry = masks[name].numpy(), entries.get(name)
+        mask = mask.T if entry and entry.is_transposed else mask
+        kind = entry.kind if entry else kinds.get(name, "unknown")
+        layers.append(LayerDegrees(name, kind, mask.sum(1), mask.sum(0)))
+    return tuple(layers), problems
 
 
 def short_names(names: Sequence[str]) -> list[str]:

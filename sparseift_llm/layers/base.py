@@ -136,8 +136,9 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseProjection]:
     Prefixes that wrappers add (DistributedDataParallel, torch.compile, AveragedModel) and activation checkpointing's
     infixes are taken off.
     """
-    return {
-        _WRAPPERS.sub("", name.replace("_orig_mod.", "")): module
-        for name, module in model.named_modules()
-        if isinstance(module, SparseProjection)
-    }
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, SparseProjection)}
+
+
+def plain_name(name: str) -> str:
+    """A module path without what wrappers add to it."""
+    return _WRAPPERS.sub("", name.replace("_orig_mod.", ""))

@@ -122,9 +122,12 @@ class BlockSparseLinear(SparseProjection):
             y = capture_dense_gradient(y, x, self.dense_gradient)
         return y.view(*input.shape[:-1], self.out_features)
 
+    def hidden(self, input: Tensor) -> Tensor:
+        """What this layer multiplies: `input`; after `take_over`, the activation in between, which `forward` hides."""
+        return F.gelu(self._before[0]._multiply(input), approximate="tanh") if self._before else input
+
     def _one_by_one(self, input: Tensor) -> Tensor:
-        (up,) = self._before
-        return self._multiply(F.gelu(up._multiply(input), approximate="tanh"))
+        return self._multiply(self.hidden(input))
 
     def _feed_forward(self, up: BlockSparseLinear, input: Tensor) -> Tensor:
         x, up_weight, up_bias = _autocast(input.reshape(-1, up.in_features), up.weight, up.bias)
