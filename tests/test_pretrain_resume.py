@@ -40,7 +40,9 @@ def trained(run: Path) -> dict[str, Any]:
     checkpoint = run / "checkpoint-12"
     files = [*run.glob("*.safetensors"), *checkpoint.glob("*.safetensors")]
     summary = read_json(run / "summary.json")
+    layers = run / "layers.jsonl"
     return {
+        "layers": layers.read_text() if layers.is_file() else None,  # none of a dense run
         "files": {str(path.relative_to(run)): path.read_bytes() for path in files},
         "optimizer": torch.load(checkpoint / "optimizer.pt", weights_only=True),
         "scheduler": torch.load(checkpoint / "scheduler.pt", weights_only=True),
@@ -63,6 +65,7 @@ def assert_equal_runs(first: Path, second: Path) -> None:
     assert expected["optimizer"]["state"]
     assert any("eval_loss" in line for line in expected["curve"])
     assert {"loss", "grad_norm", "learning_rate"} <= expected["curve"][0].keys()
+    assert (expected["layers"] is None) == ("exploration" not in expected["curve"][0])
     assert not differences(expected, found)
 
 
