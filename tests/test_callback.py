@@ -27,7 +27,7 @@ from tests.tiny_runs import (
     violations,
 )
 
-pytestmark = pytest.mark.usefixtures("every_structure")
+pytestmark = [pytest.mark.usefixtures("every_structure"), pytest.mark.structures("unstructured", "block")]
 
 
 @pytest.fixture(autouse=True)

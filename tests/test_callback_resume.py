@@ -28,7 +28,7 @@ from tests.tiny_runs import (
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
-pytestmark = pytest.mark.usefixtures("every_structure")
+pytestmark = [pytest.mark.usefixtures("every_structure"), pytest.mark.structures("unstructured", "block")]
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,7 @@ def resumable(complete: Complete, folder: Path, step: int = 4, algorithm: str = 
 
 
 @pytest.mark.support("resuming bit for bit in one process")
+@pytest.mark.structures(*tiny_runs.STRUCTURES)
 @pytest.mark.parametrize("step", [1, 4, 7])  # before any update, right after one, before the next
 @pytest.mark.parametrize("algorithm", ["static", "set", "rigl", "gmp"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
@@ -196,6 +197,7 @@ def of_another_width(file: Path, complete: Complete) -> None:
 
 
 @pytest.mark.support("damaged mask files", refused=True)
+@pytest.mark.structures(*tiny_runs.STRUCTURES)
 @pytest.mark.parametrize("damage", [missing, truncated, empty, bit_flipped, of_another_step, of_another_width])
 def test_damaged_masks_are_refused(
     damage: Callable[[Path, Complete], None], complete: Complete, tmp_path: Path
