@@ -117,7 +117,7 @@ class SparseTrainingController(Joinable):
         if self._zero is not None:
             self._unhook = self._zero.follow_steps(self._after_optimizer_step)
         else:
-            self._unhook = self.optimizer.register_step_post_hook(self._after_optimizer_step).remove
+            self._unhook = self.optimizer.register_step_post_hook(torch.compiler.disable(self._after_optimizer_step)).remove
         self._arm()
 
     def follow(self, copy: nn.Module) -> None:
