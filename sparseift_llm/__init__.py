@@ -1,4 +1,9 @@
-"""Sparse Iso-FLOP Transformations (arXiv 2303.11525) for pretraining GPT-style transformers models."""
+"""Sparse Iso-FLOP Transformations (arXiv 2303.11525) for pretraining GPT-style transformers models.
+
+Importing the package teaches transformers its checkpoints: `AutoModelForCausalLM.from_pretrained`, pipelines and
+lm-eval load them. `load_pretrained` gives the trainable model in every case; `save_export` writes a stock dense model,
+or active weights alone.
+"""
 
 __version__ = "0.1.0"
 
@@ -6,6 +11,7 @@ from sparseift_llm.checkpoint import load_pretrained
 from sparseift_llm.config import DSTConfig, SparseIFTConfig
 from sparseift_llm.dst.callback import SparseTrainingCallback
 from sparseift_llm.dst.controller import SparseTrainingController
+from sparseift_llm.export import save_export
 from sparseift_llm.planning import count_flops, plan
 from sparseift_llm.scaling import optimizer_param_groups
 from sparseift_llm.surgery import sparsify, to_dense
@@ -19,6 +25,7 @@ __all__ = [
     "load_pretrained",
     "optimizer_param_groups",
     "plan",
+    "save_export",
     "sparsify",
     "to_dense",
 ]

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection
+from sparseift_llm.layout import is_marked
 
 _SPLIT_ATTENTION = {
     "self_attn.q_proj": ("q",),
@@ -158,7 +159,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     Raises:
         ValueError: mixture of experts, quantised, or a model type that is not supported.
     """
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not is_marked(config):
         raise ValueError("the model is quantised; sparsify needs float weights: load it without quantization_config")
     for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if getattr(config, name, None):

@@ -14,29 +14,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
-from sparseift_llm.architectures import build_model
-from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.layers.composite import CompositeProjection
-from sparseift_llm.mask_file import apply_masks, digest, masks_of, read_masks
-from sparseift_llm.planning import Plan, plan_of, read_record
+import sparseift_llm.loading  # noqa: F401  # registers the hook
+from sparseift_llm.layout import has_own_layout, is_marked, mark
+from sparseift_llm.mask_file import MASKS_NAME, apply_masks, read_masks
+from sparseift_llm.planning import plan_of, read_record
 from sparseift_llm.surgery import install_sparse_layers
-from sparseift_llm.topology.blocks import are_valid
 
 logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"
@@ -119,11 +108,11 @@ def find_resumed_checkpoint(candidates: Iterable[str | Path | None], callback_na
 def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a saved Sparse-IFT model with its masks, ready to train on or to analyse.
 
-    For inference on an unstructured Wide model, `AutoModelForCausalLM.from_pretrained(folder)` gives a stock
-    model with the same logits; others become stock with `to_dense(load_pretrained(folder))`, if the family allows.
+    For inference, `AutoModelForCausalLM.from_pretrained(folder)` does as well: it gives the same model, or a stock
+    one with the same logits if it is an unstructured Wide model.
 
     Args:
-        folder: where `save_pretrained` or a Trainer wrote the model.
+        folder: where `save_pretrained`, a Trainer or `save_export` wrote the model, or its id on the hub.
         kwargs: passed on to `from_pretrained`, e.g. `dtype`.
 
     Raises:
@@ -134,87 +123,53 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             raise ValueError(
                 f"{key} would shard weights before they are sparse; load the model without it, then fully_shard"
             )
-    hf_config = AutoConfig.from_pretrained(folder)
+    source = {key: kwargs[key] for key in _SOURCE_OPTIONS if key in kwargs}
+    hf_config = AutoConfig.from_pretrained(folder, **source)
     config, _ = read_record(hf_config)
-    if config.structure == "block" or config.family != "wide" or config.rules:
-        return _load_own_layout(Path(folder), hf_config, plan_of(build_model(hf_config, meta=True)), **kwargs)
-    model = _load(AutoModelForCausalLM, folder, folder, **kwargs)
+    if Path(folder).is_dir():
+        _check_weight_files(Path(folder, kwargs.get("subfolder", "")))
+    if is_marked(hf_config) or has_own_layout(config):
+        if not is_marked(hf_config):
+            mark(hf_config, config)
+        return _load(folder, config=hf_config, **kwargs)
+    model = _load(folder, **kwargs)
     plan = plan_of(model)
-    masks = read_masks(folder)
+    masks = read_masks(folder if Path(folder).is_dir() else _fetched_masks(folder, source))
     install_sparse_layers(model, plan)
     apply_masks(model, masks, folder, check_weights=True)
     return model
 
 
-def _load(model_class: Any, folder: str | Path, source: str | Path | None, **kwargs: Any) -> PreTrainedModel:
+_SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def _fetched_masks(repo_id: str | Path, source: dict[str, Any]) -> Path:
+    """The folder of a hub model's masks in the cache."""
+    found = cached_file(repo_id, MASKS_NAME, **source)
+    assert found is not None  # a missing file has raised an error
+    return Path(found).parent
+
+
+def _load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """`from_pretrained`, but parameters that `folder` lacks are an error, not random values."""
     asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model: PreTrainedModel
-    model, info = model_class.from_pretrained(source, **{**kwargs, **asked})
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **{**kwargs, **asked})
+    model: PreTrainedModel = loaded[0]
+    info = loaded[1]
     lost = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if lost:
         raise ValueError(f"the weights in {folder} are missing or damaged: no {min(lost)} of the model's shape")
     return model
 
 
-def _load_own_layout(folder: Path, hf_config: PreTrainedConfig, plan: Plan, **kwargs: Any) -> PreTrainedModel:
-    """A model whose parameters are not those of a stock one: transformers fills one that has its sparse layers."""
-    stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
-
-    def build(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
-        stock_class.__init__(self, config, *args, **options)
-        install_sparse_layers(self, plan)
-        for module in self.modules():  # GPT-2 would draw `c_proj.weight`, which a composite does not have
-            if any(isinstance(child, CompositeProjection) for child in module.children()):
-                module._is_hf_initialized = True
-
-    # transformers renames a checkpoint's parameters for the classes of its own modules only
-    names = {"__init__": build, "__module__": stock_class.__module__}
-    with_sparse_layers = type(stock_class.__name__, (stock_class,), names)
-    state, masks = _read_weights(folder), read_masks(folder)
-    _check_columns(folder, state, plan)
-    model = _load(with_sparse_layers, folder, None, config=hf_config, state_dict=state, **kwargs)
-    model.__class__ = stock_class
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    for layer in sparse_layers(model).values():
-        layer.restore_buffers()
-    if plan.config.block_size is None:
-        apply_masks(model, masks, folder, check_weights=True)
-    elif digest(masks_of(model)) != digest(masks):
-        raise ValueError(f"the masks in {folder} are not those of its weights; restore the folder")
-    return model
-
-
-def _check_columns(folder: Path, state: dict[str, Tensor], plan: Plan) -> None:
-    """Raise ValueError unless each block-sparse layer has its number of tiles, at distinct places of every row."""
-    size = plan.config.block_size
-    sparse = [part for layer in plan.layers for part in layer.matrices if part.is_sparse]
-    for part in sparse if size else ():
-        assert size is not None
-        rows, width, num_tiles = part.shape[0] // size, part.shape[1] // size, part.num_active // size**2
-        columns = state.get(f"{part.name}.columns", torch.empty(0))
-        fits = columns.shape == (num_tiles,) and state.get(f"{part.name}.weight", columns).shape == (
-            num_tiles,
-            size,
-            size,
-        )
-        if not fits or not are_valid(columns, rows, width):
-            raise ValueError(
-                f"the weights in {folder} are missing or damaged: {part.name} should hold {num_tiles} tiles of "
-                f"{size}x{size} and their columns, distinct within a block-row"
-            )
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that its index names."""
+def _check_weight_files(folder: Path) -> None:
+    """Raise ValueError unless `model.safetensors`, or every shard that its index names, is there and whole."""
     index, names = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
     try:
-        if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            # saving without shards over an earlier save deletes that one's shards, but not its index
-            is_stale = (folder / SAFE_WEIGHTS_NAME).is_file() and not any((folder / name).exists() for name in shards)
-            names = names if is_stale else shards
-        return {key: value for name in sorted(names) for key, value in load_file(folder / name).items()}
+        if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) or names
+        for name in names:
+            with safe_open(folder / name, framework="pt"):
+                pass
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error

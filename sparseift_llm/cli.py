@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", metavar="RUN", help="output folders of recipes/pretrain.py, dense first")
     compare.add_argument("--output", type=Path, required=True, help="folder for comparison.md and loss.png")
     compare.set_defaults(run=_compare)
+    export = commands.add_parser("export", help="a run's model as a stock dense one, or as active weights alone")
+    export.add_argument("source", metavar="RUN", help="output folder of recipes/pretrain.py, or a checkpoint in it")
+    export.add_argument("--format", required=True, help="dense (loads anywhere) or sparse (compact)")
+    export.add_argument("--output", type=Path, required=True, help="new folder")
+    export.set_defaults(run=_export)
     bench = commands.add_parser("bench", help="time and memory of dense, masked and block-sparse twins, side by side")
     bench.add_argument("--only", metavar="NAME", help="one row: ffn_fp32, ffn_bf16, step_cpu, ffn_gpu or step_gpu")
     bench.add_argument("--crossover", action="store_true", help="FFNs of several widths and tiles instead")
@@ -93,6 +98,14 @@ def _compare(arguments: argparse.Namespace) -> str:
     (arguments.output / COMPARISON_NAME).write_text(table, encoding="utf-8")
     loss_picture(arguments.runs, arguments.output / PICTURE_NAME)
     return f"{table}\nwrote {arguments.output / COMPARISON_NAME} and {arguments.output / PICTURE_NAME}"
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    from sparseift_llm.export import export_run
+
+    folder = export_run(arguments.source, arguments.output, arguments.format)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return f"wrote {folder}: {size / 1e6:,.2f} MB of weights and masks"
 
 
 def _bench(arguments: argparse.Namespace) -> str:

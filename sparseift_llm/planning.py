@@ -19,6 +19,7 @@ from sparseift_llm.families.drop_in import num_norm_params, parts_of, rule_for
 from sparseift_llm.families.wide import resolve_block_size, wide_config
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import Part
+from sparseift_llm.layout import unmark
 
 
 @dataclass(frozen=True)
@@ -185,12 +186,20 @@ def plan_of(model: PreTrainedModel, seq_len: int | None = None) -> Plan:
     """The plan that a Sparse-IFT model was built from, worked out again from its config.
 
     Raises:
-        ValueError: the model's config has no `sparse_ift` record.
+        ValueError: the model's config has no `sparse_ift` record, or one of other widths.
     """
     config, dense_sizes = read_record(model.config)
     dense_config = with_sizes(model.config, **dense_sizes)
     del dense_config.sparse_ift
-    return _plan(dense_config, config, seq_len)
+    unmark(dense_config)
+    plan = _plan(dense_config, config, seq_len)
+    expected, found = sizes_of(plan.hf_config), sizes_of(model.config)
+    if expected != found:
+        raise ValueError(
+            f"the sparse_ift record in the config of {model.config.name_or_path or 'the model'} is damaged: it stands "
+            f"for {expected}, but the config has {found}"
+        )
+    return plan
 
 
 def record(plan: Plan, dense_config: PreTrainedConfig) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +21,12 @@ from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.layers.shards import is_sharded
-from sparseift_llm.mask_file import save_masks
+from sparseift_llm.layout import mark, unmark
 from sparseift_llm.planning import LayerPlan, Plan, plan, record
+from sparseift_llm.saving import GATHER, install_saving, restore_saving
 from sparseift_llm.scaling import scale_initial_weights
 from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.masks import derive_seed, random_mask
-
-_GATHER = (
-    "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
-    "StateDictOptions(full_state_dict=True, cpu_offload=True)) on all ranks, for save_pretrained(..., state_dict=...)"
-)
 
 
 def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedModel:
@@ -70,6 +64,7 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
             )
         sparse.to(model.device)  # type: ignore[arg-type]  # transformers' decorator hides its signature
     sparse.config.sparse_ift = record(result, dense_config)
+    mark(sparse.config, result.config)
     scale_initial_weights(sparse, result, sparse.config.sparse_ift["dense_sizes"])
     if isinstance(model, PreTrainedModel):
         _copy_unchanged(model, sparse)
@@ -96,7 +91,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     if not sparse_layers(model):
         raise ValueError("the model has no sparse layers: it is dense already")
     if is_sharded(model):
-        raise ValueError(f"to_dense needs whole weights; {_GATHER}, then to_dense(load_pretrained(folder))")
+        raise ValueError(f"to_dense needs whole weights; {GATHER}, then to_dense(load_pretrained(folder))")
     dense = copy.deepcopy(model)
     composites = {name: m for name, m in dense.named_modules() if isinstance(m, CompositeProjection)}
     for name, module in composites.items():
@@ -106,7 +101,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(dense.named_modules()):
         if isinstance(module, AppliedByNextLayer):
             _replace(dense, name, module.original)
-    del dense.config.sparse_ift, dense.save_pretrained, dense._ddp_params_and_buffers_to_ignore
+    restore_saving(dense)
+    del dense.config.sparse_ift, dense._ddp_params_and_buffers_to_ignore
+    unmark(dense.config)
     return dense
 
 
@@ -131,8 +128,7 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[s
         elif layer.is_sparse:
             _replace(model, layer.name, sparse_layer(dense, layer.matrices[0], layer.dense_shape))
     _fuse_feed_forwards(model, plan)
-    # a partial, unlike a bound method, follows the model through deepcopy and pickle
-    model.save_pretrained = partial(_save_with_masks, model)  # type: ignore[method-assign]
+    install_saving(model)
     # every rank computes the same masks and indices; broadcasting them before each forward would be waste
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
         f"{name}.{buffer}" for name, layer in sparse_layers(model).items() for buffer, _ in layer.named_buffers()
@@ -204,13 +200,3 @@ def _copy_unchanged(source: nn.Module, target: nn.Module) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _save_with_masks(
-    model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
-) -> None:
-    if is_sharded(model) and kwargs.get("state_dict") is None:
-        raise ValueError(f"the model's weights are sharded; {_GATHER}")
-    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
-    if is_main_process:
-        save_masks(model, save_directory)

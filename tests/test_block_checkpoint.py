@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparseift_llm import SparseIFTConfig, checkpoint, load_pretrained, sparsify, to_dense
+from sparseift_llm import SparseIFTConfig, load_pretrained, sparsify, to_dense
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.mask_file import MASKS_NAME, digest, masks_of, read_masks
@@ -110,21 +110,23 @@ def test_load_pretrained_in_another_dtype(dtype: Any, tmp_path: Path) -> None:
 
 
 def test_saving_without_shards_over_shards(tmp_path: Path) -> None:
-    """transformers leaves the index of the earlier save behind, whose shards are gone."""
+    """transformers would leave the index of the earlier save behind, whose shards are gone."""
     block_model(seed=1).save_pretrained(tmp_path, max_shard_size="40KB")
     model = block_model()
     model.save_pretrained(tmp_path)
-    assert {WEIGHTS, INDEX} <= {path.name for path in tmp_path.iterdir()}
+    assert {WEIGHTS, INDEX} & {path.name for path in tmp_path.iterdir()} == {WEIGHTS}
     check_equal(load_pretrained(tmp_path), model)
+    check_equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
 def test_saving_in_shards_over_one_file(tmp_path: Path) -> None:
-    """The file of the earlier save stays, and must not be taken for this one's."""
+    """transformers would leave the file of the earlier save, and take it for this one's."""
     block_model(seed=1).save_pretrained(tmp_path)
     model = block_model()
     model.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert {WEIGHTS, INDEX} <= {path.name for path in tmp_path.iterdir()}
+    assert {WEIGHTS, INDEX} & {path.name for path in tmp_path.iterdir()} == {INDEX}
     check_equal(load_pretrained(tmp_path), model)
+    check_equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
 def transposed(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,27 +146,19 @@ def sorted_in_rows(columns: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fault", [transposed, in_ascending_order])
 def test_the_check_of_loading_catches_faults(
-    fault: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
 ) -> None:
     model = block_model()
     model.save_pretrained(tmp_path)
     check_equal(load_pretrained(tmp_path), model)
-    read = checkpoint._read_weights
-    monkeypatch.setattr(checkpoint, "_read_weights", lambda folder: fault(read(folder)))
+    faulty = {name: value.contiguous() for name, value in fault(load_file(tmp_path / WEIGHTS)).items()}
+    save_file(faulty, tmp_path / WEIGHTS, metadata={"format": "pt"})
     loaded = load_pretrained(tmp_path)
     with pytest.raises(AssertionError):
         check_equal(loaded, model)
 
 
 # ---- stock models
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_stock_model_refuses_the_tiles(arch: str, tmp_path: Path) -> None:
-    """Rather than train or answer with random weights where the tiles do not fit."""
-    block_model(arch, scope="ffn").save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def check_dense(dense: PreTrainedModel, model: PreTrainedModel) -> None:

@@ -48,7 +48,7 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTok
         raise ValueError(f"--model {name} is not a folder, and cannot be had from the hub: {fault}")
     try:
         config = AutoConfig.from_pretrained(name)
-        is_sparse = getattr(config, "sparse_ift", None) and folder.is_dir()
+        is_sparse = getattr(config, "sparse_ift", None)
         load: Callable[..., PreTrainedModel] = load_pretrained if is_sparse else AutoModelForCausalLM.from_pretrained
         return load(name, **kwargs), AutoTokenizer.from_pretrained(name)
     except OSError as error:

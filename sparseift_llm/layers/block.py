@@ -250,8 +250,12 @@ class BlockSparseLinear(SparseProjection):
         if may_lack_columns and f"{prefix}columns" in missing:
             missing.remove(f"{prefix}columns")
 
+    def has_valid_columns(self) -> bool:
+        """Whether columns are inside the matrix, and distinct within a block-row; always on the meta device."""
+        return self.columns.is_meta or blocks.are_valid(self.columns, self.num_rows, self.num_columns)
+
     def _check_columns(self) -> None:
-        if not self.columns.is_meta and not blocks.are_valid(self.columns, self.num_rows, self.num_columns):
+        if not self.has_valid_columns():
             raise ValueError("columns are damaged: they must be distinct within a block-row and inside the matrix")
 
 

@@ -56,6 +56,7 @@ class CompositeProjection(nn.Module):
         weight: Any = dense.weight
         self.out_features, self.in_features = weight.T.shape if self.is_conv1d else weight.shape
         self.bias = dense.bias
+        self.register_load_state_dict_pre_hook(_drop_stock_weight)
         self.train(dense.training)
 
     def matrix(self) -> Tensor:
@@ -85,6 +86,20 @@ class CompositeProjection(nn.Module):
 
     def _add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
+
+
+def _drop_stock_weight(_: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Pass over what `stock_weights` adds to checkpoints."""
+    state.pop(prefix + "weight", None)
+
+
+def stock_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds in place of the weights that composite projections replace, by name.
+
+    One zero each: a stock class finds a weight of another shape, and raises an error instead of drawing a random one.
+    """
+    composites = [name for name, module in model.named_modules() if isinstance(module, CompositeProjection)]
+    return {f"{name}.weight": torch.zeros(1) for name in composites}
 
 
 def matrix_of(layer: nn.Module) -> Tensor:
