@@ -19,7 +19,8 @@ from sparseift_llm import SparseTrainingController
 from sparseift_llm.dst.zero import ZeroState
 from sparseift_llm.layers.base import sparse_layers
 from tests.ddp_modes_script import STEPS, message_of, part
-from tests.tiny_runs import batches, masks, sparse_gpt2
+from tests.models import shake
+from tests.tiny_runs import batches, differences, masks, sparse_gpt2
 from tests.torchrun import main
 
 
@@ -40,17 +41,22 @@ def engine_of(model: Any, stage: int, micro: int = 2, optimizer: Any = None, **c
     return deepspeed.initialize(model=model, optimizer=optimizer, config=options)[0]
 
 
-def run(stage: int, **config: Any) -> dict[str, Any]:
-    """This rank's rows of the global batches, in two micro-batches."""
-    model = sparse_gpt2("rigl").float()
-    engine = engine_of(model, stage, **config)
-    controller = SparseTrainingController(engine, engine.optimizer, total_steps=STEPS)
+def steps(engine: Any, model: Any, start: int = 0, stop: int = STEPS) -> list[dict[str, Tensor]]:
+    """Masks after each step; this rank's rows of the global batches, in two micro-batches."""
     history: list[dict[str, Tensor]] = []
-    for batch in batches(STEPS):
+    for batch in list(batches(STEPS))[start:stop]:
         for rows in part(batch).chunk(2):
             engine.backward(engine(input_ids=rows, labels=rows).loss)
             engine.step()
         history.append(masks(model))
+    return history
+
+
+def run(stage: int, **config: Any) -> dict[str, Any]:
+    model = sparse_gpt2("rigl").float()
+    engine = engine_of(model, stage, **config)
+    controller = SparseTrainingController(engine, engine.optimizer, total_steps=STEPS)
+    history = steps(engine, model)
     return {
         "history": history,
         "digest": controller.masks_digest(),
@@ -105,6 +111,31 @@ def state_kept(rank: int, folder: Path) -> dict[str, Any]:
         return run(1)
     finally:
         ZeroState.zero = zero  # type: ignore[method-assign]
+
+
+def resumed(rank: int, folder: Path) -> dict[str, Any]:
+    """Engines of ZeRO-2 and ZeRO-3 that go on from a checkpoint of step 6, and from one that was never left."""
+    results: dict[str, Any] = {}
+    for stage in (2, 3):
+        model = sparse_gpt2("rigl").float()  # type: ignore[arg-type]
+        engine = engine_of(model, stage)
+        controller = SparseTrainingController(engine, engine.optimizer, total_steps=STEPS)
+        steps(engine, model, stop=6)
+        engine.save_checkpoint(str(folder / f"zero{stage}"), client_state={"controller": controller.state_dict()})
+        other: Any = sparse_gpt2("rigl").float()  # type: ignore[arg-type]
+        shake(other)
+        again = engine_of(other, stage)
+        second = SparseTrainingController(again, again.optimizer, total_steps=STEPS)
+        _, state = again.load_checkpoint(str(folder / f"zero{stage}"))
+        second.load_state_dict(state["controller"])
+        expected = {"history": steps(engine, model, start=6), "weights": whole_weights(model)}
+        found = {"history": steps(again, other, start=6), "weights": whole_weights(other)}
+        results[f"zero{stage}"] = {
+            "differences": differences(expected, found),
+            "counters": [controller.counters(), second.counters()],
+            "saving": message_of(lambda model=model: model.save_pretrained(folder / "no")) if stage == 3 else "",
+        }
+    return results
 
 
 def refused(rank: int, folder: Path) -> dict[str, str]:

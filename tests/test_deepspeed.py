@@ -1,10 +1,11 @@
-"""DeepSpeed ZeRO on two real processes: masks, weights and state as in one process. The runs are in deepspeed_script.py.
+"""DeepSpeed ZeRO on two real processes: masks, weights and state as in one process.
 
-These tests skip where DeepSpeed is not installed: it is no dependency of the project.
+The runs are in deepspeed_script.py. The tests skip where DeepSpeed is not installed: it is no dependency.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from tests.ddp_modes_script import STEPS
 from tests.tiny_runs import batches, differences, first_sparse, masks, sparse_gpt2, train
 from tests.torchrun import Results, run_ranks
 
-pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.usefixtures("every_structure")
+pytestmark = [
+    pytest.mark.usefixtures("every_structure"),
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 
 STAGES = ("stage1", "stage2", "stage3")
 Alone = tuple[list[dict[str, Tensor]], dict[str, Tensor]]
@@ -26,7 +29,7 @@ Alone = tuple[list[dict[str, Tensor]], dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def two(every_structure: str, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    scenarios = (*STAGES, "bf16", "state_kept", "refused")
+    scenarios = (*STAGES, "bf16", "state_kept", "resumed", "refused")
     return run_ranks("tests.deepspeed_script", scenarios, tmp_path_factory.mktemp("zero"), warnings="default")
 
 
@@ -72,6 +75,14 @@ def test_bfloat16_weights_with_masters(two: Results) -> None:
     assert differences(first["history"][0], first["history"][-1])
 
 
+@pytest.mark.support("DeepSpeed ZeRO stages 1 to 3 (tests skip where it is not installed)")
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_checkpoint_goes_on(stage: str, two: Results) -> None:
+    for rank in two["resumed"]:
+        assert rank[stage]["differences"] == []
+        assert rank[stage]["counters"][0] == rank[stage]["counters"][1]
+
+
 def test_what_zero_communicates_is_counted(two: Results) -> None:
     """Master weights and two states of every layer in float32, on top of what replicas communicate."""
     from sparseift_llm.layers.base import sparse_layers
@@ -82,10 +93,11 @@ def test_what_zero_communicates_is_counted(two: Results) -> None:
     assert two["stage2"][0]["bytes"] == 3 * (reduced + gathered + 16 * 2)
 
 
-@pytest.mark.support("DeepSpeed without ZeRO", refused=True)
+@pytest.mark.support("DeepSpeed in the Trainer, DeepSpeed without ZeRO", refused=True)
 def test_refusals(two: Results) -> None:
     first = first_sparse(sparse_gpt2(), "attn.c_attn")
     for rank in two["refused"]:
+        assert "weights are sharded; gather them" in two["resumed"][0]["zero3"]["saving"]
         assert "of DeepSpeed only ZeRO stages 1 to 3 are supported" in rank["no_zero"]
         assert f"{first}.weight is not in DeepSpeed's optimizer; call deepspeed.initialize after" in rank["stray"]
         assert "Muon under DeepSpeed is not supported: it can move weights whose gradient is 0" in rank["muon"]

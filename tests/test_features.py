@@ -152,6 +152,20 @@ def test_the_cost_of_updates_is_logged(tmp_path: Path, caplog: pytest.LogCapture
 # ---- parameters
 
 
+@pytest.mark.support("saving and loading a trained model")
+def test_a_trained_model_comes_back(tmp_path: Path) -> None:
+    model = sparse_gpt2("rigl")
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    SparseTrainingController(model, optimizer, total_steps=STEPS)
+    before = masks(model)
+    train(model, optimizer, batches(STEPS))
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path, dtype=torch.float64)
+    assert differences(before, masks(loaded))
+    assert not differences(masks(model), masks(loaded))
+    assert not differences(dict(model.state_dict()), dict(loaded.state_dict()))
+
+
 @pytest.mark.support("tied embeddings")
 def test_tied_embeddings(tmp_path: Path) -> None:
     model = sparse_gpt2("rigl")
@@ -321,10 +335,10 @@ def test_quantised_optimizers_are_refused(package: str) -> None:
         SparseTrainingController(model, optimizer, 10)
 
 
-@pytest.mark.support("DeepSpeed", refused=True)
+@pytest.mark.support("DeepSpeed in the Trainer, DeepSpeed without ZeRO", refused=True)
 def test_deepspeed_is_refused() -> None:
     model = sparse_gpt2("rigl")
-    advice = r"DeepSpeed keeps.*use DistributedDataParallel or FSDP2 \(torch\.distributed\.fsdp\.fully_shard\)"
+    advice = r"of DeepSpeed only ZeRO.*use DistributedDataParallel or FSDP2 \(torch\.distributed\.fsdp\.fully_shard\)"
     with pytest.raises(ValueError, match=advice):
         SparseTrainingController(model, pretend(SGD, "deepspeed")(model.parameters(), lr=0.1), 10)
     engine = pretend(nn.Sequential, "deepspeed")(model)

@@ -1,6 +1,6 @@
 """Weights sharded by FSDP2 on two and four real processes: masks, weights and state as in one process.
 
-What the processes run is in fsdp_script.py.
+What the processes run is in fsdp_script.py and fsdp_frameworks_script.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sparseift_llm.mask_file import read_masks
 from tests.ddp_modes_script import STEPS
 from tests.tiny_runs import (
     batches,
+    controller_of,
     differences,
     final_state,
     first_sparse,
@@ -37,7 +38,7 @@ WAYS = {
     "second_dimension": "FSDP2: hybrid shards, shards of another dimension",
     "no_sync": "FSDP2: gradient accumulation without sync, activation checkpointing",
 }
-STATES = ("full_state", "sharded_state", "with_accelerate", "with_trainer")
+STATES = ("full_state", "sharded_state", "with_accelerate", "with_trainer", "native")
 TWO = (*WAYS, "state_kept", "mixed_precision", "corrupted", "refused", *STATES)
 FOUR = ("hybrid", "default", "resumed_elsewhere")
 
@@ -160,6 +161,16 @@ def test_two_ranks_shards_on_four_ranks(two: Results, four: Results) -> None:
             torch.testing.assert_close(rank["weights"][name], value, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.support("FSDP2: sharded state dicts, other numbers of ranks")
+@pytest.mark.structures("unstructured", "block")
+def test_two_ranks_shards_on_one_rank(two: Results, folder: Path) -> None:
+    (rank,) = run_ranks("tests.fsdp_script", ("resumed_elsewhere",), folder, num_ranks=1)["resumed_elsewhere"]
+    expected = two["sharded_state"][0]["expected"]
+    assert not differences(expected["history"], rank["history"])
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(rank["weights"][name], value, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.support("masks that differ between ranks", refused=True)
 def test_a_corrupted_mask_stops_all_ranks(two: Results) -> None:
     for rank in two["corrupted"]:
@@ -168,7 +179,7 @@ def test_a_corrupted_mask_stops_all_ranks(two: Results) -> None:
         assert rank["step"] == 6
 
 
-@pytest.mark.support("FSDP1, tensor parallelism, from_pretrained(distributed_config=...)", refused=True)
+@pytest.mark.support("FSDP1, tensor parallelism", refused=True)
 def test_refusals(two: Results) -> None:
     for rank in two["refused"]:
         assert (
@@ -177,7 +188,8 @@ def test_refusals(two: Results) -> None:
         assert "(tensor parallelism) are not supported" in rank["tensor_parallel"]
         assert "to_dense needs whole weights" in rank["to_dense"]
         assert "is not in the optimizer; create the optimizer after sparsify (and after" in rank["early_optimizer"]
-        assert "distributed_config would shard weights before they are sparse" in rank["loading"]
+        assert "tensor parallelism does not know sparse layers" in rank["loading"]
+        assert "tensor parallelism does not know sparse layers" in rank["tensor_parallel_config"]
 
 
 @pytest.mark.support("FSDP2: Trainer, full and sharded checkpoints")
@@ -212,3 +224,14 @@ def test_accelerate(way: str, two: Results, alone: Alone) -> None:
     for rank in two["with_accelerate"]:
         assert not differences(alone[0], rank[way]["history"])
         assert rank[way]["leftovers"] == []
+
+
+@pytest.mark.support("FSDP2: from_pretrained(distributed_config=...)")
+def test_sharded_by_from_pretrained(two: Results, alone: Alone, tmp_path: Path) -> None:
+    check_run(two, "native", alone)
+    trainer = sparse_trainer(sparse_gpt2("rigl"), tmp_path)
+    trainer.train()
+    for rank in two["native"]:
+        assert rank["saved"] == []
+        assert not differences(final_state(trainer)["masks"], rank["trainer"])
+        assert rank["counters"] == controller_of(trainer).counters()

@@ -54,15 +54,15 @@ def run_ranks(
     }
 
 
-def main(module: str) -> None:
-    """The script's side: run the functions named in argv[1], leave `FOLDER/SCENARIO-RANK.pt`."""
+def main(*modules: str) -> None:
+    """The script's side: run the functions of `modules` named in argv[1], leave `FOLDER/SCENARIO-RANK.pt`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
-    functions = importlib.import_module(module)
+    functions = {name: value for module in modules for name, value in vars(importlib.import_module(module)).items()}
     faulthandler.dump_traceback_later(SECONDS - 20)  # where it hangs
     for name in sys.argv[1].split(","):
-        result = getattr(functions, name)(rank, folder)
+        result = functions[name](rank, folder)
         torch.save(result, folder / f"{name}-{rank}.pt")
         torch.compiler.set_stance("default")
         dist.barrier()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from sparseift_llm.dst.optimizer_state import zero_state
 from sparseift_llm.dst.support import check_model, check_optimizer
 from sparseift_llm.dst.zero import ZeroState, zero_optimizer
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.layers.shards import reshard
+from sparseift_llm.layers.shards import gathered, reshard
 from sparseift_llm.mask_file import apply_masks, digest, pack, unpack
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.planning import read_record
@@ -95,7 +94,9 @@ class SparseTrainingController(Joinable):
             raise ValueError("the model has no sparse layers: call sparsify(model, config) first")
         zero = zero_optimizer(optimizer)
         self._zero = ZeroState(zero, self.layers) if zero is not None else None
-        inner = zero.optimizer if zero is not None else getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        inner = (
+            zero.optimizer if zero is not None else getattr(optimizer, "optimizer", optimizer)
+        )  # accelerate's wrapper
         reshard(model)
         check_model(model, zero is not None)
         if zero is None:
@@ -117,7 +118,9 @@ class SparseTrainingController(Joinable):
         if self._zero is not None:
             self._unhook = self._zero.follow_steps(self._after_optimizer_step)
         else:
-            self._unhook = self.optimizer.register_step_post_hook(torch.compiler.disable(self._after_optimizer_step)).remove
+            self._unhook = self.optimizer.register_step_post_hook(
+                torch.compiler.disable(self._after_optimizer_step)
+            ).remove
         self._arm()
 
     def follow(self, copy: nn.Module) -> None:
@@ -241,7 +244,7 @@ class SparseTrainingController(Joinable):
             if layer.is_frozen:
                 continue
             growth = self._growth(name) if self.algorithm.needs_dense_gradient else None
-            with nullcontext() if self._zero is None else self._zero.gathered(layer):
+            with gathered(layer.weight):
                 changed = layer.set_mask(self.algorithm.next_mask(layer, self.step, index, growth))
             if self._zero is None:
                 zero_state(self.optimizer, layer.weight, changed, name)

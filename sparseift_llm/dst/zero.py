@@ -1,20 +1,19 @@
 """DeepSpeed ZeRO: which optimizer it is, when it has stepped, and zeros in the weights and state that it partitions.
 
-Master weights and optimizer state are read and written through DeepSpeed's safe_get/safe_set functions, and weights of
-ZeRO-3 are whole inside `deepspeed.zero.GatheredParameters` only. DeepSpeed is imported when a model of its kind arrives.
+Master weights and optimizer state are read and written through DeepSpeed's safe_get/safe_set functions. DeepSpeed is
+imported when a model of its kind arrives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparseift_llm.dst.distributed import world_size
 from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.shards import is_zero3
 
 # a weight whose gradient and state are 0 stays 0, so that nothing need be gathered between mask updates
 _KEEPS_ZEROS = ("SGD", "Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "Adagrad", "DeepSpeedCPUAdagrad")
@@ -52,10 +51,10 @@ class ZeroState:
         for name, layer in layers.items():
             if layer.is_frozen:
                 continue
-            if _is_zero3(layer.weight) and layer.weight.ds_numel % world_size():  # type: ignore[attr-defined]
+            if is_zero3(layer.weight) and layer.weight.ds_numel % world_size():  # type: ignore[attr-defined]
                 raise ValueError(
-                    f"{name}.weight does not divide evenly among {world_size()} ranks, and then DeepSpeed ZeRO-3 cannot "
-                    "set it; use ZeRO-2, FSDP2 (torch.distributed.fsdp.fully_shard), or another number of ranks"
+                    f"{name}.weight does not divide evenly among {world_size()} ranks, and then DeepSpeed ZeRO-3 "
+                    "cannot set it; use ZeRO-2, FSDP2 (torch.distributed.fsdp.fully_shard), or another number of ranks"
                 )
             if not _is_partitioned(layer.weight):
                 raise ValueError(
@@ -79,15 +78,6 @@ class ZeroState:
 
         self.optimizer.step = stepped
         return end
-
-    def gathered(self, layer: SparseProjection) -> AbstractContextManager[Any]:
-        """A context in which the layer's weight is whole, and what is written to it stays."""
-        if not _is_zero3(layer.weight):
-            return nullcontext()
-        import deepspeed
-
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([layer.weight], modifier_rank=0)
-        return context
 
     def zero(self, layer: SparseProjection, changed: Tensor) -> int:
         """Set master weights and per-element state to 0 where `changed` is true; returns the bytes communicated."""
@@ -117,9 +107,5 @@ class ZeroState:
         return sorted(keys)
 
 
-def _is_zero3(weight: Tensor) -> bool:
-    return hasattr(weight, "ds_id")
-
-
 def _is_partitioned(weight: Tensor) -> bool:
-    return _is_zero3(weight) or hasattr(weight, "_hp_mapping")
+    return is_zero3(weight) or hasattr(weight, "_hp_mapping")
