@@ -35,7 +35,7 @@ WAYS = {
     "default": "FSDP2: fully_shard",
     "keep_gathered": "FSDP2: fully_shard",
     "root_only": "FSDP2: fully_shard",
-    "second_dimension": "FSDP2: hybrid shards, shards of another dimension",
+    "second_dimension": "FSDP2: shards of another dimension",
     "no_sync": "FSDP2: gradient accumulation without sync, activation checkpointing",
 }
 STATES = ("full_state", "sharded_state", "with_accelerate", "with_trainer", "native")
@@ -97,7 +97,7 @@ def test_the_check_catches_state_that_is_kept(two: Results, alone: Alone) -> Non
         check_run(two, "state_kept", alone)
 
 
-@pytest.mark.support("FSDP2: hybrid shards, shards of another dimension")
+@pytest.mark.support("FSDP2: four ranks, hybrid shards")
 @on_four_ranks
 @pytest.mark.parametrize("way", ["default", "hybrid"])
 def test_four_ranks(way: str, four: Results, alone: Alone) -> None:
@@ -144,14 +144,14 @@ def test_full_state_dicts(two: Results) -> None:
         assert "weights are sharded; gather them with" in rank["refused"]
 
 
-@pytest.mark.support("FSDP2: sharded state dicts, other numbers of ranks")
+@pytest.mark.support("FSDP2: sharded state dicts")
 def test_sharded_state_dicts(two: Results) -> None:
     for rank in two["sharded_state"]:
         assert not differences(rank["expected"], rank["found"])
         assert rank["counters"][0] == rank["counters"][1]
 
 
-@pytest.mark.support("FSDP2: sharded state dicts, other numbers of ranks")
+@pytest.mark.support("FSDP2: two ranks' shards on one and four ranks")
 @on_four_ranks
 def test_two_ranks_shards_on_four_ranks(two: Results, four: Results) -> None:
     for rank in four["resumed_elsewhere"]:
@@ -161,7 +161,7 @@ def test_two_ranks_shards_on_four_ranks(two: Results, four: Results) -> None:
             torch.testing.assert_close(rank["weights"][name], value, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.support("FSDP2: sharded state dicts, other numbers of ranks")
+@pytest.mark.support("FSDP2: two ranks' shards on one and four ranks")
 @pytest.mark.structures("unstructured", "block")
 def test_two_ranks_shards_on_one_rank(two: Results, folder: Path) -> None:
     (rank,) = run_ranks("tests.fsdp_script", ("resumed_elsewhere",), folder, num_ranks=1)["resumed_elsewhere"]
