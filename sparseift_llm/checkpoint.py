@@ -121,16 +121,15 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         folder: where `save_pretrained`, a Trainer or `save_export` wrote the model, or its id on the hub.
-        kwargs: passed on to `from_pretrained`, e.g. `dtype`.
+        kwargs: passed on to `from_pretrained`, e.g. `dtype`, or `distributed_config` to shard the model (FSDP2) while
+            it is loaded.
 
     Raises:
-        ValueError: no Sparse-IFT model, its weights or masks are missing or damaged, or sharding is asked for.
+        ValueError: no Sparse-IFT model, its weights or masks are missing or damaged, or tensor parallelism is asked
+            for.
     """
-    for key in ("distributed_config", "tp_plan"):
-        if kwargs.get(key) is not None:
-            raise ValueError(
-                f"{key} would shard weights before they are sparse; load the model without it, then fully_shard"
-            )
+    if kwargs.get("tp_plan") is not None:
+        raise ValueError("tensor parallelism does not know sparse layers; load the model without tp_plan")
     source = {key: kwargs[key] for key in _SOURCE_OPTIONS if key in kwargs}
     hf_config = AutoConfig.from_pretrained(folder, **source)
     config, _ = read_record(hf_config)
@@ -139,8 +138,9 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         _check_weight_files(local)
     if is_marked(hf_config):
         return _load(folder, **kwargs)
-    if has_own_layout(config):
-        mark(hf_config, config)
+    is_sharded = kwargs.get("distributed_config") is not None  # then layers must be sparse before weights are read
+    if has_own_layout(config) or is_sharded:
+        mark(hf_config, config, always=True)
         return _load(folder, config=hf_config, **kwargs)
     model = _load(folder, **kwargs)
     plan = plan_of(model)

@@ -29,7 +29,9 @@ def is_marked(hf_config: PreTrainedConfig) -> bool:
     return method == QUANT_METHOD
 
 
-def mark(hf_config: PreTrainedConfig, config: SparseIFTConfig, packed_by: str | None = None) -> None:
+def mark(
+    hf_config: PreTrainedConfig, config: SparseIFTConfig, packed_by: str | None = None, always: bool = False
+) -> None:
     """Make `quantization_config` say how the weights are stored; there is none where they are a stock model's.
 
     Args:
@@ -37,11 +39,12 @@ def mark(hf_config: PreTrainedConfig, config: SparseIFTConfig, packed_by: str | 
         config: the transformation.
         packed_by: only active values of unstructured matrices are stored, in the order of the masks that have this
             digest (see export.py).
+        always: also where they are a stock model's, so that loading it gives sparse layers.
     """
     unmark(hf_config)
     if packed_by is not None:
         hf_config.quantization_config = {"quant_method": QUANT_METHOD, "packed_by": packed_by}
-    elif has_own_layout(config):
+    elif always or has_own_layout(config):
         hf_config.quantization_config = {"quant_method": QUANT_METHOD}
 
 

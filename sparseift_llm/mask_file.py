@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.layers.shards import reshard
+from sparseift_llm.layers.shards import gathered, reshard
 
 MASKS_NAME = "sparse_masks.safetensors"
 _FORMAT = "sparseift_masks_v1"
@@ -177,10 +177,13 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path
             raise ValueError(
                 f"the masks in {where} are of another model: {name} has other numbers of tiles per block-row"
             )
-        if check_weights and not layer.weights_fit(masks[name]):
+        with gathered(layer.weight):
+            fits = not check_weights or layer.weights_fit(masks[name])
+        if not fits:
             raise ValueError(
                 f"the masks in {where} are not those of its weights, first in {name}: the folder was pieced together "
                 "from two checkpoints; restore it"
             )
     for name, layer in layers.items():
-        layer.set_mask(masks[name].to(layer.mask.device))
+        with gathered(layer.weight):
+            layer.set_mask(masks[name].to(layer.mask.device))

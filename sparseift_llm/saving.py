@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from huggingface_hub import HfApi
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -24,7 +26,8 @@ from sparseift_llm.model_card import CARD_NAME, write_card
 
 GATHER = (
     "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
-    "StateDictOptions(full_state_dict=True, cpu_offload=True)) on all ranks, for save_pretrained(..., state_dict=...)"
+    "StateDictOptions(full_state_dict=True, cpu_offload=True)) on all ranks, or with accelerate's get_state_dict, for "
+    "save_pretrained(..., state_dict=...)"
 )
 _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
 _UPLOADED = (CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model*.safetensors.index*.json", MASKS_NAME)
@@ -63,10 +66,13 @@ def save_pretrained(
         args, kwargs: passed on; with `push_to_hub` also what the method `push_to_hub` takes.
 
     Raises:
-        ValueError: the weights are sharded and no `state_dict` is given.
+        ValueError: the weights are sharded, not by transformers, and no `state_dict` is given.
     """
     if is_sharded(model) and state_dict is None:
-        raise ValueError(f"the model's weights are sharded; {GATHER}")
+        if getattr(model.config, "distributed_config", None) is None:
+            raise ValueError(f"the model's weights are sharded; {GATHER}")
+        _save_gathered(model, save_directory, is_main_process, push_to_hub, *args, **kwargs)
+        return
     folder = Path(save_directory)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs} if push_to_hub else {}
     if refused := stock_weights(model):
@@ -78,6 +84,21 @@ def save_pretrained(
     _remove_stale_weights(folder)
     if push_to_hub:
         _upload(model, folder, token=kwargs.get("token"), **hub)
+
+
+def _save_gathered(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], is_main_process: bool, *args: Any, **kwargs: Any
+) -> None:
+    """Save a model that `from_pretrained(distributed_config=...)` has sharded; every rank must call this."""
+    whole: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    distributed = model.config.distributed_config
+    del model.config.distributed_config  # transformers would gather once more, without what is added to the weights
+    try:
+        if dist.get_rank() == 0:
+            save_pretrained(model, save_directory, is_main_process, whole, *args, **kwargs)
+    finally:
+        model.config.distributed_config = distributed
+    dist.barrier()
 
 
 def push_to_hub(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:

@@ -38,14 +38,26 @@ def tiny_models_of(structure: str) -> Iterator[str]:
         yield structure
 
 
-@pytest.fixture(params=["unstructured", "block"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per structure, or per structure named in its `structures` mark."""
+    from tests.tiny_runs import STRUCTURES
+
+    mark = metafunc.definition.get_closest_marker("structures")
+    chosen = mark.args if mark else STRUCTURES
+    assert set(chosen) <= set(STRUCTURES), chosen
+    for name, scope in (("either_structure", "function"), ("every_structure", "module")):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, chosen, indirect=True, scope=scope)  # type: ignore[arg-type]
+
+
+@pytest.fixture
 def either_structure(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once per structure."""
+    """Runs a test once per structure of tiny models, see `pytest_generate_tests`."""
     with tiny_models_of(request.param):
         yield request.param
 
 
-@pytest.fixture(scope="module", params=["unstructured", "block"])
+@pytest.fixture(scope="module")
 def every_structure(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs all tests of a module once per structure; for modules in which every test asks for it."""
     with tiny_models_of(request.param):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparseift_llm import SparseTrainingController
-from tests.tiny_runs import controller_of, final_state, sparse_gpt2, sparse_trainer
+from tests.tiny_runs import controller_of, final_state, first_sparse, sparse_gpt2, sparse_trainer
 from tests.torchrun import main
 from tests.trainer_script import kill
 
@@ -25,7 +25,7 @@ def patch_update(rank: int) -> None:
     growth = SparseTrainingController._growth
 
     def patched(self: SparseTrainingController, name: str) -> Any:
-        if self.step == 6 and name == "transformer.h.0.mlp.c_fc":
+        if self.step == 6 and name == first_sparse(self.model, "mlp.c_fc"):
             kill()
         return growth(self, name)
 

@@ -1,4 +1,4 @@
-"""What test_fsdp.py runs under torchrun: models sharded with `fully_shard`, by hand, by accelerate and by transformers.
+"""What test_fsdp.py runs under torchrun: models sharded with `fully_shard` by hand.
 
 Usage: see torchrun.py.
 """
@@ -11,9 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,15 +24,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 import sparseift_llm.dst.controller as controller_module
 from sparseift_llm import SparseTrainingController, load_pretrained
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.shards import local, part_of, reshard, whole
 from tests.ddp_modes_script import STEPS, message_of, part
-from tests.models import shake
-from tests.tiny_runs import batches, controller_of, differences, masks, sparse_gpt2, sparse_trainer, train
+from tests.tiny_runs import (
+    batches,
+    differences,
+    first_sparse,
+    masks,
+    sparse_gpt2,
+    train,
+)
 from tests.torchrun import main
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -260,7 +263,7 @@ def corrupted(rank: int, folder: Path) -> dict[str, Any]:
     optimizer, controller = setting(model)
     steps(model, optimizer, stop=4)
     if rank == dist.get_world_size() - 1:
-        layer = sparse_layers(model)["transformer.h.0.mlp.c_fc"]
+        layer = sparse_layers(model)[first_sparse(model, "mlp.c_fc")]
         layer.load_topology(layer.topology.roll(1, dims=-1) if layer.unit_size == 1 else layer.topology.flip(0))
     return {"message": message_of(lambda: steps(model, optimizer, start=4)), "step": controller.step}
 
@@ -283,7 +286,8 @@ def refused(rank: int, folder: Path) -> dict[str, str]:
         "tensor_parallel": message_of(lambda: setting(tensor_parallel)),
         "to_dense": message_of(lambda: to_dense(sharded(sparse_gpt2("rigl")))),
         "early_optimizer": message_of(early_optimizer),
-        "loading": message_of(lambda: load_pretrained(folder, distributed_config={"fsdp_size": 2})),
+        "loading": message_of(lambda: load_pretrained(folder, tp_plan="auto")),
+        "tensor_parallel_config": message_of(lambda: load_pretrained(folder, distributed_config={"tp_size": 2})),
     }
 
 
@@ -294,81 +298,5 @@ def early_optimizer() -> None:
     SparseTrainingController(model, optimizer, total_steps=STEPS)
 
 
-def accelerate_state(ram_efficient: bool) -> Any:
-    """accelerate's own FSDP2 code on CPU processes, where its launcher would choose DistributedDataParallel."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["GPT2Block"],
-        cpu_ram_efficient_loading=ram_efficient,
-    )
-    force_fsdp(plugin)
-    return accelerator
-
-
-def force_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
-    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
-
-
-class ShardedTrainer(Trainer):
-    """The Trainer with its FSDP options on CPU processes, see `accelerate_state`."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        force_fsdp(FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args))
-        self.is_fsdp_enabled = True
-
-
-def with_trainer(rank: int, folder: Path) -> dict[str, Any]:
-    """Whole runs, and the same resumed from their checkpoints at step 4 by a model of other weights."""
-    results: dict[str, Any] = {}
-    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
-        ends = []
-        for resume in (None, str(folder / kind / "checkpoint-4")):
-            AcceleratorState._reset_state(reset_partial_state=True)
-            model = sparse_gpt2("rigl")
-            if resume:
-                shake(model)
-            fsdp: dict[str, Any] = {"transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": kind}
-            run = sparse_trainer(
-                model, folder / (f"{kind}-resumed" if resume else kind), trainer_class=ShardedTrainer,
-                per_device_train_batch_size=2,
-                save_strategy="steps", save_steps=4, fsdp=True, fsdp_config=fsdp,
-            )  # fmt: skip
-            run.train(resume_from_checkpoint=resume)
-            assert leftovers(run.model, run.optimizer.optimizer) == []  # type: ignore[arg-type, union-attr]
-            log = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-            end = gathered(run.model, run.optimizer.optimizer)  # type: ignore[arg-type, union-attr]
-            ends.append({**end, "log": log, "counters": controller_of(run).counters()})
-        results[kind] = {"end": ends[0], "resumed": differences(*ends), "digest": controller_of(run).masks_digest()}
-    return results
-
-
-def with_accelerate(rank: int, folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for name, ram_efficient in (("plain", False), ("ram_efficient", True)):
-        accelerator = accelerate_state(ram_efficient)
-        model = sparse_gpt2("rigl")
-        model.lm_head.weight = model.transformer.wte.weight  # type: ignore[union-attr]
-        optimizer = AdamW(model.parameters(), lr=0.01)
-
-        def prepare(accelerator: Any = accelerator, model: Any = model, optimizer: Any = optimizer) -> dict[str, Any]:
-            wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
-            controller = SparseTrainingController(wrapped, wrapped_optimizer, total_steps=STEPS)
-            accelerator.register_for_checkpointing(controller)
-            history = steps(wrapped, wrapped_optimizer)
-            return {"history": history, "leftovers": leftovers(wrapped, wrapped_optimizer)}
-
-        try:
-            results[name] = prepare()
-        except AttributeError as error:
-            results[name] = {"error": str(error)}
-    return results
-
-
 if __name__ == "__main__":
-    main("tests.fsdp_script")
+    main("tests.fsdp_script", "tests.fsdp_frameworks_script")

@@ -16,8 +16,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "support.md"
-FIXTURES = ("every_structure", "either_structure")
-STRUCTURES = ("unstructured", "block")
+FIXTURES = ("every_structure", "either_structure", "structure")
+FAMILIES = ("Parallel", "Factorized", "Doped")
+COLUMNS = ("Wide, masks", "Wide, tiles", *FAMILIES)
+# what a test on one of the structures of tiny models proves: columns, and whether of masks or of tiles
+PROVES: dict[str, tuple[tuple[str, ...], str]] = {
+    "unstructured": (COLUMNS[:1], "masks"),
+    "block": (COLUMNS[1:2], "tiles"),
+    "families": (FAMILIES, "masks"),
+    "family_tiles": (FAMILIES, "tiles"),
+}
 GROUPS = {
     "Several processes": (
         "DistributedDataParallel",
@@ -28,16 +36,20 @@ GROUPS = {
         "DDP: join at uneven data",
         "DDP: float32, autocast, compressed gradients: same masks on all ranks",
         "FSDP2: fully_shard",
-        "FSDP2: hybrid shards, shards of another dimension",
+        "FSDP2: shards of another dimension",
+        "FSDP2: four ranks, hybrid shards",
         "FSDP2: gradient accumulation without sync, activation checkpointing",
         "FSDP2: mixed-precision policy",
         "FSDP2: full state dicts",
-        "FSDP2: sharded state dicts, other numbers of ranks",
+        "FSDP2: sharded state dicts",
+        "FSDP2: two ranks' shards on one and four ranks",
         "FSDP2: Trainer, full and sharded checkpoints",
         "FSDP2: accelerate",
         "FSDP2: accelerate, cpu_ram_efficient_loading",
-        "FSDP1, tensor parallelism, from_pretrained(distributed_config=...)",
-        "DeepSpeed",
+        "FSDP2: from_pretrained(distributed_config=...)",
+        "FSDP1, tensor parallelism",
+        "DeepSpeed ZeRO stages 1 to 3 (tests skip where it is not installed)",
+        "DeepSpeed in the Trainer, DeepSpeed without ZeRO",
         "torch.nn.DataParallel",
         "masks that differ between ranks",
         "two ranks' checkpoint on one and four ranks",
@@ -55,13 +67,16 @@ GROUPS = {
         "frozen layers",
         "several parameter groups",
         "fused and foreach optimizers",
+        "capturable AdamW",
+        "capturable AdamW, unfused, in eager steps on a CPU",
         "8-bit and paged optimizers (bitsandbytes, torchao)",
         "max_grad_norm=0",
         "averaged models (EMA), with controller.follow",
         "PEFT adapters (LoRA) on top",
-        "PEFT adapters (LoRA) on to_dense(model)",
+        "PEFT adapters (LoRA) on to_dense(model), where non-linearities allow it",
     ),
     "Checkpoints": (
+        "saving and loading a trained model",
         "resuming bit for bit in one process",
         "damaged mask files",
         "checkpoints pieced together from two steps",
@@ -72,22 +87,33 @@ GROUPS = {
         "experts, encoder-decoders, recurrent, convolutional and multimodal models",
         "balance_heads",
     ),
-    "Families": ("Wide", "Parallel, Factorized, Doped"),
 }
 HEAD = """# What is supported
 
 Made by `python -m tests.support_matrix` from the tests that prove it; do not edit. **yes**: a test shows that it
 works; **refused**: a test shows that it is an error (damage: that it is noticed); **-**: not tested. The tests run on
-CPU processes with gloo. A structure is a column; rows other than those of families are proved on Wide.
+CPU processes with gloo. A column of a family is both unstructured and in tiles; where one of them is not
+tested, the cell says which one is. Parallel, Factorized and Doped are mixed in one model, which the tests run on.
 """
 
 
 @dataclass
 class Row:
-    """One feature: how it fares by structure, and the tests that say so."""
+    """One feature: how it fares by column and storage, and the tests that say so."""
 
-    cells: dict[str, str] = field(default_factory=dict)
+    cells: dict[tuple[str, str], str] = field(default_factory=dict)
     tests: dict[str, None] = field(default_factory=dict)
+
+    def cell(self, column: str) -> str:
+        """What stands in the table."""
+        found = {storage: value for (name, storage), value in self.cells.items() if name == column}
+        both = column in FAMILIES
+        if not found:
+            return "-"
+        if len(set(found.values())) > 1:
+            return ", ".join(f"{storage} {value}" for storage, value in sorted(found.items()))
+        value, *_ = found.values()
+        return value if not both or len(found) == 2 else f"{value} ({', '.join(found)})"
 
 
 class Collector:
@@ -101,18 +127,20 @@ class Collector:
             for mark in item.iter_markers("support"):
                 self.add(item, *mark.args, **mark.kwargs)
 
-    def add(
-        self, item: Any, name: str, refused: bool | str = False, structures: tuple[str, ...] = STRUCTURES[:1]
-    ) -> None:
+    def add(self, item: Any, name: str, refused: bool = False, proves: tuple[str, ...] = ("unstructured",)) -> None:
+        """Args as of the mark; `proves` names the structures of a test that has no parameter for them."""
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        found = [parameters[fixture] for fixture in (*FIXTURES, "structure") if fixture in parameters]
+        found = [parameters[fixture] for fixture in FIXTURES if fixture in parameters]
         row = self.rows.setdefault(name, Row())
         row.tests[item.nodeid.partition("[")[0]] = None
-        for structure in found or structures:
-            is_refused = structure == refused if isinstance(refused, str) else refused
-            cell = "refused" if is_refused else "yes"
-            if row.cells.setdefault(structure, cell) != cell:
-                raise ValueError(f"{name}, {structure}: both yes and refused")
+        for structure in found or proves:
+            columns, storage = PROVES[structure]
+            if "variant" in parameters:  # test_families.py: one family at a time
+                columns = (parameters["variant"].replace(",", "").split()[0].capitalize(),)
+            for column in columns:
+                cell = "refused" if refused else "yes"
+                if row.cells.setdefault((column, storage), cell) != cell:
+                    raise ValueError(f"{name}, {column}: both yes and refused")
 
 
 def page(rows: dict[str, Row]) -> str:
@@ -126,11 +154,15 @@ def page(rows: dict[str, Row]) -> str:
         raise ValueError(f"in GROUPS or in the tests' marks, but not in both: {different}")
     lines = [HEAD]
     for title, names in GROUPS.items():
-        lines += [f"## {title}", "", "| feature | unstructured | block | tests |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"## {title}",
+            "",
+            f"| feature | {' | '.join(COLUMNS)} | tests |",
+            f"|{' --- |' * (len(COLUMNS) + 2)}",
+        ]
         for name in names:
-            row = rows[name]
-            cells = [row.cells.get(structure, "-") for structure in STRUCTURES]
-            lines.append(f"| {' | '.join([name, *cells, ', '.join(f'`{test}`' for test in row.tests)])} |")
+            cells = [rows[name].cell(column) for column in COLUMNS]
+            lines.append(f"| {' | '.join([name, *cells, ', '.join(f'`{test}`' for test in rows[name].tests)])} |")
         lines.append("")
     return "\n".join(lines)
 

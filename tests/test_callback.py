@@ -15,6 +15,7 @@ from sparseift_llm import SparseTrainingCallback, SparseTrainingController, load
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.mask_file import read_masks
 from tests.tiny_runs import (
+    STRUCTURES,
     Rows,
     controller_of,
     differences,
@@ -27,7 +28,7 @@ from tests.tiny_runs import (
     violations,
 )
 
-pytestmark = pytest.mark.usefixtures("every_structure")
+pytestmark = [pytest.mark.usefixtures("every_structure"), pytest.mark.structures("unstructured", "block")]
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +202,8 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         make_trainer(dense, tmp_path, SparseTrainingCallback()).train()
 
 
-@pytest.mark.support("DeepSpeed", refused=True, structures=("unstructured", "block"))
+@pytest.mark.support("DeepSpeed in the Trainer, DeepSpeed without ZeRO", refused=True)
+@pytest.mark.structures(*STRUCTURES)
 @pytest.mark.parametrize("option", [{"deepspeed": "config.json"}, {"fsdp": True, "fsdp_config": {"xla": True}}])
 def test_sharded_training_is_refused(option: dict[str, Any]) -> None:
     args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "n_gpu": 1, "output_dir": ".", **option})

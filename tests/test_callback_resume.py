@@ -16,6 +16,7 @@ from transformers import Trainer
 from sparseift_llm import SparseTrainingCallback
 from sparseift_llm.mask_file import MASKS_NAME, read_masks
 from tests import tiny_runs
+from tests.conftest import tiny_models_of
 from tests.tiny_runs import (
     controller_of,
     differences,
@@ -28,7 +29,7 @@ from tests.tiny_runs import (
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
-pytestmark = pytest.mark.usefixtures("every_structure")
+pytestmark = [pytest.mark.usefixtures("every_structure"), pytest.mark.structures("unstructured", "block")]
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,7 @@ def resumable(complete: Complete, folder: Path, step: int = 4, algorithm: str = 
 
 
 @pytest.mark.support("resuming bit for bit in one process")
+@pytest.mark.structures(*tiny_runs.STRUCTURES)
 @pytest.mark.parametrize("step", [1, 4, 7])  # before any update, right after one, before the next
 @pytest.mark.parametrize("algorithm", ["static", "set", "rigl", "gmp"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
@@ -195,8 +197,28 @@ def of_another_width(file: Path, complete: Complete) -> None:
     shutil.copy(file.parent / "other" / MASKS_NAME, file)
 
 
+def of_another_seed(file: Path, complete: Complete) -> None:
+    sparse_gpt2(seed=1).save_pretrained(file.parent / "other")
+    shutil.copy(file.parent / "other" / MASKS_NAME, file)
+
+
+def of_another_config(file: Path, complete: Complete) -> None:
+    """Of a model of another family or storage, or of another sparsity."""
+    other = "families" if tiny_runs.STRUCTURE in ("unstructured", "block") else "unstructured"
+    with tiny_models_of(other):
+        sparse_gpt2(sparsity=0.5).save_pretrained(file.parent / "other")
+    shutil.copy(file.parent / "other" / MASKS_NAME, file)
+
+
 @pytest.mark.support("damaged mask files", refused=True)
-@pytest.mark.parametrize("damage", [missing, truncated, empty, bit_flipped, of_another_step, of_another_width])
+@pytest.mark.structures(*tiny_runs.STRUCTURES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        missing, truncated, empty, bit_flipped,
+        of_another_step, of_another_width, of_another_seed, of_another_config,
+    ],
+)  # fmt: skip
 def test_damaged_masks_are_refused(
     damage: Callable[[Path, Complete], None], complete: Complete, tmp_path: Path
 ) -> None:

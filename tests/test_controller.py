@@ -15,7 +15,7 @@ from sparseift_llm import DSTConfig, SparseTrainingController
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.mask_file import pack, unpack
 from tests.conftest import tiny_models_of
-from tests.tiny_runs import ToyModel, batches, bits, differences, masks, sparse_gpt2, train
+from tests.tiny_runs import ToyModel, batches, bits, differences, first_sparse, masks, sparse_gpt2, train
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +223,7 @@ class Wrapper(nn.Module):
 def test_names_do_not_depend_on_wrappers() -> None:
     model = sparse_gpt2()
     expected = list(sparse_layers(model))
-    assert expected[0] == "transformer.h.0.attn.c_attn"
+    assert expected[0].startswith("transformer.h.0.attn.c_attn")
     assert list(sparse_layers(Wrapper(model))) == expected
     compiled = torch.compile(sparse_gpt2(), backend="eager")
     assert list(sparse_layers(compiled)) == expected
@@ -250,7 +250,7 @@ def test_total_steps_out_of_range(total_steps: int) -> None:
 @pytest.mark.usefixtures("either_structure")
 def test_sparse_weight_missing_from_the_optimizer() -> None:
     model = sparse_gpt2()
-    name = "transformer.h.0.mlp.c_fc"
+    name = first_sparse(model, "mlp.c_fc")
     rest = [value for key, value in model.named_parameters() if key != f"{name}.weight"]
     with pytest.raises(ValueError, match=rf"{name}\.weight is not in the optimizer"):
         SparseTrainingController(model, SGD(rest, lr=1.0), 10)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 
-from sparseift_llm import DSTConfig, SparseTrainingController, to_dense
+from sparseift_llm import DSTConfig, SparseTrainingController
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from tests.models import stored_part
-from tests.tiny_runs import ToyModel, batches, differences, masks, sparse_gpt2, train
+from tests.tiny_runs import STORAGES, ToyModel, batches, dense_twin, differences, masks, sparse_gpt2, train
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +88,8 @@ def armed_model() -> nn.Module:
 
 
 def dense_gradients(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-    """Gradients of a stock model with the same weights."""
-    dense = to_dense(model)  # type: ignore[arg-type]
+    """Gradients of a model of stock layers with the same weights."""
+    dense = dense_twin(model)
     dense(input_ids=batch, labels=batch).loss.backward()
     return {name: value.grad for name, value in dense.named_parameters() if value.grad is not None}
 
@@ -118,7 +118,7 @@ def check_captured(exact: bool) -> None:
 
 
 def test_the_dense_gradient_is_a_dense_models_gradient(either_structure: str) -> None:
-    check_captured(exact=either_structure == "unstructured")
+    check_captured(exact="block_size" not in STORAGES[either_structure])
 
 
 def without_first_row(self: DenseGradient, gradient: Tensor) -> None:
@@ -131,7 +131,7 @@ def test_the_check_of_the_dense_gradient_catches_a_lost_part(
 ) -> None:
     monkeypatch.setattr(DenseGradient, "add", without_first_row)
     with pytest.raises(AssertionError):
-        check_captured(exact=either_structure == "unstructured")
+        check_captured(exact="block_size" not in STORAGES[either_structure])
 
 
 def test_gradients_of_all_other_parameters_are_a_dense_models(either_structure: str) -> None:
@@ -141,7 +141,7 @@ def test_gradients_of_all_other_parameters_are_a_dense_models(either_structure: 
     sparse = {f"{name}.weight" for name in sparse_layers(model)}
     others = {name: value.grad for name, value in model.named_parameters() if name not in sparse}
     assert others
-    if either_structure == "unstructured":
+    if "block_size" not in STORAGES[either_structure]:
         assert not differences(others, {name: expected[name] for name in others})
     for name, gradient in others.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13)

@@ -20,7 +20,17 @@ from torch.optim import AdamW
 from sparseift_llm import SparseTrainingController
 from sparseift_llm.layers.base import sparse_layers
 from tests.ddp_script import STEPS
-from tests.tiny_runs import batches, differences, final_state, masks, sparse_gpt2, sparse_trainer, train
+from tests.tiny_runs import (
+    STORAGES,
+    batches,
+    differences,
+    final_state,
+    first_sparse,
+    masks,
+    sparse_gpt2,
+    sparse_trainer,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
 SCENARIOS = ("plain", "corrupted", "compiled", "trainer")
@@ -62,7 +72,6 @@ def _compiler_stance() -> Any:
     torch.compiler.set_stance("default")
 
 
-@pytest.mark.support("Wide")
 @pytest.mark.support("DistributedDataParallel")
 def test_masks_are_those_of_one_process_with_the_whole_batch(results: Results) -> None:
     model = sparse_gpt2("rigl")
@@ -82,7 +91,8 @@ def test_masks_are_those_of_one_process_with_the_whole_batch(results: Results) -
 def test_ranks_hold_the_same_everything(results: Results, every_structure: str) -> None:
     first, second = results["plain"]
     assert not differences(first, second)
-    assert first["weights"]["transformer.h.0.mlp.c_fc.weight"].ndim == {"unstructured": 2, "block": 3}[every_structure]
+    name = first_sparse(sparse_gpt2(), "mlp.c_fc")
+    assert first["weights"][f"{name}.weight"].ndim == (3 if "block_size" in STORAGES[every_structure] else 2)
     assert first["violations"] == []
 
 
@@ -98,7 +108,8 @@ def test_one_rank_alone_would_choose_other_masks(results: Results) -> None:
 @pytest.mark.support("masks that differ between ranks", refused=True)
 def test_a_corrupted_mask_stops_both_ranks(results: Results) -> None:
     for rank in results["corrupted"]:
-        assert "different masks after step 6, first in transformer.h.0.mlp.c_fc;" in rank["message"]
+        first = first_sparse(sparse_gpt2(), "mlp.c_fc")
+        assert f"different masks after step 6, first in {first};" in rank["message"]
         assert rank["step"] == 6
 
 

@@ -73,7 +73,7 @@ def test_every_model_type_is_either_tested_or_refused() -> None:
 @pytest.mark.support(
     "experts, encoder-decoders, recurrent, convolutional and multimodal models",
     refused=True,
-    structures=("unstructured", "block"),
+    proves=("unstructured", "block", "families", "family_tiles"),
 )
 @pytest.mark.parametrize(("name", "reason"), [pair for pair in ALL_REFUSED if installed(pair[:1])])
 def test_refused(name: str, reason: str) -> None:
@@ -140,7 +140,7 @@ def choices_for(name: str) -> list[dict[str, Any]]:
 CASES = [(name, choice) for name in installed(DISTINCT) for choice in choices_for(name)]
 
 
-@pytest.mark.support(FOUND)
+@pytest.mark.support(FOUND, proves=("unstructured", "families"))
 @pytest.mark.parametrize(("name", "choice"), CASES, ids=[f"{name}-{next(iter(c.values()))}" for name, c in CASES])
 def test_rigl_moves_masks_and_a_saved_model_is_the_same(name: str, choice: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def reference_kernel() -> Iterator[None]:
     use_block_kernel(None)
 
 
-@pytest.mark.support(FOUND, structures=("block",))
+@pytest.mark.support(FOUND, proves=("block",))
 @pytest.mark.parametrize("name", installed(DISTINCT))
 def test_tiles(name: str, reference_kernel: None) -> None:
     torch.manual_seed(0)

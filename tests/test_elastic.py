@@ -16,7 +16,7 @@ from tests.tiny_runs import differences, final_state, sparse_gpt2, sparse_traine
 from tests.torchrun import run_ranks, start_ranks
 
 SCRIPT = "tests.elastic_script"
-pytestmark = pytest.mark.usefixtures("every_structure")
+pytestmark = [pytest.mark.usefixtures("every_structure"), pytest.mark.structures("unstructured", "block", "families")]
 Whole = tuple[Path, list[dict[str, Any]]]
 
 
@@ -85,6 +85,7 @@ def test_a_trajectory_of_another_checkpoint_is_noticed(without_dropout: Whole, t
 KILLED = {
     "unstructured": ("update", []),
     "block": ("random_state", ["incomplete-checkpoint-8"]),
+    "families": ("random_state", ["incomplete-checkpoint-8"]),
 }  # either way: what differs between structures is within one process, and test_callback_kill.py has it
 
 

@@ -238,7 +238,7 @@ def test_the_mean_square_of_gelu() -> None:
 # ---- training and checkpoints
 
 
-@pytest.mark.support("Parallel, Factorized, Doped")
+@pytest.mark.support("saving and loading a trained model")
 @every_variant
 @every_structure
 def test_training_moves_masks_and_checkpoints_come_back(variant: str, structure: str, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Weights sharded by FSDP2 on two and four real processes: masks, weights and state as in one process.
 
-What the processes run is in fsdp_script.py.
+What the processes run is in fsdp_script.py and fsdp_frameworks_script.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from sparseift_llm.mask_file import read_masks
 from tests.ddp_modes_script import STEPS
 from tests.tiny_runs import (
     batches,
+    controller_of,
     differences,
     final_state,
+    first_sparse,
     masks,
     snapshot,
     sparse_gpt2,
@@ -33,14 +35,15 @@ WAYS = {
     "default": "FSDP2: fully_shard",
     "keep_gathered": "FSDP2: fully_shard",
     "root_only": "FSDP2: fully_shard",
-    "second_dimension": "FSDP2: hybrid shards, shards of another dimension",
+    "second_dimension": "FSDP2: shards of another dimension",
     "no_sync": "FSDP2: gradient accumulation without sync, activation checkpointing",
 }
-STATES = ("full_state", "sharded_state", "with_accelerate", "with_trainer")
+STATES = ("full_state", "sharded_state", "with_accelerate", "with_trainer", "native")
 TWO = (*WAYS, "state_kept", "mixed_precision", "corrupted", "refused", *STATES)
 FOUR = ("hybrid", "default", "resumed_elsewhere")
 
 pytestmark = pytest.mark.usefixtures("every_structure")
+on_four_ranks = pytest.mark.structures("unstructured", "block", "families")
 Masks = dict[str, Tensor]
 
 
@@ -94,7 +97,8 @@ def test_the_check_catches_state_that_is_kept(two: Results, alone: Alone) -> Non
         check_run(two, "state_kept", alone)
 
 
-@pytest.mark.support("FSDP2: hybrid shards, shards of another dimension")
+@pytest.mark.support("FSDP2: four ranks, hybrid shards")
+@on_four_ranks
 @pytest.mark.parametrize("way", ["default", "hybrid"])
 def test_four_ranks(way: str, four: Results, alone: Alone) -> None:
     check_run(four, way, alone)
@@ -140,14 +144,15 @@ def test_full_state_dicts(two: Results) -> None:
         assert "weights are sharded; gather them with" in rank["refused"]
 
 
-@pytest.mark.support("FSDP2: sharded state dicts, other numbers of ranks")
+@pytest.mark.support("FSDP2: sharded state dicts")
 def test_sharded_state_dicts(two: Results) -> None:
     for rank in two["sharded_state"]:
         assert not differences(rank["expected"], rank["found"])
         assert rank["counters"][0] == rank["counters"][1]
 
 
-@pytest.mark.support("FSDP2: sharded state dicts, other numbers of ranks")
+@pytest.mark.support("FSDP2: two ranks' shards on one and four ranks")
+@on_four_ranks
 def test_two_ranks_shards_on_four_ranks(two: Results, four: Results) -> None:
     for rank in four["resumed_elsewhere"]:
         expected = two["sharded_state"][0]["expected"]
@@ -156,14 +161,25 @@ def test_two_ranks_shards_on_four_ranks(two: Results, four: Results) -> None:
             torch.testing.assert_close(rank["weights"][name], value, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.support("FSDP2: two ranks' shards on one and four ranks")
+@pytest.mark.structures("unstructured", "block")
+def test_two_ranks_shards_on_one_rank(two: Results, folder: Path) -> None:
+    (rank,) = run_ranks("tests.fsdp_script", ("resumed_elsewhere",), folder, num_ranks=1)["resumed_elsewhere"]
+    expected = two["sharded_state"][0]["expected"]
+    assert not differences(expected["history"], rank["history"])
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(rank["weights"][name], value, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.support("masks that differ between ranks", refused=True)
 def test_a_corrupted_mask_stops_all_ranks(two: Results) -> None:
     for rank in two["corrupted"]:
-        assert "different masks after step 6, first in transformer.h.0.mlp.c_fc;" in rank["message"]
+        first = first_sparse(sparse_gpt2(), "mlp.c_fc")
+        assert f"different masks after step 6, first in {first};" in rank["message"]
         assert rank["step"] == 6
 
 
-@pytest.mark.support("FSDP1, tensor parallelism, from_pretrained(distributed_config=...)", refused=True)
+@pytest.mark.support("FSDP1, tensor parallelism", refused=True)
 def test_refusals(two: Results) -> None:
     for rank in two["refused"]:
         assert (
@@ -172,7 +188,8 @@ def test_refusals(two: Results) -> None:
         assert "(tensor parallelism) are not supported" in rank["tensor_parallel"]
         assert "to_dense needs whole weights" in rank["to_dense"]
         assert "is not in the optimizer; create the optimizer after sparsify (and after" in rank["early_optimizer"]
-        assert "distributed_config would shard weights before they are sparse" in rank["loading"]
+        assert "tensor parallelism does not know sparse layers" in rank["loading"]
+        assert "tensor parallelism does not know sparse layers" in rank["tensor_parallel_config"]
 
 
 @pytest.mark.support("FSDP2: Trainer, full and sharded checkpoints")
@@ -196,19 +213,25 @@ def test_trainer(kind: str, two: Results, folder: Path, tmp_path: Path) -> None:
     assert not is_complete(checkpoint)
 
 
-@pytest.mark.support("FSDP2: accelerate")
-def test_accelerate(two: Results, alone: Alone) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("plain", marks=pytest.mark.support("FSDP2: accelerate")),
+        pytest.param("ram_efficient", marks=pytest.mark.support("FSDP2: accelerate, cpu_ram_efficient_loading")),
+    ],
+)
+def test_accelerate(way: str, two: Results, alone: Alone) -> None:
     for rank in two["with_accelerate"]:
-        assert not differences(alone[0], rank["plain"]["history"])
-        assert rank["plain"]["leftovers"] == []
+        assert not differences(alone[0], rank[way]["history"])
+        assert rank[way]["leftovers"] == []
 
 
-@pytest.mark.support("FSDP2: accelerate, cpu_ram_efficient_loading", refused="block")
-def test_accelerate_with_ram_efficient_loading(two: Results, alone: Alone, every_structure: str) -> None:
-    """accelerate shares out a state dict's parameters, not its buffers; the tiles' columns are one: its own error."""
-    for rank in two["with_accelerate"]:
-        if every_structure == "block":
-            assert "object has no attribute 'device_mesh'" in rank["ram_efficient"]["error"]
-        else:
-            assert not differences(alone[0], rank["ram_efficient"]["history"])
-            assert rank["ram_efficient"]["leftovers"] == []
+@pytest.mark.support("FSDP2: from_pretrained(distributed_config=...)")
+def test_sharded_by_from_pretrained(two: Results, alone: Alone, tmp_path: Path) -> None:
+    check_run(two, "native", alone)
+    trainer = sparse_trainer(sparse_gpt2("rigl"), tmp_path)
+    trainer.train()
+    for rank in two["native"]:
+        assert rank["saved"] == []
+        assert not differences(final_state(trainer)["masks"], rank["trainer"])
+        assert rank["counters"] == controller_of(trainer).counters()

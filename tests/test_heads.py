@@ -179,7 +179,7 @@ def test_only_what_is_targeted() -> None:
 # ---- tiles
 
 
-@pytest.mark.support("balance_heads", structures=("block",))
+@pytest.mark.support("balance_heads", proves=("block",))
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "llama"])
 def test_heads_of_whole_block_rows_are_balanced_to_a_tile(name: str) -> None:
     """Heads grow from 8 to 16 rows; outputs are balanced, the inputs of o are not."""
@@ -201,12 +201,19 @@ def test_heads_of_part_of_a_block_row() -> None:
 # ---- refusals
 
 
+@pytest.mark.support("balance_heads", refused=True, proves=("families", "family_tiles"))
+@pytest.mark.parametrize("family", ["parallel", "factorized", "doped"])
+@pytest.mark.parametrize("structure", ["unstructured", "block"])
+def test_other_families_are_refused(family: str, structure: str) -> None:
+    with pytest.raises(ValueError, match=r"balance_heads needs .*family='wide' with scope='model'"):
+        SparseIFTConfig(balance_heads=True, family=family, structure=structure)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"scope": "ffn"}, "balance_heads needs sparse attention projections"),
         ({"exclude": ("q", "k", "v", "o")}, "balance_heads needs sparse attention projections"),
-        ({"family": "parallel"}, r"balance_heads needs .*family='wide' with scope='model'"),
         ({"dst": DSTConfig(algorithm="gmp")}, r"algorithm='gmp' prunes .*use static, set or rigl"),
     ],
 )

@@ -18,6 +18,7 @@ STEPS, EVERY = 2000, 10
 
 
 @pytest.mark.support("2,000 steps, an update every 10")
+@pytest.mark.structures("unstructured", "block", "families")
 @pytest.mark.usefixtures("either_structure")
 def test_soak() -> None:
     model = sparse_gpt2("rigl", every=EVERY, stop_fraction=1.0).float()  # type: ignore[arg-type]

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support_matrix import GROUPS, PAGE, ROOT, Row, page
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.composite import CompositeProjection
+from tests.conftest import tiny_models_of
+from tests.support_matrix import FAMILIES, GROUPS, PAGE, ROOT, Row, page
+from tests.tiny_runs import sparse_gpt2
 
 
 def test_the_page_is_up_to_date(tmp_path: Path) -> None:
@@ -23,15 +27,31 @@ def test_the_page_is_up_to_date(tmp_path: Path) -> None:
 
 
 def full() -> dict[str, Row]:
-    return {name: Row({"block": "yes"}, {"tests/a.py::b": None}) for names in GROUPS.values() for name in names}
+    cells = {("Wide, tiles", "tiles"): "yes", ("Doped", "masks"): "refused", ("Parallel", "masks"): "yes"}
+    cells |= {("Parallel", "tiles"): "yes", ("Factorized", "masks"): "yes", ("Factorized", "tiles"): "refused"}
+    return {name: Row(cells, {"tests/a.py::b": None}) for names in GROUPS.values() for name in names}
 
 
-def test_a_structure_without_a_test_is_not_claimed() -> None:
-    assert "| Wide | - | yes | `tests/a.py::b` |" in page(full())
+def test_what_has_no_test_is_not_claimed() -> None:
+    row = "| DDP: no_sync | - | yes | yes | masks yes, tiles refused | refused (masks) | `tests/a.py::b` |"
+    assert row in page(full())
 
 
 def test_rows_and_marks_must_agree() -> None:
     rows = full()
-    rows["telepathy"] = rows.pop("Wide")
-    with pytest.raises(ValueError, match=r"not in both: \['Wide', 'telepathy'\]"):
+    rows["telepathy"] = rows.pop("DDP: no_sync")
+    with pytest.raises(ValueError, match=r"not in both: \['DDP: no_sync', 'telepathy'\]"):
         page(rows)
+
+
+@pytest.mark.parametrize("structure", ["families", "family_tiles"])
+def test_the_model_of_families_has_all_three(structure: str) -> None:
+    """What is claimed of Parallel, Factorized and Doped is tested on one model that mixes them."""
+    with tiny_models_of(structure):
+        model = sparse_gpt2()
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert {f"{family}Projection" for family in FAMILIES} <= kinds
+    storages = {type(layer).__name__ for layer in sparse_layers(model).values()}
+    assert storages == {"MaskedLinear" if structure == "families" else "BlockSparseLinear"}
+    for composite in (module for module in model.modules() if isinstance(module, CompositeProjection)):
+        assert sparse_layers(composite)

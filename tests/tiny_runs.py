@@ -5,6 +5,8 @@ Not a test module; the scripts that tests start in other processes use it as wel
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,13 +26,30 @@ from transformers import (
     TrainingArguments,
 )
 
-from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingCallback, sparsify
+from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingCallback, sparsify, to_dense
+from sparseift_llm.config import FamilyRule
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.composite import CompositeProjection
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 
 VOCAB, LENGTH = 32, 8
+STRUCTURES = ("unstructured", "block", "families", "family_tiles")  # Wide, then the other families in one model
 STRUCTURE = os.environ.get("SPARSEIFT_TEST_STRUCTURE", "unstructured")  # set by the fixture `every_structure`
+_TILES: dict[str, Any] = {"structure": "block", "block_size": 4}
+_FAMILIES: dict[str, Any] = {
+    "family": "parallel",
+    "rules": (
+        FamilyRule("doped", targets=("q", "k", "v")),
+        FamilyRule("factorized", targets=("mlp_in",), nonlinearity="layernorm"),
+    ),
+}
+STORAGES: dict[str, dict[str, Any]] = {
+    "unstructured": {},
+    "block": _TILES,
+    "families": _FAMILIES,
+    "family_tiles": {**_FAMILIES, **_TILES},
+}
 
 
 def sparse_gpt2(
@@ -41,8 +60,19 @@ def sparse_gpt2(
     sparsity: float = 0.75,
     hidden: int = 16,
     stop_fraction: float = 0.75,
+    linear: bool = False,
 ) -> PreTrainedModel:
-    """A one-block GPT-2 with float64 weights, 75% sparse by default; equal for equal arguments."""
+    """A one-block GPT-2 with float64 weights, 75% sparse by default; equal for equal arguments.
+
+    Wide models grow from `hidden` to about twice that; those of other families are as wide from the start. `linear`
+    leaves out the families' non-linearities.
+    """
+    storage = dict(STORAGES[STRUCTURE])
+    if "family" in storage:
+        hidden *= 2
+        if linear:
+            rules = tuple(dataclasses.replace(rule, nonlinearity=None) for rule in storage["rules"])
+            storage.update(nonlinearity="none", rules=rules)
     torch.manual_seed(seed)
     dense = GPT2LMHeadModel(
         GPT2Config(
@@ -59,10 +89,25 @@ def sparse_gpt2(
         )
     )
     dst = DSTConfig(algorithm, update_every_steps=every, drop_fraction=0.3, stop_fraction=stop_fraction)
-    if STRUCTURE == "block" and algorithm == "gmp":
+    if "block_size" in storage and algorithm == "gmp":
         pytest.skip("gradual pruning starts dense")
-    storage: dict[str, Any] = {"structure": "block", "block_size": 4} if STRUCTURE == "block" else {}
     return sparsify(dense.double(), SparseIFTConfig(sparsity=sparsity, seed=seed, dst=dst, **storage))
+
+
+def first_sparse(model: nn.Module, projection: str) -> str:
+    """The name of the first sparse layer in a projection of the model's block, or of the projection itself."""
+    path = f"transformer.h.0.{projection}"
+    return next(name for name in sparse_layers(model) if name == path or name.startswith(f"{path}."))
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A copy that computes the same with stock layers in place of sparse ones, parameters under their names."""
+    if not any(isinstance(module, CompositeProjection) for module in model.modules()):
+        return to_dense(model)  # type: ignore[arg-type]
+    dense = copy.deepcopy(model)
+    for name, layer in sparse_layers(dense).items():
+        dense.set_submodule(name, layer.to_dense())
+    return dense
 
 
 class ToyModel(PreTrainedModel):

@@ -22,11 +22,13 @@ Scenario = Callable[[int, Path], Any]
 Results = dict[str, list[Any]]
 
 
-def start_ranks(module: str, scenarios: str, folder: Path, num_ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def start_ranks(
+    module: str, scenarios: str, folder: Path, num_ranks: int = 2, warnings: str = "error"
+) -> subprocess.CompletedProcess[str]:
     """`torchrun -m MODULE SCENARIOS FOLDER`; the test fails if it does not end in time."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     command += ["-m", module, scenarios, str(folder)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -40,9 +42,11 @@ def start_ranks(module: str, scenarios: str, folder: Path, num_ranks: int = 2) -
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def run_ranks(module: str, scenarios: tuple[str, ...], folder: Path, num_ranks: int = 2) -> Results:
+def run_ranks(
+    module: str, scenarios: tuple[str, ...], folder: Path, num_ranks: int = 2, warnings: str = "error"
+) -> Results:
     """What each rank reports, by scenario."""
-    done = start_ranks(module, ",".join(scenarios), folder, num_ranks)
+    done = start_ranks(module, ",".join(scenarios), folder, num_ranks, warnings)
     assert done.returncode == 0, done.stdout
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(num_ranks)]
@@ -50,15 +54,15 @@ def run_ranks(module: str, scenarios: tuple[str, ...], folder: Path, num_ranks: 
     }
 
 
-def main(module: str) -> None:
-    """The script's side: run the functions named in argv[1], leave `FOLDER/SCENARIO-RANK.pt`."""
+def main(*modules: str) -> None:
+    """The script's side: run the functions of `modules` named in argv[1], leave `FOLDER/SCENARIO-RANK.pt`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
-    functions = importlib.import_module(module)
+    functions = {name: value for module in modules for name, value in vars(importlib.import_module(module)).items()}
     faulthandler.dump_traceback_later(SECONDS - 20)  # where it hangs
     for name in sys.argv[1].split(","):
-        result = getattr(functions, name)(rank, folder)
+        result = functions[name](rank, folder)
         torch.save(result, folder / f"{name}-{rank}.pt")
         torch.compiler.set_stance("default")
         dist.barrier()

@@ -71,7 +71,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         if args.deepspeed or (fsdp and fsdp.get("xla")):
             raise ValueError(
                 "SparseTrainingCallback does not support DeepSpeed or XLA's FSDP; use DistributedDataParallel, or "
-                'FSDP2 with TrainingArguments(fsdp=True, fsdp_config={"version": 2})'
+                'FSDP2 with TrainingArguments(fsdp=True, fsdp_config={"version": 2}), or DeepSpeed ZeRO in a loop of '
+                "your own with SparseTrainingController(engine, engine.optimizer, ...)"
             )
         if args.n_gpu > 1:
             raise ValueError(

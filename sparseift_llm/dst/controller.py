@@ -25,8 +25,9 @@ from sparseift_llm.dst.distributed import Ranks, gradient_dtype, no_gradient, wo
 from sparseift_llm.dst.join import SparseJoinHook, check_join
 from sparseift_llm.dst.optimizer_state import zero_state
 from sparseift_llm.dst.support import check_model, check_optimizer
+from sparseift_llm.dst.zero import ZeroState, zero_optimizer
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.layers.shards import reshard
+from sparseift_llm.layers.shards import gathered, reshard
 from sparseift_llm.mask_file import apply_masks, digest, pack, unpack
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.planning import read_record
@@ -60,9 +61,10 @@ class SparseTrainingController(Joinable):
     of batches, train inside `torch.distributed.algorithms.join.Join([ddp_model, controller])`.
 
     Args:
-        model: a Sparse-IFT model, bare, compiled, in DistributedDataParallel, or sharded by `fully_shard`.
-            Weights with `requires_grad=False` keep their masks.
-        optimizer: a torch optimizer that holds all sparse weights, or accelerate's wrapper of one.
+        model: a Sparse-IFT model, bare, compiled, in DistributedDataParallel, sharded by `fully_shard`, or a DeepSpeed
+            engine with ZeRO. Weights with `requires_grad=False` keep their masks.
+        optimizer: a torch optimizer that holds all sparse weights, DeepSpeed's `engine.optimizer`, or accelerate's
+            wrapper of either.
         total_steps: optimizer steps of the whole run, at least 1.
         micro_batches: backward passes per optimizer step. With 1, in a single process, each layer's dense
             gradient is reduced to scores at once and freed; otherwise, or if None (not known), the
@@ -92,10 +94,15 @@ class SparseTrainingController(Joinable):
         self.layers = sparse_layers(model)
         if not self.layers:
             raise ValueError("the model has no sparse layers: call sparsify(model, config) first")
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
+        zero = zero_optimizer(optimizer)
+        self._zero = ZeroState(zero, self.layers) if zero is not None else None
+        inner = (
+            zero.optimizer if zero is not None else getattr(optimizer, "optimizer", optimizer)
+        )  # accelerate's wrapper
         reshard(model)
-        check_model(model)
-        check_optimizer(inner, model, self.layers)
+        check_model(model, zero is not None)
+        if zero is None:
+            check_optimizer(inner, model, self.layers)
         self.optimizer: Optimizer = inner
         config, _ = read_record(_config_of(model))
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
@@ -111,7 +118,12 @@ class SparseTrainingController(Joinable):
         self.ranks = Ranks(next(iter(self.layers.values())).mask.device)
         self.ranks.check_same_schedule(f"total_steps={total_steps}, {config.dst}, seed={config.seed}")
         self.ranks.check_same_masks(self._masks(), self.step)
-        self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
+        if self._zero is not None:
+            self._unhook = self._zero.follow_steps(self._after_optimizer_step)
+        else:
+            self._unhook = self.optimizer.register_step_post_hook(
+                torch.compiler.disable(self._after_optimizer_step)
+            ).remove
         self._arm()
 
     def follow(self, copy: nn.Module) -> None:
@@ -140,7 +152,7 @@ class SparseTrainingController(Joinable):
 
     def close(self) -> None:
         """Detach from model and optimizer; masks stay as they are."""
-        self._hook.remove()
+        self._unhook()
         self._disarm()
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,7 +232,7 @@ class SparseTrainingController(Joinable):
         reshard(self.model)
         self.step += 1
         self.active_weight_steps += self._num_active
-        for layer in self.layers.values():
+        for layer in self.layers.values() if self._zero is None else ():
             layer.zero_inactive()  # some optimizers move weights whose gradient is 0
         if self.algorithm.is_update_step(self.step):
             self._update_masks()
@@ -235,12 +247,16 @@ class SparseTrainingController(Joinable):
             if layer.is_frozen:
                 continue
             growth = self._growth(name) if self.algorithm.needs_dense_gradient else None
-            mask = self.algorithm.next_mask(layer, self.step, index, growth)
-            for listener in self.listeners:
-                listener(name, layer.mask, mask, growth)
-            changed = layer.set_mask(mask)
-            zero_state(self.optimizer, layer.weight, changed, name)
-            self.ranks.num_bytes += layer.gathered_bytes
+            with gathered(layer.weight):
+                mask = self.algorithm.next_mask(layer, self.step, index, growth)
+                for listener in self.listeners:
+                    listener(name, layer.mask, mask, growth)
+                changed = layer.set_mask(mask)
+            if self._zero is None:
+                zero_state(self.optimizer, layer.weight, changed, name)
+                self.ranks.num_bytes += layer.gathered_bytes
+            else:
+                self.ranks.num_bytes += self._zero.zero(layer, changed)
         self._num_active = self._count_active()
         self.ranks.check_same_masks(self._masks(), self.step)
         self._copies.update(self.layers)

@@ -14,22 +14,27 @@ from torch.optim import Optimizer
 from sparseift_llm.layers.base import SparseProjection
 
 DISTRIBUTED = "DistributedDataParallel or FSDP2 (torch.distributed.fsdp.fully_shard)"
-_DEEPSPEED = f"DeepSpeed keeps weights and optimizer state where masks cannot follow; use {DISTRIBUTED}"
+NO_ZERO = (
+    "of DeepSpeed only ZeRO stages 1 to 3 are supported: give the controller engine and engine.optimizer of a "
+    f'"zero_optimization" config; or use {DISTRIBUTED}'
+)
 _QUANTISING = ("bitsandbytes", "torchao")
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, is_zero: bool = False) -> None:
     """Refuse wrappers and adapters that mask updates would not reach.
 
+    Args:
+        model: what the controller is given.
+        is_zero: whether the optimizer is DeepSpeed ZeRO's.
+
     Raises:
-        ValueError: DeepSpeed, FSDP1, DataParallel, or PEFT adapters.
+        ValueError: DeepSpeed without ZeRO, FSDP1, DataParallel, or PEFT adapters.
     """
     for module in model.modules():
         package = type(module).__module__.partition(".")[0]
-        if package == "deepspeed":
-            raise ValueError(
-                f"DeepSpeed keeps weights and optimizer state where masks cannot follow; use {DISTRIBUTED}"
-            )
+        if package == "deepspeed" and not is_zero:
+            raise ValueError(NO_ZERO)
         if package == "peft":
             raise ValueError(
                 "PEFT adapters on a Sparse-IFT model are not supported: merging them would fill in the zeros. Adapt "
@@ -50,7 +55,7 @@ def check_optimizer(optimizer: Any, model: nn.Module, layers: Mapping[str, Spars
     """
     package = type(optimizer).__module__.partition(".")[0]
     if package == "deepspeed":
-        raise ValueError(_DEEPSPEED)
+        raise ValueError(NO_ZERO)
     if package in _QUANTISING:
         raise ValueError(
             f"{type(optimizer).__name__} of {package} (8-bit or paged state) is not supported: state of single weights "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -222,6 +223,35 @@ class BlockSparseLinear(SparseProjection):
         order, starts = blocks.slots_by_column(self.columns, self.num_columns)
         self.slots_by_column.copy_(order)
         self.column_starts.copy_(starts)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
+        """As of every module, but the index stays when values go to the meta device: it says what they will mean."""
+        kept = self._index
+        super()._apply(fn, recurse)
+        if self.columns.is_meta and not kept[0].is_meta:
+            self.columns, self.slots_by_column, self.column_starts = kept
+        return self
+
+    @property
+    def _awaits_shard(self) -> bool:
+        """Whether the weight is a shard without values, as in accelerate's RAM-efficient loading.
+
+        It spreads each entry of the first rank's state dict as it does parameters; columns are whole on every rank.
+        """
+        return isinstance(self.weight, DTensor) and self.weight.is_meta and not self.columns.is_meta
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._awaits_shard:
+            del destination[f"{prefix}columns"]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
+        may_lack_columns = self._awaits_shard
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        if may_lack_columns and f"{prefix}columns" in missing:
+            missing.remove(f"{prefix}columns")
 
     def has_valid_columns(self) -> bool:
         """Whether columns are inside the matrix, and distinct within a block-row; always on the meta device."""

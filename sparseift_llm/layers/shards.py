@@ -1,9 +1,12 @@
-"""Weights that FSDP2 (`fully_shard`) has spread over ranks: this rank's part, the whole, and what belongs to the part.
+"""Weights that FSDP2 (`fully_shard`) or ZeRO-3 has spread over ranks: this rank's part, the whole, what stands beside.
 
 Masks and columns stay whole on every rank. Everything here is the identity for an ordinary tensor.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -36,9 +39,24 @@ def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     return local(distribute_tensor(expanded, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
+def is_zero3(weight: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has taken a weight's values away, up to the next forward pass."""
+    return hasattr(weight, "ds_id")
+
+
+def gathered(weight: Tensor) -> AbstractContextManager[Any]:
+    """A context in which a weight of ZeRO-3 is whole, and keeps what is written to it; every rank must enter it."""
+    if not is_zero3(weight):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    return context
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether any weight is spread over ranks."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) or is_zero3(parameter) for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
