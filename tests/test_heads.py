@@ -203,10 +203,10 @@ def test_heads_of_part_of_a_block_row() -> None:
 
 @pytest.mark.support("balance_heads", refused=True, proves=("families", "family_tiles"))
 @pytest.mark.parametrize("family", ["parallel", "factorized", "doped"])
-@pytest.mark.parametrize("structure", ["unstructured", "block"])
-def test_other_families_are_refused(family: str, structure: str) -> None:
+@pytest.mark.parametrize("storage", ["unstructured", "block"])
+def test_other_families_are_refused(family: str, storage: str) -> None:
     with pytest.raises(ValueError, match=r"balance_heads needs .*family='wide' with scope='model'"):
-        SparseIFTConfig(balance_heads=True, family=family, structure=structure)
+        SparseIFTConfig(balance_heads=True, family=family, structure=storage)
 
 
 @pytest.mark.parametrize(
