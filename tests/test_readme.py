@@ -23,6 +23,8 @@ from tests.test_loss_jump import load_benchmark
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+ALL_TEXT = "\n".join(PAGES.values())
 
 
 def blocks(language: str) -> list[str]:
@@ -90,8 +92,9 @@ def test_yaml_blocks_are_valid_configs() -> None:
 def test_named_recipes_and_links_exist() -> None:
     for name in re.findall(r"`(\w+\.yaml)`", TEXT):
         assert (ROOT / "recipes" / name).is_file()
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
-        assert (ROOT / target).exists()
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_table_of_results_is_the_committed_one() -> None:
@@ -106,11 +109,11 @@ def test_the_table_of_timings_is_the_committed_one() -> None:
         for name in names
     ]
     rows = [row for result in results for row in result["rows"]]
-    assert render({"rows": rows}) in TEXT
-    assert f"{rows[0]['state_bytes_ratio']:.3f} times" in TEXT
-    assert f"{rows[0]['state_bytes_ratio_masked']:.2f} times" in TEXT
-    assert f"{rows[2]['state_bytes_ratio']:.3f} times" in TEXT.replace("\n", " ")
-    assert f"{rows[2]['state_bytes_ratio_masked']:.2f} times" in TEXT
+    assert render({"rows": rows}) in ALL_TEXT
+    assert f"{rows[0]['state_bytes_ratio']:.3f} times" in ALL_TEXT
+    assert f"{rows[0]['state_bytes_ratio_masked']:.2f} times" in ALL_TEXT
+    assert f"{rows[2]['state_bytes_ratio']:.3f} times" in ALL_TEXT.replace("\n", " ")
+    assert f"{rows[2]['state_bytes_ratio_masked']:.2f} times" in ALL_TEXT
     for name, result in zip(names, results, strict=True):
         assert result["command"].startswith(f"sparseift bench --only {name}")
         assert not result["commit"].endswith("-dirty")
@@ -118,7 +121,7 @@ def test_the_table_of_timings_is_the_committed_one() -> None:
 
 def test_the_crossover_table_is_the_committed_one() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "bench" / "crossover.json").read_text(encoding="utf-8"))
-    assert render_crossover(result) in TEXT
+    assert render_crossover(result) in ALL_TEXT
     assert result["command"].startswith("sparseift bench --crossover")
     assert not result["commit"].endswith("-dirty")
 
@@ -127,7 +130,7 @@ def test_the_memory_of_a_step_is_the_committed_one() -> None:
     path = ROOT / "benchmarks" / "results" / "bench" / "step_cpu.json"
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
     for key in ("block", "block_update_step", "dense", "masked", "masked_update_step"):
-        assert f"{row[f'{key}_peak_bytes'] / 1e6:.0f}" in TEXT
+        assert f"{row[f'{key}_peak_bytes'] / 1e6:.0f}" in ALL_TEXT
 
 
 def test_committed_results_say_how_they_were_made() -> None:
@@ -142,8 +145,8 @@ def test_the_cost_of_updates_is_the_committed_one() -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     shares = [result[structure]["share_of_training_time"] for structure in ("unstructured", "block")]
     assert max(shares) < 0.03
-    assert f"{100 * shares[0]:.1f}% (unstructured) and {100 * shares[1]:.1f}% (block)" in TEXT.replace("\n", " ")
-    assert f"{result['block']['bytes_per_update'] / 1e6:.0f} MB" in TEXT
+    assert f"{100 * shares[0]:.1f}% (unstructured) and {100 * shares[1]:.1f}% (block)" in ALL_TEXT.replace("\n", " ")
+    assert f"{result['block']['bytes_per_update'] / 1e6:.0f} MB" in ALL_TEXT
     assert not result["commit"].endswith("-dirty")
 
 
@@ -152,7 +155,7 @@ def test_the_time_of_a_spectral_report_is_the_committed_one() -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     seconds = [result[structure]["processor_seconds"] for structure in ("unstructured", "block")]
     sentence = f"takes {seconds[0]:.0f} s of processor time unstructured and {seconds[1]:.0f} s in tiles of 128"
-    assert sentence in TEXT.replace("\n", " ")
+    assert sentence in ALL_TEXT.replace("\n", " ")
     assert result["unstructured"]["num_layers"] == 48
     assert not result["commit"].endswith("-dirty")
 
@@ -160,7 +163,7 @@ def test_the_time_of_a_spectral_report_is_the_committed_one() -> None:
 def test_the_loss_jump_is_the_committed_one() -> None:
     path = ROOT / "benchmarks" / "results" / "loss_jump.json"
     result = json.loads(path.read_text(encoding="utf-8"))
-    assert load_benchmark().table(result) in TEXT
-    assert f"after {result['num_steps']:,} steps on the built-in corpus, has {result['dense']:.3f}" in TEXT
+    assert load_benchmark().table(result) in ALL_TEXT
+    assert f"after {result['num_steps']:,} steps on the built-in corpus, has {result['dense']:.3f}" in ALL_TEXT
     assert all(result[key] for key in ("command", "machine", "versions", "commit"))
     assert not result["commit"].endswith("-dirty")
