@@ -1,0 +1,258 @@
+"""What tile sizes and families cost and gain in quality: a small GPT-2 and its twins, learning rates swept.
+
+    python benchmarks/quality_study.py {tiles,families} run [--jobs 2]   # hours; finished runs stay, killed ones go on
+    python benchmarks/quality_study.py {tiles,families} time             # step times, on a quiet machine
+    python benchmarks/quality_study.py {tiles,families} table
+
+Every row trains on the same tokens with the same linear FLOPs per token; a row's result is that of its best
+learning rate. Summaries are kept in results/quality_study, one file a run, step times in times.json beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseift_llm import sparsify
+from sparseift_llm.architectures import build_model
+from sparseift_llm.measure import take_turns
+from sparseift_llm.presets import load_config
+from sparseift_llm.recipe import Recipe, load_recipe
+from sparseift_llm.run_record import commit, machine, versions, write_json
+
+HERE = Path(__file__).parent
+RECIPE = HERE / "quality_study.yaml"
+RESULTS = HERE / "results" / "quality_study"
+RUNS = Path("runs") / "quality_study"
+TIMES_NAME = "times.json"
+REPEATS = 15
+WIDE_HIDDEN = 256  # of the Wide 75% twin with scope model; the dense model's is 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model and way to search its mask.
+
+    Args:
+        name: safe as a file's name, unique in its study.
+        title: the table's first cell.
+        sparse: fields of `SparseIFTConfig`; None is the dense model.
+        algorithm: of the mask updates.
+    """
+
+    name: str
+    title: str
+    sparse: dict[str, Any] | None = field(default=None, compare=False)
+    algorithm: str = "rigl"
+
+    def overrides(self) -> list[str]:
+        """What this row changes in the recipe."""
+        if self.sparse is None:
+            return []
+        dst = {"algorithm": self.algorithm, "update_every_steps": 50, "drop_fraction": 0.3}
+        return ["--sparse_ift", json.dumps({"sparsity": 0.75, **self.sparse, "dst": dst})]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rows that can be compared.
+
+    Args:
+        rows: the dense model first.
+        rates: learning rates that every row is trained with.
+        max_steps: optimizer steps of 4,096 tokens.
+    """
+
+    rows: tuple[Row, ...]
+    rates: tuple[float, ...]
+    max_steps: int
+
+
+def tiles_of(size: int) -> dict[str, Any]:
+    """Fields of `SparseIFTConfig` for tiles of a size, or, for 0, single weights."""
+    return {"structure": "block", "block_size": size} if size else {"structure": "unstructured"}
+
+
+def tile_rows() -> Iterator[Row]:
+    """Wide 75%, single weights and tiles of three sizes, RigL and static."""
+    for tile in (0, 8, 16, 32):
+        for algorithm in ("rigl", "static"):
+            kind = f"tiles of {tile}, {WIDE_HIDDEN // tile} per side" if tile else "unstructured"
+            name = f"{f'tile{tile}' if tile else 'mask'}-{algorithm}"
+            yield Row(name, f"Wide, {kind}, {algorithm}", {"scope": "model", **tiles_of(tile)}, algorithm)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Wide, scope model": {"scope": "model"},
+    "Wide, scope ffn": {"scope": "ffn"},
+    "Parallel, LayerNorm": {"family": "parallel"},
+    "Parallel": {"family": "parallel", "nonlinearity": "none"},
+    "Factorized": {"family": "factorized"},
+    "Factorized, GELU": {"family": "factorized", "nonlinearity": "gelu"},
+    "Doped": {"family": "doped"},
+}
+
+
+def family_rows() -> Iterator[Row]:
+    """Every family at 75%, in tiles of 16, RigL."""
+    for title, fields in FAMILIES.items():
+        yield Row(title.lower().replace(", ", "-").replace(" ", "-"), title, {**fields, **tiles_of(16)})
+
+
+DENSE = Row("dense", "dense")
+STUDIES = {
+    "tiles": Study((DENSE, *tile_rows()), (2e-3, 4e-3, 8e-3, 1.6e-2), 1920),
+    "families": Study((DENSE, *family_rows()), (4e-3, 8e-3, 1.6e-2), 640),
+}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("command", choices=("run", "time", "table"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
+    choice = parser.parse_args(words)
+    if choice.command == "table":
+        print(table(choice.study, RESULTS))
+    elif choice.command == "time":
+        times = step_times(STUDIES[choice.study])
+        times["command"] = shlex.join(["benchmarks/quality_study.py", *sys.argv[1:]])
+        path = RESULTS / choice.study / TIMES_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, times)
+    else:
+        run(choice.study, choice.jobs)
+
+
+def run(study: str, jobs: int) -> None:
+    """Train what has no summary yet; raises CalledProcessError if a run fails."""
+    with ThreadPoolExecutor(jobs) as pool:
+        missing = [
+            pool.submit(train, study, row, rate)
+            for row, rate in pairs(STUDIES[study])
+            if not result_path(RESULTS, study, row, rate).is_file()
+        ]
+        for done in missing:
+            done.result()
+
+
+def pairs(study: Study) -> Iterator[tuple[Row, float]]:
+    """All runs, so ordered that the rows can be compared long before the last one."""
+    return ((row, rate) for rate in sorted(study.rates, key=lambda rate: abs(rate - 8e-3)) for row in study.rows)
+
+
+def result_path(results: Path, study: str, row: Row, rate: float) -> Path:
+    """Where the summary of a run is kept."""
+    return results / study / f"{row.name}-lr{rate:g}.json"
+
+
+def train(study: str, row: Row, rate: float) -> None:
+    """One run, gone on with if it was killed."""
+    output = RUNS / study / f"{row.name}-lr{rate:g}"
+    output.mkdir(parents=True, exist_ok=True)
+    options = {
+        "output_dir": output,
+        "learning_rate": rate,
+        "max_steps": STUDIES[study].max_steps,
+        "resume_from_checkpoint": "true",
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "recipes/pretrain.py", str(RECIPE.relative_to(HERE.parent)), *row.overrides(), *words]
+    with (output / "log.txt").open("a", encoding="utf-8") as log:
+        subprocess.run(
+            command, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=log, stderr=log
+        )
+    target = result_path(RESULTS, study, row, rate)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(HERE.parent / output / "summary.json", target)
+
+
+def step_times(study: Study) -> dict[str, Any]:
+    """Median seconds of a training step (AdamW, no mask update) of every row; the rows take turns, one thread."""
+    torch.set_num_threads(1)
+    contestants = {
+        row.name: {"step": training_step(load_recipe(RECIPE, ["--output_dir", "unused", *row.overrides()]))}
+        for row in study.rows
+    }
+    times = take_turns(contestants, "cpu", REPEATS)
+    medians = {name: statistics.median(parts["step"]) for name, parts in times.items()}
+    return {
+        "step_seconds": medians,
+        "num_threads": 1,
+        "repeats": REPEATS,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def training_step(recipe: Recipe) -> Callable[[], None]:
+    """One step of the recipe's model on random tokens, batch and length as in the recipe."""
+    config = load_config(recipe.model.name)
+    for key, value in {**recipe.model.config, "vocab_size": recipe.data.vocab_size, "use_cache": False}.items():
+        setattr(config, key, value)
+    model = sparsify(config, recipe.sparse_ift) if recipe.sparse_ift else build_model(config)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    shape = (recipe.training["per_device_train_batch_size"], recipe.data.seq_len)
+    tokens = torch.randint(config.vocab_size, shape)
+    return partial(take_step, model, optimizer, tokens)
+
+
+def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> None:
+    """Forward, backward, optimizer."""
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def read_results(study: str, results: Path) -> dict[tuple[Row, float], dict[str, Any]]:
+    """The summaries of all finished runs."""
+    paths = {(row, rate): result_path(results, study, row, rate) for row, rate in pairs(STUDIES[study])}
+    return {pair: json.loads(path.read_text("utf-8")) for pair, path in paths.items() if path.is_file()}
+
+
+def table(study: str, results: Path) -> str:
+    """Each row's held-out loss by learning rate, the best in bold, and what it costs: a Markdown table."""
+    summaries, times_path = read_results(study, results), results / study / TIMES_NAME
+    times = json.loads(times_path.read_text("utf-8"))["step_seconds"] if times_path.is_file() else {}
+    rates = sorted(STUDIES[study].rates)
+    header = [f"lr {rate:g}" for rate in rates] + ["whole-model FLOPs", "step time"]
+    lines = ["| held-out loss (nats/token) | " + " | ".join(header) + " |", "| --- |" + " ---: |" * len(header)]
+    for row in STUDIES[study].rows:
+        found = {rate: summaries[row, rate] for rate in rates if (row, rate) in summaries}
+        best = min((summary["eval_loss"] for summary in found.values()), default=None)
+        cells = [cell(found[rate]["eval_loss"], best) if rate in found else "" for rate in rates]
+        dense = next((summary for (other, _), summary in summaries.items() if other == DENSE), None)
+        cells.append(ratio(next(iter(found.values()), None), dense, "forward_flops_per_token"))
+        cells.append(f"{times[row.name] / times[DENSE.name]:.2f}x" if row.name in times else "")
+        lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(loss: float, best: float | None) -> str:
+    """A loss, bold if it is the row's best."""
+    return f"**{loss:.4f}**" if loss == best else f"{loss:.4f}"
+
+
+def ratio(summary: dict[str, Any] | None, dense: dict[str, Any] | None, key: str) -> str:
+    """A row's value over the dense model's; empty if one of them is not there yet."""
+    return f"{summary[key] / dense[key]:.2f}x" if summary and dense else ""
+
+
+if __name__ == "__main__":
+    main()
