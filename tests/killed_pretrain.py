@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer, TrainerState
 
 from sparseift_llm.run_record import RunRecord
-from tests.pretrain_runs import load_script
+from tests.scripts import load_script
 
 
 def main(runs: list[dict[str, Any]]) -> None:
@@ -41,7 +41,7 @@ def _train(words: list[str], kill: list[Any] | None) -> None:
     if kill is not None:
         globals()[kill[0]](kill[1])
     try:
-        load_script("pretrain").main(words)
+        load_script("recipes/pretrain.py").main(words)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)

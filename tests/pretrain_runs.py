@@ -5,12 +5,10 @@ Not a test module; killed_pretrain.py uses it in another process.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -21,16 +19,6 @@ VOCAB, SEQ_LEN = 260, 16
 TOKENS_PER_STEP = 4 * 2 * SEQ_LEN  # batch x accumulation x length
 RIGL = {"sparsity": 0.75, "dst": {"algorithm": "rigl", "update_every_steps": 2, "drop_fraction": 0.3}}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-
-
-def load_script(name: str) -> ModuleType:
-    """A fresh module of recipes/`name`.py, as a user's copy of it would be."""
-    spec = importlib.util.spec_from_file_location(f"recipe_script_{name}", RECIPES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_corpus(folder: Path, num_words: int = 300) -> tuple[Path, Path]:

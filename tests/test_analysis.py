@@ -21,7 +21,8 @@ from sparseift_llm.cli import main
 from sparseift_llm.correlation import correlate
 from sparseift_llm.mask_file import read_digest
 from tests.models import tiny_model
-from tests.pretrain_runs import RIGL, load_script, read_json, tiny_recipe
+from tests.pretrain_runs import RIGL, read_json, tiny_recipe
+from tests.scripts import load_script
 from tests.test_report import DENSE, SPARSE, write_run
 
 QUANTITIES = ("delta_r", "delta_r_imdb", "lambda", "lambda_imsg")
@@ -155,7 +156,7 @@ def test_a_damaged_file_of_a_run_is_written_anew(runs: list[Path], tmp_path: Pat
 
 
 def test_a_real_run_is_analysed(tmp_path: Path) -> None:
-    load_script("pretrain").main([str(tiny_recipe(tmp_path, RIGL, max_steps=8))])
+    load_script("recipes/pretrain.py").main([str(tiny_recipe(tmp_path, RIGL, max_steps=8))])
     result = analyze([tmp_path / "run"], tmp_path / "out").runs[0]
     assert [entry["step"] for entry in result.checkpoints] == [4, 8]
     assert result.excluded == {}

@@ -13,7 +13,7 @@ import pytest
 from sparseift_llm.evaluation.comparison import compare, markdown, read_arm
 from sparseift_llm.evaluation.results import ResultFile
 from sparseift_llm.evaluation.suites import Headline, Score, Suite
-from tests.evaluation_helpers import load_script
+from tests.scripts import load_script
 
 SCORES = (Score("one", chance=0.25), Score("two", chance=0.5))
 RATIO = Score("bits", "bits_per_byte")
@@ -219,12 +219,12 @@ def test_metrics_that_are_no_means_are_refused(tmp_path: Path) -> None:
 
 def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (write(tmp_path / f"{name}.json", values_of(rate, 0.5)) for name, rate in (("a", 0.3), ("b", 0.5)))
-    load_script("compare").main([f"dense={a}", f"sparse={b}", "--output", str(tmp_path / "out" / "c")])
+    load_script("eval/compare.py").main([f"dense={a}", f"sparse={b}", "--output", str(tmp_path / "out" / "c")])
     text = capsys.readouterr().out
     assert "| task | metric | dense | sparse | sparse - dense | 95% interval |" in text
     assert "One training run each" in text
     assert (tmp_path / "out" / "c.md").read_text() in text
     assert json.loads((tmp_path / "out" / "c.json").read_text())["rows"][0]["task"] == "one"
     with pytest.raises(SystemExit, match=r"compare: .*missing"):
-        load_script("compare").main([str(a), str(tmp_path / "none.json")])
+        load_script("eval/compare.py").main([str(a), str(tmp_path / "none.json")])
     assert markdown(compare(arms(a, b))).count("\n| bits | bits_per_byte | 2.6000 | 3.0000 | +0.4000 |") == 1

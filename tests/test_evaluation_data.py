@@ -19,7 +19,8 @@ from sparseift_llm.evaluation import hub
 from sparseift_llm.evaluation.data_folder import COLUMNS, DataError, Requirement, check_folder, load_local, merge
 from sparseift_llm.evaluation.harness import load_suite
 from sparseift_llm.evaluation.suites import V1, select
-from tests.evaluation_helpers import load_script, mmlu_rows, write_dataset, write_leaderboard_data
+from tests.evaluation_helpers import mmlu_rows, write_dataset, write_leaderboard_data
+from tests.scripts import load_script
 
 ANATOMY = Requirement("cais/mmlu", "anatomy", ("dev", "test"))
 ARC = Requirement("allenai/ai2_arc", "ARC-Challenge", ("test", "train", "validation"))
@@ -219,9 +220,9 @@ def test_fetching_without_a_network_or_from_a_closed_data_set(tmp_path: Path, mo
     with pytest.raises(
         SystemExit, match="fetch_data: nothing was fetched: HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
     ):
-        load_script("fetch_data").main(["--data-dir", str(tmp_path), "--suite", "v1"])
+        load_script("eval/fetch_data.py").main(["--data-dir", str(tmp_path), "--suite", "v1"])
     with pytest.raises(SystemExit, match="fetch_data: no task of the suite reads no/such"):
-        load_script("fetch_data").main(["--data-dir", str(tmp_path), "--suite", "v1", "--datasets", "no/such"])
+        load_script("eval/fetch_data.py").main(["--data-dir", str(tmp_path), "--suite", "v1", "--datasets", "no/such"])
     monkeypatch.setattr(hub, "hub_fault", lambda: None)
 
     def closed(*args: Any, **kwargs: Any) -> None:

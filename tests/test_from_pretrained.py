@@ -17,14 +17,15 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.presets import load_config, load_trained
 from sparseift_llm.recipe import ModelConfig, load_recipe
 from tests.models import logits_of, tiny_model
-from tests.pretrain_runs import load_script, read_json, tiny_recipe
+from tests.pretrain_runs import read_json, tiny_recipe
+from tests.scripts import load_script
 
 FAMILY = "{family: parallel, nonlinearity: none, dst: {update_every_steps: 2}}"
 
 
 @pytest.fixture(scope="module")
 def pretrain() -> ModuleType:
-    return load_script("pretrain")
+    return load_script("recipes/pretrain.py")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ from tests.html_pages import (
     write_lines,
     write_masks,
 )
-from tests.pretrain_runs import RIGL, load_script, read_json, tiny_recipe
+from tests.pretrain_runs import RIGL, read_json, tiny_recipe
+from tests.scripts import load_script
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;</script></style></title><svg onload=alert(2)>"
 TEMPLATES = Path(page_module.__file__).parent / "templates"
@@ -46,7 +47,7 @@ def report(*runs: Path) -> tuple[Node, str]:
 def real_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A dense and a sparse run of recipes/pretrain.py."""
     folder = tmp_path_factory.mktemp("real")
-    pretrain = load_script("pretrain")
+    pretrain = load_script("recipes/pretrain.py")
     for name, sparse in (("dense", None), ("sparse", RIGL)):
         (folder / name).mkdir()
         recipe = tiny_recipe(folder / name, sparse, max_steps=8, output_dir=str(folder / name / "run"))

@@ -17,7 +17,8 @@ from transformers import BloomConfig, BloomForCausalLM
 from sparseift_llm.evaluation import builtin, results
 from sparseift_llm.evaluation.language_model import SplitLM, load_model
 from sparseift_llm.evaluation.results import describe_model, weights_digest
-from tests.evaluation_helpers import ROOT, load_script, save_model, tiny_gpt2, tokenizer, write_leaderboard_data
+from tests.evaluation_helpers import ROOT, save_model, tiny_gpt2, tokenizer, write_leaderboard_data
+from tests.scripts import load_script
 
 SPARSE: dict[str, Any] = {"sparsity": 0.75, "init": "paper"}
 BLOCK: dict[str, Any] = {**SPARSE, "structure": "block", "block_size": 16}
@@ -36,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leaderboard(*words: str | Path) -> None:
-    load_script("leaderboard").main([str(word) for word in words])
+    load_script("eval/leaderboard.py").main([str(word) for word in words])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def test_an_interrupted_evaluation_goes_on(model: Path, tmp_path: Path, monkeypa
     leaderboard("--model", model, *BUILTIN, "--output", whole)
     output = tmp_path / "f.json"
     asked: list[str] = []
-    script = load_script("leaderboard")
+    script = load_script("eval/leaderboard.py")
     stock = script.evaluate_task
 
     def until(stop: str | None) -> Any:
@@ -244,7 +245,7 @@ def test_a_run_that_trained_on_the_items_is_refused(model: Path, tmp_path: Path)
                 SystemExit, match=r"trained with data.eval_fraction=0.01, so on some of the suite's items"
             ):
                 leaderboard("--model", folder, *BUILTIN)
-    results.check_held_out(str(folder), load_script("leaderboard").named_suite("builtin"))
+    results.check_held_out(str(folder), load_script("eval/leaderboard.py").named_suite("builtin"))
 
 
 def test_an_answer_longer_than_the_context_is_named() -> None:

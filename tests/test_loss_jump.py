@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "loss_jump.py"
+from tests.scripts import load_script
+
+SCRIPT = "benchmarks/loss_jump.py"
 NUM_STEPS = 200
-
-
-def load_benchmark() -> ModuleType:
-    """benchmarks/loss_jump.py as a module."""
-    spec = importlib.util.spec_from_file_location("loss_jump", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     """As the committed results, after fewer steps; the table is printed with `pytest -s`."""
-    benchmark = load_benchmark()
+    benchmark = load_script(SCRIPT)
     model, held_out = benchmark.trained_model(NUM_STEPS)
     measured = {"dense": benchmark.loss_of(model, held_out), "rows": benchmark.measure(model, held_out)}
     print(f"\ndense: {measured['dense']:.3f}\n{benchmark.table(measured)}")

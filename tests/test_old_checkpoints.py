@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,24 +14,15 @@ from transformers import AutoModelForCausalLM
 from sparseift_llm import load_pretrained
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.mask_file import MASKS_NAME
+from tests.scripts import load_script
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VERSIONS = ("v0.1.0",)
 KINDS = ("block_wide", "factorized", "wide", "wide_packed")
 
 
-def script_of(version: str) -> ModuleType:
-    """The fixture's own script, for the ways in which it measured."""
-    spec = importlib.util.spec_from_file_location("make_fixture", FIXTURES / version / "make.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def check(model: Any, folder: Path) -> None:
-    script = script_of(folder.parent.name)
+    script = load_script(folder.parent / "make.py")
     assert script.digests(model) == json.loads((folder.parent / "expected.json").read_text())[folder.name]
     expected = load_file(folder.parent / "expected.safetensors")[folder.name]
     torch.testing.assert_close(script.logits(model), expected, rtol=1e-10, atol=1e-12)
@@ -48,7 +37,9 @@ def test_a_checkpoint_of_an_older_version(version: str, kind: str) -> None:
     if kind == "wide":  # a stock model, without masks
         assert not sparse_layers(loaded)
         expected = load_file(folder.parent / "expected.safetensors")[kind]
-        torch.testing.assert_close(script_of(version).logits(loaded), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            load_script(FIXTURES / version / "make.py").logits(loaded), expected, rtol=1e-10, atol=1e-12
+        )
     else:
         check(loaded, folder)
 

@@ -26,11 +26,11 @@ from tests.pretrain_runs import (
     TOKENS_PER_STEP,
     VOCAB,
     curve,
-    load_script,
     read_json,
     tiny_recipe,
     write_corpus,
 )
+from tests.scripts import load_script
 
 ACTIVE = 2 * 12 * 16**2  # weights of the dense model's projections, and active ones of its twin
 DENSE_FLOPS = 2 * ACTIVE + 4 * 16 * 16 * 2 + 2 * 16 * VOCAB  # linear + attention + logits, per token
@@ -40,7 +40,7 @@ WIDE_LINEAR_PARAMS = 2 * 12 * 32**2
 
 @pytest.fixture(scope="module")
 def pretrain() -> ModuleType:
-    return load_script("pretrain")
+    return load_script("recipes/pretrain.py")
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_accelerate")
 def test_the_plain_accelerate_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    loop = load_script("accelerate_loop")
+    loop = load_script("recipes/accelerate_loop.py")
     train_file, held_out = write_corpus(tmp_path)
     tiny = data_module.DataConfig(str(train_file), eval_corpus=str(held_out), vocab_size=VOCAB, seq_len=16)
     monkeypatch.setattr(loop, "load_data", lambda _, folder: data_module.load_data(tiny, folder))

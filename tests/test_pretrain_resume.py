@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.pretrain_runs import ENVIRONMENT, REPOSITORY, RIGL, curve, load_script, read_json, tiny_recipe
+from tests.pretrain_runs import ENVIRONMENT, REPOSITORY, RIGL, curve, read_json, tiny_recipe
+from tests.scripts import load_script
 from tests.tiny_runs import differences
 
 
@@ -81,7 +82,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("_one_thread")
 def test_a_rigl_run_killed_at_five_points(tmp_path: Path) -> None:
     recipe = str(tiny_recipe(tmp_path, RIGL, num_words=150))
-    load_script("pretrain").main([recipe])
+    load_script("recipes/pretrain.py").main([recipe])
     epochs = epochs_of_checkpoints(tmp_path / "run")
     assert 0 < epochs[4] < 1 < epochs[8] < 2  # both within an epoch, not the same one
     again = [recipe, "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "true"]
@@ -108,7 +109,7 @@ def test_a_rigl_run_killed_at_five_points(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_one_thread")
 def test_a_dense_run_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     recipe = str(tiny_recipe(tmp_path, num_words=130))
-    load_script("pretrain").main([recipe])
+    load_script("recipes/pretrain.py").main([recipe])
     assert epochs_of_checkpoints(tmp_path / "run")[4] == 1.0  # just at the end of an epoch
     again = [recipe, "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "true"]
     begins, _ = start((again, ["in_trainer_state", 8]), (again, None))
@@ -120,7 +121,7 @@ def test_a_dense_run_killed_while_a_checkpoint_is_written(tmp_path: Path) -> Non
 @pytest.mark.parametrize("storage", [{}, {"structure": "block", "block_size": 4}], ids=["unstructured", "block"])
 def test_a_run_resumed_after_its_last_checkpoint_only_finishes(storage: dict[str, Any], tmp_path: Path) -> None:
     """Killed between the last checkpoint and the summary, as a job that ran out of time may be."""
-    pretrain = load_script("pretrain")
+    pretrain = load_script("recipes/pretrain.py")
     recipe = str(tiny_recipe(tmp_path, {**RIGL, **storage}, max_steps=4))
     pretrain.main([recipe])
     run = tmp_path / "run"

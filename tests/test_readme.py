@@ -19,7 +19,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.report import comparison_table
 from sparseift_llm.strict import parse_yaml
 from tests.models import tiny_config
-from tests.test_loss_jump import load_benchmark
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -163,7 +163,7 @@ def test_the_time_of_a_spectral_report_is_the_committed_one() -> None:
 def test_the_loss_jump_is_the_committed_one() -> None:
     path = ROOT / "benchmarks" / "results" / "loss_jump.json"
     result = json.loads(path.read_text(encoding="utf-8"))
-    assert load_benchmark().table(result) in ALL_TEXT
+    assert load_script("benchmarks/loss_jump.py").table(result) in ALL_TEXT
     assert f"after {result['num_steps']:,} steps on the built-in corpus, has {result['dense']:.3f}" in ALL_TEXT
     assert all(result[key] for key in ("command", "machine", "versions", "commit"))
     assert not result["commit"].endswith("-dirty")

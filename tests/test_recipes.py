@@ -16,7 +16,8 @@ from sparseift_llm.architectures import build_model
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.recipe import Recipe, load_recipe
 from sparseift_llm.scaling import cosine_to_plateau
-from tests.pretrain_runs import RECIPES, VOCAB, curve, load_script, read_json, write_corpus
+from tests.pretrain_runs import RECIPES, VOCAB, curve, read_json, write_corpus
+from tests.scripts import load_script
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PAPER = [name for name in NAMES if name.startswith("gpt3_small")]
@@ -30,7 +31,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def pretrain() -> ModuleType:
-    return load_script("pretrain")
+    return load_script("recipes/pretrain.py")
 
 
 def recipe_of(name: str) -> Recipe:
