@@ -33,6 +33,14 @@ def test_python_blocks_run() -> None:
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_python_blocks_of_the_page_on_metrics_run() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(found) == 2
+    for block in found:
+        exec(compile(block, "docs/metrics.md", "exec"), {})
+
+
 def test_the_diff_makes_a_plain_trainer_script_sparse(tmp_path: Path) -> None:
     (diff,) = blocks("diff")
     script = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
@@ -138,4 +146,17 @@ def test_the_cost_of_updates_is_the_committed_one() -> None:
     assert max(shares) < 0.03
     assert f"{100 * shares[0]:.1f}% (unstructured) and {100 * shares[1]:.1f}% (block)" in TEXT.replace("\n", " ")
     assert f"{result['block']['bytes_per_update'] / 1e6:.0f} MB" in TEXT
+    assert not result["commit"].endswith("-dirty")
+
+
+def test_the_cost_of_metrics_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "metrics_cost.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    shares = [result[structure]["share_of_training_time"] for structure in ("unstructured", "block")]
+    assert max(shares) < 0.01
+    assert f"{100 * shares[0]:.2f}% (unstructured) and {100 * shares[1]:.2f}% (block)" in TEXT.replace("\n", " ")
+    assert (result["log_every_steps"], result["update_every_steps"]) == (10, 100)
+    assert result["command"].endswith("benchmarks/metrics_cost.py benchmarks/results/metrics_cost.json")
+    assert result["machine"]
+    assert result["versions"]
     assert not result["commit"].endswith("-dirty")
