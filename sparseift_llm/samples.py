@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from sparseift_llm.layers.base import SparseProjection, plain_name
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.shards import reshard, whole
+from sparseift_llm.metrics import kinds_in
 
 SAMPLE_TOKENS = 256
 FLAT = 1e-3  # an activation within this of 0 is on the flat side of ReLU, GELU and SiLU
@@ -35,7 +36,6 @@ class StepSample:
     Args:
         model: a Sparse-IFT model, perhaps wrapped.
         layers: its sparse layers.
-        kinds: what its projections compute, by module path.
 
     Attributes:
         grad_norm: L2 norm of the gradients of all active sparse weights at `end()`; None if there were none.
@@ -44,12 +44,12 @@ class StepSample:
             the last FFN projection, further than `FLAT` from 0. None where the forward pass is compiled.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, SparseProjection], kinds: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, SparseProjection]) -> None:
         self.grad_norm: Tensor | None = None
         self.saturated: Tensor | None = None
         self._model = model
         self._layers = layers
-        self._ffn_outputs = _ffn_outputs(model, kinds)
+        self._ffn_outputs = _ffn_outputs(model)
         self._handles: list[RemovableHandle] = []
         self._sampled: dict[nn.Module, tuple[Tensor, int]] = {}
 
@@ -89,6 +89,7 @@ class StepSample:
         return num_saturated(hidden), hidden.shape[-1]
 
 
-def _ffn_outputs(model: nn.Module, kinds: Mapping[str, str]) -> list[nn.Module]:
+def _ffn_outputs(model: nn.Module) -> list[nn.Module]:
     """The last projection of every FFN, sparse or not."""
+    kinds = kinds_in(model)
     return [module for name, module in model.named_modules() if kinds.get(plain_name(name)) == "mlp_out"]

@@ -20,7 +20,6 @@ from transformers import TrainerCallback
 
 from sparseift_llm import SparseTrainingCallback, SparseTrainingController
 from sparseift_llm.dst.tracking import MaskMetrics
-from sparseift_llm.metrics import kinds_in
 from sparseift_llm.samples import StepSample
 from tests.tiny_runs import batches, make_trainer, sparse_gpt2, train
 from tests.torchrun import main
@@ -63,7 +62,7 @@ def sharded(rank: int, folder: Path) -> dict[str, Any]:
     fully_shard(model)
     optimizer = AdamW(model.parameters(), lr=0.01)
     controller = SparseTrainingController(model, optimizer, total_steps=STEPS)
-    metrics, sample = MaskMetrics(controller), StepSample(model, controller.layers, kinds_in(model))
+    metrics, sample = MaskMetrics(controller), StepSample(model, controller.layers)
     norms = []
     for batch in batches(STEPS):
         rows = batch.chunk(dist.get_world_size())[rank]

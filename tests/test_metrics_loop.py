@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from sparseift_llm import SparseTrainingController
 from sparseift_llm.dst.tracking import MaskMetrics
-from sparseift_llm.metrics import kinds_in
 from sparseift_llm.samples import StepSample
 from tests.tiny_runs import Rows, batches, differences, sparse_gpt2, train
 
@@ -83,7 +82,7 @@ def scaled_run(overflow: set[int]) -> list[dict[str, float]]:
     optimizer = AdamW(model.parameters(), lr=0.01)
     controller = SparseTrainingController(model, optimizer, total_steps=STEPS)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    metrics, sample = MaskMetrics(controller, scaler), StepSample(model, controller.layers, kinds_in(model))
+    metrics, sample = MaskMetrics(controller, scaler), StepSample(model, controller.layers)
     found = []
     for number, batch in enumerate(batches(STEPS), start=1):
         for factor in (float("inf"), 1.0) if number in overflow else (1.0,):

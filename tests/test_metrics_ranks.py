@@ -13,7 +13,6 @@ from torch.optim import AdamW
 
 from sparseift_llm import SparseTrainingCallback, SparseTrainingController
 from sparseift_llm.dst.tracking import MaskMetrics
-from sparseift_llm.metrics import kinds_in
 from sparseift_llm.samples import StepSample
 from tests.metrics_script import STEPS, Logs
 from tests.tiny_runs import batches, differences, make_trainer, sparse_gpt2
@@ -67,7 +66,7 @@ def test_sharded_gradients_have_the_norm_of_whole_ones(results: Results) -> None
     model = sparse_gpt2("rigl")
     optimizer = AdamW(model.parameters(), lr=0.01)
     controller = SparseTrainingController(model, optimizer, total_steps=STEPS)
-    metrics, sample = MaskMetrics(controller), StepSample(model, controller.layers, kinds_in(model))
+    metrics, sample = MaskMetrics(controller), StepSample(model, controller.layers)
     norms = []
     for batch in batches(STEPS):
         sample.begin()

@@ -18,7 +18,7 @@ from sparseift_llm.cli import main as sparseift
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.report import comparison_table
 from sparseift_llm.strict import parse_yaml
-from tests.models import tiny_config
+from tests.models import tiny_config, tiny_model
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +35,14 @@ def test_python_blocks_run() -> None:
     assert blocks("python")
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_python_blocks_of_the_page_on_metrics_run() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(found) == 2
+    for block in found:
+        exec(compile(block, "docs/metrics.md", "exec"), {})
 
 
 def test_the_diff_makes_a_plain_trainer_script_sparse(tmp_path: Path) -> None:
@@ -65,7 +73,10 @@ def test_shell_commands_name_things_that_exist(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sparsify(tiny_config("gpt2"), SparseIFTConfig()).save_pretrained("runs/wide75")  # for `sparseift export`
+    sparsify(tiny_config("gpt2"), SparseIFTConfig()).save_pretrained("runs/wide75")
+    tiny_model("gpt2").save_pretrained("runs/dense")
+    for run in ("runs/dense", "runs/wide75"):
+        Path(run, "summary.json").write_text('{"step": 2}')
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 5
@@ -166,4 +177,17 @@ def test_the_loss_jump_is_the_committed_one() -> None:
     assert load_script("benchmarks/loss_jump.py").table(result) in ALL_TEXT
     assert f"after {result['num_steps']:,} steps on the built-in corpus, has {result['dense']:.3f}" in ALL_TEXT
     assert all(result[key] for key in ("command", "machine", "versions", "commit"))
+    assert not result["commit"].endswith("-dirty")
+
+
+def test_the_cost_of_metrics_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "metrics_cost.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    shares = [result[structure]["share_of_training_time"] for structure in ("unstructured", "block")]
+    assert max(shares) < 0.01
+    assert f"{100 * shares[0]:.2f}% (unstructured) and {100 * shares[1]:.2f}% (block)" in ALL_TEXT.replace("\n", " ")
+    assert (result["log_every_steps"], result["update_every_steps"]) == (10, 100)
+    assert result["command"].endswith("benchmarks/metrics_cost.py benchmarks/results/metrics_cost.json")
+    assert result["machine"]
+    assert result["versions"]
     assert not result["commit"].endswith("-dirty")

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from sparseift_llm import SparseIFTConfig, SparseTrainingCallback, sparsify
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
-from sparseift_llm.metrics import kinds_in
 from sparseift_llm.samples import FLAT, StepSample, num_saturated
 from tests.models import ARCHS, tiny_config, token_ids
 from tests.test_families import STORAGES, VARIANTS, WIDTHS
@@ -22,7 +21,7 @@ from tests.tiny_runs import LENGTH, controller_of, make_trainer, sparse_gpt2
 
 
 def sample_of(model: PreTrainedModel) -> StepSample:
-    return StepSample(model, sparse_layers(model), kinds_in(model))
+    return StepSample(model, sparse_layers(model))
 
 
 def num_hooks(model: torch.nn.Module) -> int:
@@ -132,7 +131,7 @@ def test_a_compiled_forward_pass_is_not_sampled() -> None:
     torch._dynamo.reset()
     model = sparse_gpt2("static")
     compiled: Any = torch.compile(model, backend="eager")
-    sample = StepSample(compiled, sparse_layers(compiled), kinds_in(compiled))
+    sample = StepSample(compiled, sparse_layers(compiled))
     tokens = torch.arange(LENGTH)[None]
     for _ in range(2):
         sample.begin()

@@ -22,7 +22,6 @@ from sparseift_llm.dst.throughput import Stopwatch, TrainingFlops, measured_peak
 from sparseift_llm.dst.tracking import MaskMetrics
 from sparseift_llm.json_lines import append_line, keep_lines
 from sparseift_llm.mask_file import digest, read_masks, write_masks
-from sparseift_llm.metrics import kinds_in
 from sparseift_llm.samples import StepSample
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class MaskReport:
     ) -> None:
         self.metrics = MaskMetrics(controller, scaler)
         self._controller = controller
-        self._sample = StepSample(controller.model, controller.layers, kinds_in(model))
+        self._sample = StepSample(controller.model, controller.layers)
         self._is_sampling = False
         self._max_grad_norm = float(args.max_grad_norm or 0.0)
         self._layers_path = Path(args.output_dir or ".") / LAYERS_NAME
