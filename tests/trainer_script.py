@@ -23,7 +23,7 @@ import torch._dynamo  # slow to import, and needed by every run: before forking
 import transformers.trainer_utils
 from transformers import TrainerCallback, TrainerState
 
-import sparseift_llm.surgery
+import sparseift_llm.saving
 from sparseift_llm import SparseTrainingController
 from tests.tiny_runs import final_state, sparse_gpt2, sparse_trainer
 
@@ -64,12 +64,12 @@ def kill_after_update() -> None:
 
 def kill_before_masks() -> None:
     """With the weights written and the masks not."""
-    save = sparseift_llm.surgery.save_masks
+    save = sparseift_llm.saving.save_masks
 
     def patched(model: Any, folder: Any) -> Any:
         return kill() if Path(folder).name == SECOND else save(model, folder)
 
-    sparseift_llm.surgery.save_masks = patched
+    sparseift_llm.saving.save_masks = patched
 
 
 def kill_in_optimizer() -> None:
