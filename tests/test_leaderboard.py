@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from sparseift_llm.evaluation import builtin, results
 from sparseift_llm.evaluation.language_model import SplitLM, load_model
@@ -281,8 +281,8 @@ def test_the_whole_of_v1_on_real_data(tmp_path: Path) -> None:
 
 
 def test_a_hub_model_of_another_kind_has_no_known_cost() -> None:
-    other = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=8, n_layer=1, n_head=1))
+    other = RwkvForCausalLM(RwkvConfig(vocab_size=50, hidden_size=8, num_hidden_layers=2))
     found = describe_model(other, "some/model", 64)
     assert found["linear_sparsity"] is None
     assert found["forward_flops_per_token"] is None
-    assert "bloom" in found["cost_unknown"]
+    assert "rwkv" in found["cost_unknown"]
