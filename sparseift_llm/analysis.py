@@ -148,8 +148,12 @@ def _analyze_run(run: Path, settings: dict[str, Any]) -> RunAnalysis:
         known.pop(name, None)
         _write_entries(run, settings, [*entries.values(), *known.values()])  # so that an interruption loses nothing
     if entries:
+        last = max(entries)
+        for entry in known.values():  # of checkpoints deleted since: they cannot be computed again
+            if entry["step"] < last and not (run / entry["folder"]).exists():
+                entries.setdefault(entry["step"], entry)
         _write_entries(run, settings, entries.values())
-    if not entries:
+    else:
         reasons = set(excluded.values()) or {"holds neither a checkpoint nor a model"}
         excluded = {"all": reasons.pop()} if len(reasons) == 1 else excluded
     checkpoints = tuple(entries[key] for key in sorted(entries))

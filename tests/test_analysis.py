@@ -219,6 +219,15 @@ def test_a_run_that_goes_on_has_no_loss(runs: list[Path], tmp_path: Path) -> Non
     assert "is not a finished run" in str(result.no_loss)
 
 
+def test_numbers_of_deleted_checkpoints_are_kept(runs: list[Path], tmp_path: Path) -> None:
+    (before,) = analyze(runs[:1], tmp_path / "out").runs
+    shutil.rmtree(runs[0] / "checkpoint-4")
+    (after,) = analyze(runs[:1], tmp_path / "out").runs
+    assert [entry["step"] for entry in after.checkpoints] == [4, 8]
+    assert after.checkpoints == before.checkpoints
+    assert read_json(runs[0] / "spectral.json")["checkpoints"] == list(before.checkpoints)
+
+
 def test_a_loss_of_another_step_or_not_finite_does_not_count(runs: list[Path], tmp_path: Path) -> None:
     shutil.rmtree(runs[0] / "checkpoint-8")
     cut(runs[0] / "model.safetensors")

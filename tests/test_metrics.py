@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from typing import Any
@@ -286,6 +287,41 @@ def test_state_goes_on_where_it_was() -> None:
     for lengths in ((1, 10), (4, 7), (5, 1, 5)):
         assert not differences(whole, run(*lengths))
     assert differences(whole, run(10))
+
+
+def test_a_run_that_is_made_longer_has_missed_nothing() -> None:
+    model = sparse_gpt2("rigl")
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    controller = SparseTrainingController(model, optimizer, 12)  # updates at 2, 4, 6, 8
+    metrics = MaskMetrics(controller)
+    train(model, optimizer, batches(12))
+    state = copy.deepcopy((controller.state_dict(), metrics.state_dict()))
+    controller.close()
+    longer = SparseTrainingController(model, optimizer, 24)
+    resumed = MaskMetrics(longer)
+    longer.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    assert resumed.values()["exploration"] == metrics.values()["exploration"]
+    train(model, optimizer, batches(2, seed=1))
+    assert resumed.num_updates == 5
+    assert resumed.values()["exploration"] > metrics.values()["exploration"]
+
+
+def test_going_back_to_an_earlier_state_counts_updates_again() -> None:
+    model = sparse_gpt2("rigl")
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    controller = SparseTrainingController(model, optimizer, 20)
+    metrics = MaskMetrics(controller)
+    train(model, optimizer, batches(5))
+    parts = (model, optimizer, controller, metrics)
+    states = [copy.deepcopy(part.state_dict()) for part in parts]
+    train(model, optimizer, batches(1, seed=1))
+    values = metrics.values()
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict(state)
+    train(model, optimizer, batches(1, seed=1))
+    assert metrics.num_updates == 3
+    assert metrics.values()["exploration"] == values["exploration"]
 
 
 def test_state_of_another_model_is_refused() -> None:

@@ -45,7 +45,7 @@ class Stopwatch:
     """Seconds spent in training since the last reading: waiting for data counts, evaluation and saving do not."""
 
     def __init__(self) -> None:
-        self._started: float | None = None  # of the first step since the last reading
+        self._started: float | None = None  # of the first step, or the last reading
         self._step_ended = 0.0
         self._num_steps = 0
         self._is_interrupted = False
@@ -70,8 +70,11 @@ class Stopwatch:
 
     def read(self) -> tuple[int, float]:
         """Steps and seconds since the last reading; call it once the device has nothing left to do."""
-        result = self._num_steps, 0.0 if self._started is None else time.perf_counter() - self._started
-        self._started, self._num_steps, self._is_interrupted = None, 0, False
+        now = time.perf_counter()
+        result = self._num_steps, 0.0 if self._started is None else now - self._started
+        if self._started is not None:  # anew from now, not from the next step: its batch may have to be waited for
+            self._started = self._step_ended = now
+        self._num_steps, self._is_interrupted = 0, False
         return result
 
 

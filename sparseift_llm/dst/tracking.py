@@ -87,7 +87,12 @@ class MaskMetrics:
     def counters(self) -> dict[str, Any]:
         """What of the state is JSON-ready."""
         counts = {name: [x.num_grown_before, x.num_survived] for name, x in self._all_histories().items()}
-        return {"num_updates": self.num_updates, "grad_norm_grown": self.grad_norm_grown, "survival": counts}
+        return {
+            "num_updates": self.num_updates,
+            "num_due": self._num_due(),
+            "grad_norm_grown": self.grad_norm_grown,
+            "survival": counts,
+        }
 
     def masks(self) -> dict[str, Tensor]:
         """The rest of the state: bool masks of the units ever active, and of those grown last."""
@@ -115,7 +120,9 @@ class MaskMetrics:
             grown = masks.get(f"grown/{name}")
             packed = None if grown is None else pack(grown)
             self._histories[name] = UnitHistory(pack(masks[f"ever/{name}"]), packed, before, survived)
-        self.num_updates = int(counters["num_updates"])
+        self.num_updates, self._recorded_step = int(counters["num_updates"]), -1
+        # as counted then: a run that is made longer has another schedule now
+        self._due, self._due_step = int(counters["num_due"]), self.controller.step
         self._grown_norm, self._grown_squares = counters["grad_norm_grown"], None
         self._counts = None
 
