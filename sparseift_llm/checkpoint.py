@@ -134,7 +134,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     hf_config = AutoConfig.from_pretrained(folder, **source)
     config, _ = read_record(hf_config)
     local = Path(folder, kwargs.get("subfolder", "")) if Path(folder).is_dir() else None
-    if local is not None:
+    if local is not None and not kwargs.get("variant"):  # whose files have names of their own
         _check_weight_files(local)
     if is_marked(hf_config):
         return _load(folder, **kwargs)

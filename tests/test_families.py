@@ -213,6 +213,9 @@ def test_to_dense(variant: str, structure: str) -> None:
     assert not composites(dense)
     assert all(isinstance(block.mlp.c_fc, Conv1D) for block in dense.transformer.h)
     torch.testing.assert_close(logits_of(dense), logits_of(model), rtol=1e-9, atol=1e-10)
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+    model.requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in to_dense(model).parameters())
 
 
 @every_variant

@@ -163,6 +163,13 @@ def test_by_its_id_on_the_hub(layout: str | None, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("layout", ["wide, tiles", "doped", None])
+def test_a_variant(layout: str | None, tmp_path: Path) -> None:
+    model = own_model(layout) if layout else sparsify(tiny_model("gpt2"), SparseIFTConfig())
+    model.save_pretrained(tmp_path, variant="bf16")
+    check_equal(load_pretrained(tmp_path, variant="bf16"), model)
+
+
+@pytest.mark.parametrize("layout", ["wide, tiles", "doped", None])
 def test_in_a_subfolder(layout: str | None, tmp_path: Path) -> None:
     model = own_model(layout) if layout else sparsify(tiny_model("gpt2"), SparseIFTConfig())
     model.save_pretrained(tmp_path / "inner")

@@ -77,7 +77,8 @@ class CompositeProjection(nn.Module):
                 stock = Conv1D(self.out_features, self.in_features)
             else:
                 stock = nn.Linear(self.in_features, self.out_features, bias=False)
-        stock.weight = nn.Parameter(weight.T.contiguous() if self.is_conv1d else weight)
+        takes_gradient = any(p.requires_grad for name, p in self.named_parameters() if name != "bias")
+        stock.weight = nn.Parameter(weight.T.contiguous() if self.is_conv1d else weight, takes_gradient)
         stock.bias = self.bias
         return stock.train(self.training)
 
