@@ -91,7 +91,8 @@ def differing_data(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[t
 
 def _notes(summaries: Sequence[dict[str, Any]]) -> str:
     notes = [" ".join(NOTES)]
-    if any(summary["linear_sparsity"] > 0 for summary in summaries):
+    sparse = [summary["config"].get("sparse_ift") for summary in summaries]
+    if any(values and values.get("structure") != "block" for values in sparse):
         notes.append(MASKED_NOTE)
     return "\n\n".join(notes) + "\n"
 

@@ -46,7 +46,7 @@ SPARSE = {
 
 def write_run(folder: Path, summary: dict[str, Any], **data: Any) -> Path:
     folder.mkdir(parents=True)
-    values = {**summary, "config": {"data": {**DATA, **data}}}
+    values = {"config": {"data": {**DATA, **data}}, **summary}
     (folder / "summary.json").write_text(json.dumps(values))
     return folder
 
@@ -96,10 +96,14 @@ def test_other_numbers_of_runs_have_no_ratios(tmp_path: Path, number: int) -> No
 
 
 def test_notes_say_what_flops_leave_out_and_when_masks_cost_time(tmp_path: Path) -> None:
-    dense, sparse = write_run(tmp_path / "dense", DENSE), write_run(tmp_path / "sparse", SPARSE)
+    dense = write_run(tmp_path / "dense", DENSE)
+    sparse, tiles = (
+        write_run(tmp_path / structure, {**SPARSE, "config": {"data": DATA, "sparse_ift": {"structure": structure}}})
+        for structure in ("unstructured", "block")
+    )
     masked = "Unstructured masks are multiplied at the cost of the stored, dense matrix"
     assert masked in comparison_table([dense, sparse])
-    assert masked not in comparison_table([dense])
+    assert masked not in comparison_table([dense, tiles])
     assert "norms and elementwise work are left out" in comparison_table([dense])
 
 
