@@ -19,12 +19,19 @@ from sparseift_llm.topology import distributions
 
 
 def model_flops(
-    model: PreTrainedModel, projections: Sequence[Projection], num_active: int, seq_len: int
+    model: PreTrainedModel,
+    projections: Sequence[Projection],
+    num_active: int,
+    seq_len: int,
+    vocab_size: int | None = None,
 ) -> isoflop.FlopCount:
-    """Forward FLOPs per token of a model with `num_active` active weights in its projections."""
+    """Forward FLOPs per token of a model with `num_active` active weights in its projections.
+
+    `vocab_size` stands in for that of the model's config.
+    """
     sizes = sizes_of(model.config)
     widths = attention_widths(projections)  # of queries and of values; layers may differ
-    return isoflop.forward_flops(num_active, seq_len, sum(widths) // 2, 1, sizes.hidden, sizes.vocab)
+    return isoflop.forward_flops(num_active, seq_len, sum(widths) // 2, 1, sizes.hidden, vocab_size or sizes.vocab)
 
 
 def active_counts(
@@ -34,17 +41,22 @@ def active_counts(
     config: SparseIFTConfig,
     dense_model: PreTrainedModel,
     widened_model: PreTrainedModel,
+    vocab_size: int | None = None,
 ) -> list[int]:
-    """Active weights of every projection, those that stay dense included; the models are those of the projections."""
+    """Active weights of every projection, those that stay dense included; the models are those of the projections.
+
+    `accounting="whole_model"` counts logits of `vocab_size` words; default: the models' own.
+    """
     counts = [projection.num_weights for projection in sparse]
     picked = [index for index, is_chosen in enumerate(chosen) if is_chosen]
     twins = [dense[index].num_weights for index in picked]
     total = sum(twins)
     if config.accounting == "whole_model":
         seq_len = config.seq_len or 0
-        dense_flops = model_flops(dense_model, dense, sum(projection.num_weights for projection in dense), seq_len)
+        num_dense = sum(projection.num_weights for projection in dense)
+        dense_flops = model_flops(dense_model, dense, num_dense, seq_len, vocab_size)
         available = sum(counts[index] for index in picked)
-        around = model_flops(widened_model, sparse, sum(counts) - available, seq_len)
+        around = model_flops(widened_model, sparse, sum(counts) - available, seq_len, vocab_size)
         total = _whole_model_total(len(picked), available, dense_flops, around, config)
     size = config.block_size or 1
     for index in picked:

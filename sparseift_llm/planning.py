@@ -188,6 +188,8 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
 def plan_of(model: PreTrainedModel, seq_len: int | None = None) -> Plan:
     """The plan that a Sparse-IFT model was built from, worked out again from its config.
 
+    If its embeddings were resized since, costs are those of the vocabulary that it has now.
+
     Raises:
         ValueError: the model's config has no `sparse_ift` record, or one of other widths.
     """
@@ -195,7 +197,7 @@ def plan_of(model: PreTrainedModel, seq_len: int | None = None) -> Plan:
     dense_config = with_sizes(model.config, **dense_sizes)
     del dense_config.sparse_ift
     unmark(dense_config)
-    plan = _plan(dense_config, config, seq_len)
+    plan = _plan(dense_config, config, seq_len, model.config.sparse_ift.get("dense_vocab_size"))
     expected, found = sizes_of(plan.hf_config), sizes_of(model.config)
     if expected != found:
         raise ValueError(
@@ -206,10 +208,10 @@ def plan_of(model: PreTrainedModel, seq_len: int | None = None) -> Plan:
 
 
 def record(plan: Plan, dense_config: PreTrainedConfig) -> dict[str, Any]:
-    """What a Sparse-IFT model's config.json says under `sparse_ift`: the transformation and the dense widths."""
+    """What config.json says of a Sparse-IFT model under `sparse_ift`: the transformation, the dense sizes."""
     sizes = sizes_of(dense_config)
     dense_sizes = {"hidden": sizes.hidden, "ffn": sizes.ffn, "head_dim": sizes.head_dim}
-    return {**plan.config.to_dict(), "dense_sizes": dense_sizes}
+    return {**plan.config.to_dict(), "dense_sizes": dense_sizes, "dense_vocab_size": sizes.vocab}
 
 
 def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str, int]]:
@@ -223,14 +225,19 @@ def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str,
         raise ValueError(
             "the model is not a Sparse-IFT model (no sparse_ift record in its config): call sparsify first"
         )
-    dense_sizes = values.pop("dense_sizes")
+    dense_sizes, vocab_size = values.pop("dense_sizes"), values.pop("dense_vocab_size", 1)  # older records have none
     valid = isinstance(dense_sizes, dict) and dense_sizes.keys() == {"hidden", "ffn", "head_dim"}
     if not valid or not all(type(size) is int and size > 0 for size in dense_sizes.values()):
         raise ValueError(f"the sparse_ift record is damaged: dense_sizes is {dense_sizes!r}")
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise ValueError(f"the sparse_ift record is damaged: dense_vocab_size is {vocab_size!r}")
     return SparseIFTConfig.from_dict(values), dense_sizes
 
 
-def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None) -> Plan:
+def _plan(
+    dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None, vocab_size: int | None = None
+) -> Plan:
+    """`plan`; `vocab_size` is the one that active weights are counted with, if the config has another by now."""
     seq_len = seq_len or config.seq_len or int(getattr(dense_config, "max_position_embeddings", 2048))
     check_config(dense_config)
     config = resolve_block_size(dense_config, config)
@@ -252,7 +259,7 @@ def _plan(dense_config: PreTrainedConfig, config: SparseIFTConfig, seq_len: int 
             f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
         )
     dense_cost = cost_of(dense_model, seq_len)
-    active = active_counts(dense_projections, projections, chosen, config, dense_model, widened_model)
+    active = active_counts(dense_projections, projections, chosen, config, dense_model, widened_model, vocab_size)
     heads = head_groups(projections, widened_config, config) if config.balance_heads else {}
     layers = tuple(
         LayerPlan(

@@ -90,6 +90,16 @@ def test_scope_ffn_of_every_architecture(arch: str, tmp_path: Path) -> None:
     check_equal(load_pretrained(str(tmp_path)), model)
 
 
+def test_a_vocabulary_resized_since(tmp_path: Path) -> None:
+    """The tiles of accounting="whole_model" were counted with the vocabulary of the dense model."""
+    options: dict[str, Any] = {"sparsity": 0.5, "accounting": "whole_model", "seq_len": 8}
+    model = sparsify(tiny_model("llama"), SparseIFTConfig(structure="block", block_size=4, **options))
+    model.resize_token_embeddings(model.config.vocab_size + 60)
+    model.save_pretrained(tmp_path)
+    check_equal(load_pretrained(tmp_path), model)
+    check_equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
 def test_only_tiles_are_stored(tmp_path: Path) -> None:
     model = block_model()
     model.save_pretrained(tmp_path)

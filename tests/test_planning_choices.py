@@ -140,6 +140,21 @@ def test_a_plan_is_worked_out_again_from_its_record(name: str, scope: str) -> No
     assert again.to_dict() == planned(name, scope=scope, sparsity=0.6, distribution="erk").to_dict()
 
 
+def test_a_vocabulary_resized_since_changes_costs_not_weights() -> None:
+    config = with_record("gpt2", sparsity=0.5, accounting="whole_model", seq_len=SEQ_LEN)
+    vocab_size = config.vocab_size
+    before = plan_of(build_model(config, meta=True))
+    config.vocab_size = 2 * vocab_size
+    after = plan_of(build_model(config, meta=True))
+    assert after.layers == before.layers
+    for now, then in ((after.dense, before.dense), (after.sparse, before.sparse)):
+        assert now.flops.linear == then.flops.linear
+        assert now.flops.logit == 2 * then.flops.logit
+    del config.sparse_ift["dense_vocab_size"]  # as in older folders: it can only be the one that the config has
+    config.vocab_size = vocab_size
+    assert plan_of(build_model(config, meta=True)).layers == before.layers
+
+
 def test_a_model_without_a_record_is_refused() -> None:
     with pytest.raises(ValueError, match="not a Sparse-IFT model"):
         plan_of(dense_model("gpt2"))
@@ -153,6 +168,8 @@ def test_a_model_without_a_record_is_refused() -> None:
         ({"dense_sizes": {"hidden": 32}}, "dense_sizes"),
         ({"dense_sizes": None}, "dense_sizes"),
         ({"dense_sizes": {"hidden": "32", "ffn": 128, "head_dim": 8}}, "dense_sizes"),
+        ({"dense_vocab_size": "100"}, "dense_vocab_size"),
+        ({"dense_vocab_size": 0}, "dense_vocab_size"),
     ],
 )
 def test_a_damaged_record_is_refused(damage: dict[str, Any], message: str) -> None:
