@@ -7,7 +7,6 @@ Copy this file and change it: it is `transformers.Trainer`, `sparsify` and one c
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shlex
@@ -35,7 +34,7 @@ from sparseift_llm.data import LoadedData, load_data
 from sparseift_llm.packing import RepeatedStream
 from sparseift_llm.planning import cost_of
 from sparseift_llm.presets import load_config, load_trained
-from sparseift_llm.recipe import Recipe, load_recipe
+from sparseift_llm.recipe import Recipe, load_recipe, recorded_recipe
 from sparseift_llm.run_record import (
     METRICS_NAME,
     RECIPE_NAME,
@@ -124,12 +123,12 @@ def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments) -> N
     """Write `recipe.json`; refuse to go on with another model, data or sparsity than the run began with."""
     path = Path(recipe.training["output_dir"]) / RECIPE_NAME
     now = {**recipe.to_dict(), "data_fingerprint": data.fingerprint, "versions": versions()}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    before = recorded_recipe(path) if path.is_file() else now
     before["data"]["cache_dir"] = now["data"]["cache_dir"]  # where tokens are kept does not matter
     for key in ("model", "data", "sparse_ift", "data_fingerprint"):
-        if before[key] != now[key]:
+        if before.get(key) != now[key]:
             raise ValueError(
-                f"{path.parent} was begun with another {key}: {before[key]}, now {now[key]}; resume with the same "
+                f"{path.parent} was begun with another {key}: {before.get(key)}, now {now[key]}; resume with the same "
                 "recipe and text, or choose another --output_dir"
             )
     if args.process_index == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key, value in _parse_overrides(overrides):
         _set(values, key, value)
     return _build(values)
+
+
+def recorded_recipe(path: str | Path) -> dict[str, Any]:
+    """What a run wrote of its recipe; options that the package did not have then are at their defaults.
+
+    Raises:
+        ValueError: the file is damaged, or an option is no longer known or valid.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        recipe = _build({key: record.get(key) for key in SECTIONS})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version of this package: {error}") from error
+    return {**record, **recipe.to_dict()}
 
 
 def _build(values: dict[str, Any]) -> Recipe:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from sparseift_llm import data as data_module
 from sparseift_llm import load_pretrained
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.recipe import load_recipe
 from tests.pretrain_runs import (
     ENVIRONMENT,
     REPOSITORY,
@@ -205,6 +206,33 @@ def test_another_model_data_or_sparsity_is_not_resumed(
     message = refusal(pretrain, str(dense_run), "--resume_from_checkpoint", "true", *override)
     assert f"was begun with another {section}: " in message
     assert (dense_run.parent / "run" / "recipe.json").read_text() == record
+
+
+def check_record(pretrain: ModuleType, recipe: Path, record: dict[str, Any] | str) -> None:
+    """What pretrain.py does about the record of a run that is to go on."""
+    path = recipe.parent / "run" / "recipe.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    args, data = SimpleNamespace(process_index=0), SimpleNamespace(fingerprint="f00")
+    pretrain.check_recipe(load_recipe(recipe), data, args)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path, pretrain: ModuleType) -> None:
+    recipe = tiny_recipe(tmp_path, RIGL)
+    record = {**load_recipe(recipe).to_dict(), "data_fingerprint": "f00"}
+    for section, option in (("model", "from_pretrained"), ("sparse_ift", "balance_heads")):
+        del record[section][option]  # which it did not have
+    check_record(pretrain, recipe, record)
+    assert read_json(tmp_path / "run" / "recipe.json")["sparse_ift"]["balance_heads"] is False
+    record["sparse_ift"]["sparsity"] = 0.5
+    with pytest.raises(ValueError, match="begun with another sparse_ift"):
+        check_record(pretrain, recipe, record)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"training": {"output_dir": "x"}, "model": {"nme": "a"}}'])
+def test_a_damaged_record_is_named(tmp_path: Path, pretrain: ModuleType, damage: str) -> None:
+    with pytest.raises(ValueError, match=r"recipe\.json is damaged, or of another version"):
+        check_record(pretrain, tiny_recipe(tmp_path), damage)
 
 
 @pytest.mark.parametrize(
