@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,6 +196,37 @@ def test_automatic_batch_size(tmp_path: Path) -> None:
 
 
 # ---- errors
+
+
+class StandInHub:
+    """Keeps what is uploaded, a folder for each upload."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uploads: list[Path] = []
+
+    def create_repo(self, name: str, **_: Any) -> Any:
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, folder_path: str, ignore_patterns: list[str] | None = None, **_: Any) -> Any:
+        self.uploads.append(self.root / str(len(self.uploads)))
+        shutil.copytree(folder_path, self.uploads[-1], ignore=shutil.ignore_patterns(*ignore_patterns or ()))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def test_uploads_while_training_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = StandInHub(tmp_path / "hub")
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    options = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True}
+    sparse_trainer(sparse_gpt2(), tmp_path / "run", save_strategy="steps", save_steps=3, **options).train()
+    assert len(hub.uploads) == 4
+    for upload, step in zip(hub.uploads, (3, 6, 9, 12), strict=True):
+        uploaded, saved = (load_pretrained(folder) for folder in (upload, tmp_path / "run" / f"checkpoint-{step}"))
+        assert sparse_layers(uploaded)
+        assert not differences(uploaded.state_dict(), saved.state_dict())
+        assert not differences(masks(uploaded), masks(saved))
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
