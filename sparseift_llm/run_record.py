@@ -150,7 +150,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
     found = {"python": platform.python_version(), "sparseift_llm": sparseift_llm.__version__}
-    for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers"):
-        with contextlib.suppress(PackageNotFoundError):  # datasets is optional
+    for name in ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers"):
+        with contextlib.suppress(PackageNotFoundError):  # triton and datasets are optional
             found[name] = version(name)
     return found

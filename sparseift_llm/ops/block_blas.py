@@ -12,6 +12,7 @@ from torch import Tensor
 from sparseift_llm.topology.blocks import row_starts
 
 TOKENS_PER_CHUNK = 1024  # operands of a block-row stay in the second-level cache
+FEW_TOKENS = 32  # for no more, a call per tile would take longer than its work
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
@@ -45,6 +46,8 @@ def _gather(
     x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], slots: list[int], bias: Tensor | None
 ) -> Tensor:
     """Output block j is the sum over e in starts[j]..starts[j+1] of input block sources[e] @ tiles[slots[e]]."""
+    if len(x) <= FEW_TOKENS:
+        return _gather_few(_widen(x), _widen(tiles), starts, sources, slots, bias).to(x.dtype)
     size = tiles.shape[1]
     tiles, outputs = _widen(tiles), []
     for chunk in x.split(TOKENS_PER_CHUNK):
@@ -57,6 +60,20 @@ def _gather(
                 out.addmm_(blocks[sources[e]], tiles[slots[e]])
         outputs.append(y.to(x.dtype))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _gather_few(
+    x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], slots: list[int], bias: Tensor | None
+) -> Tensor:
+    """As `_gather`, with one call for all tiles."""
+    size, num_blocks = tiles.shape[1], len(starts) - 1
+    blocks = x.view(len(x), x.shape[1] // size, size).transpose(0, 1)
+    products = torch.bmm(blocks[sources], tiles[slots])
+    counts = torch.tensor(starts).diff()
+    owners = torch.arange(num_blocks).repeat_interleave(counts)
+    y = tiles.new_zeros(num_blocks, len(x), size).index_add_(0, owners, products)
+    y = y.transpose(0, 1).reshape(len(x), num_blocks * size)
+    return y if bias is None else y + bias
 
 
 def _widen(tensor: Tensor) -> Tensor:

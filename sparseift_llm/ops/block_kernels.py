@@ -39,17 +39,35 @@ def use_block_kernel(name: str | None) -> None:
 
 
 def kernel_name(device: str, dtype: torch.dtype, block_size: int) -> str:
-    """The kernel that products of these operands run on: the forced one, or the fastest that supports them."""
+    """The kernel that products of these operands run on: the forced one, or the fastest that supports them.
+
+    Raises:
+        ValueError: the forced one is none, or has no code for these operands.
+    """
     forced = _forced_kernel()
     if forced:
         check_choice(ENVIRONMENT_VARIABLE, forced, tuple(KERNELS))
+        if not _supports(forced, device, dtype, block_size):
+            raise ValueError(
+                f"the block kernel {forced!r} has no code for {block_size}x{block_size} tiles in {dtype} on {device}; "
+                f"unset {ENVIRONMENT_VARIABLE} (or call use_block_kernel(None)), or force another kernel"
+            )
         return forced
     if device == "cpu":
-        return "native" if dtype in block_native.DTYPES and block_native.is_available() else "blas"
-    is_triton_dtype = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if device == "cuda" and block_size >= 16 and is_triton_dtype and block_triton.is_available():
+        is_native = _supports("native", device, dtype, block_size) and block_native.is_available()
+        return "native" if is_native else "blas"
+    if device == "cuda" and _supports("triton", device, dtype, block_size) and block_triton.is_available():
         return "triton"
     return "reference"
+
+
+def _supports(name: str, device: str, dtype: torch.dtype, block_size: int) -> bool:
+    """Whether a kernel has code for these operands; that triton runs on a CPU in its interpreter only is left out."""
+    if name == "triton":
+        return dtype in block_triton.DTYPES and block_size >= block_triton.SMALLEST_TILE
+    if name == "native":
+        return device == "cpu" and dtype in block_native.DTYPES
+    return name == "reference" or device == "cpu"
 
 
 def _forced_kernel() -> str | None:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,22 @@ def feed_forward_gradient(
     return results
 
 
+def scratch_bytes() -> int:
+    """Bytes of packed operands that threads keep for the next call, which no allocator of torch's knows of."""
+    library = _library()
+    if library is None:
+        return 0
+    library.scratch_bytes.restype = ctypes.c_int64
+    return int(library.scratch_bytes())
+
+
+def release_scratch() -> None:
+    """Give back what `scratch_bytes` counts; not while another thread multiplies."""
+    library = _library()
+    if library is not None:
+        library.release_scratch()
+
+
 def _row_map(weight: Tensor, columns: Tensor, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """For a product with W^T: where each output block's entries begin, their input blocks, and their tiles."""
     slots = torch.arange(len(weight), dtype=torch.int32)
@@ -172,8 +189,11 @@ def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> Non
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if sys.platform != "linux" or compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]  # may be "ccache g++"
+    if sys.platform != "linux":
+        return None
+    if shutil.which(compiler[0]) is None:
+        logger.warning("no C++ compiler %r: BLAS calls take the place of native block kernels", compiler[0])
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
@@ -183,28 +203,46 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and processor; compiled now unless it is in the cache."""
-    key = hashlib.sha256()
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    for part in (
-        *(source.read_bytes() for source in _SOURCES),
-        version,
-        " ".join(_FLAGS).encode(),
-        _processor().encode(),
-    ):
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(version)
+    for part in (*(source.read_bytes() for source in _SOURCES), *(word.encode() for word in (*compiler, *_FLAGS))):
         key.update(part)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseift_llm"
-    target = cache / f"block_native_{key.hexdigest()[:16]}.so"
-    if not target.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / target.name
-            sources = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
-            command = [compiler, *_FLAGS, *sources, "-o", str(built)]
-            subprocess.run(command, capture_output=True, check=True, text=True)
-            os.replace(built, target)  # whole or absent, also when several processes compile at once
+    key.update(_processor().encode())
+    name = f"block_native_{key.hexdigest()[:16]}"
+    cache = _cache_folder()
+    for path in cache.glob(f"{name}_*.so"):
+        if path.stem == f"{name}_{_checksum(path)}":
+            return path
+        path.unlink(missing_ok=True)  # cut off when the machine went down: loading it could kill the process
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        built = Path(folder) / "built.so"
+        sources = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
+        subprocess.run([*compiler, *_FLAGS, *sources, "-o", str(built)], capture_output=True, check=True, text=True)
+        target = cache / f"{name}_{_checksum(built)}.so"
+        os.replace(built, target)  # whole or absent, also when several processes compile at once
     return target
+
+
+def _cache_folder() -> Path:
+    """Where compiled kernels are kept; a folder for temporary files where the user has no home that can be written."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseift_llm"
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            return cache
+    except (OSError, RuntimeError):  # no home at all
+        pass
+    cache = Path(tempfile.gettempdir()) / f"sparseift_llm_{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    if cache.stat().st_uid != os.getuid():
+        raise PermissionError(f"{cache} belongs to somebody else; set XDG_CACHE_HOME to a folder of your own")
+    return cache
+
+
+def _checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 def _processor() -> str:

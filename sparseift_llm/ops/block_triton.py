@@ -6,7 +6,7 @@ the order of the tiles ("slots": grouped by block-row, rows differ by at most on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ try:
 except ImportError:
     triton = None
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_TILE = 16  # of which tensor cores make a product
 LARGEST_PART = 128  # of a tile, per program: a wider accumulator leaves no registers
 
 
@@ -74,7 +76,7 @@ def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -
         (N, b, b) tiles (out, in) of x's dtype, summed in float32.
     """
     _require_triton()
-    grad, x = _unit_inner_stride(grad), _unit_inner_stride(x)
+    grad, x, columns = _unit_inner_stride(grad), _unit_inner_stride(x), columns.contiguous()
     gradient = torch.empty((columns.numel(), block_size, block_size), dtype=x.dtype, device=x.device)
     if gradient.numel() == 0:
         return gradient
@@ -95,13 +97,17 @@ def _product(
     source: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    index: tuple[Tensor | None, Tensor | None, Tensor | None],
+    index: Sequence[Tensor | None],
     out_features: int,
     width: int,
 ) -> Tensor:
-    """The (T, width) product of `source` and the tiles, which are transposed when `index` has no columns."""
+    """The (T, width) product of `source` and the tiles, which are transposed when `index` has no columns.
+
+    `index`: columns, slots by column, and where each column starts in them; None stands for what is not needed.
+    """
     _require_triton()
     source, weight = _unit_inner_stride(source), weight.contiguous()
+    bias, *index = (None if tensor is None else tensor.contiguous() for tensor in (bias, *index))
     result = torch.empty((len(source), width), dtype=source.dtype, device=source.device)
     if result.numel() == 0:
         return result

@@ -146,7 +146,8 @@ def drop_and_grow_per_row(mask: Tensor, magnitude: Tensor, growth: Tensor, num_c
 
 def largest_per_row(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     """Mask of the `counts[r]` eligible entries of row r with the largest scores; among equals the lower index wins."""
-    order = scores.masked_fill(~eligible, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    order = order.gather(1, (~eligible).gather(1, order).sort(dim=1, stable=True).indices)  # eligible ones first
     ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     chosen = ranks < counts.to(scores.device)[:, None]
     return torch.zeros_like(eligible).scatter(1, order, chosen)

@@ -12,10 +12,32 @@ struct Tiles {
 };
 
 template <class Kernels, class IO, class Sum>
+static void feed_forward_few(Kernels k, const IO* x, int64_t x_stride, int64_t num_tokens, const IO* up,
+                             const IO* up_bias, Map up_rows, int64_t hidden_blocks, const IO* down, const IO* down_bias,
+                             Map down_rows, int64_t out_blocks, IO* y, int64_t size) {
+    typedef typename Kernels::Vector Vector;
+    const int64_t features = hidden_blocks * size;
+    Sum* const hidden = scratch<Sum>(HIDDEN, num_tokens * features);
+#pragma omp parallel
+    {
+        k.gather_few(x, x_stride, num_tokens, up, up_rows, size, hidden_blocks, up_bias, hidden);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < num_tokens * features; i += k.LANES) {
+            const Vector h = *(const Vector*)(hidden + i);
+            *(Vector*)(hidden + i) = h * k.gelu_sigmoid(h);
+        }
+        k.gather_few(hidden, features, num_tokens, down, down_rows, size, out_blocks, down_bias, y);
+    }
+}
+
+template <class Kernels, class IO, class Sum>
 static void feed_forward(Kernels k, const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,
                          Tiles<IO> up, const IO* up_bias, Map up_rows, int64_t hidden_blocks, Tiles<IO> down,
                          const IO* down_bias, Map down_rows, int64_t out_blocks, IO* y, int64_t size) {
     typedef typename Kernels::Vector Vector;
+    if (num_tokens <= FEW_TOKENS)
+        return feed_forward_few<Kernels, IO, Sum>(k, x, x_stride, num_tokens, up.weight, up_bias, up_rows, hidden_blocks,
+                                                  down.weight, down_bias, down_rows, out_blocks, y, size);
     const int64_t parts = size / k.PANEL, hidden_panels = hidden_blocks * parts;
     Sum* const weights = scratch<Sum>(WEIGHT, (up.count + down.count) * size * size);
     Sum* const down_weights = weights + up.count * size * size;
@@ -34,9 +56,9 @@ static void feed_forward(Kernels k, const IO* x, int64_t x_stride, int64_t num_t
                 for (int64_t q = 0; q < hidden_panels; q++) {
                     const int64_t first = sub * SUB_CHUNK;
                     k.panel(input, weights, up_rows, size, q, first, std::min(SUB_CHUNK, tokens - first),
-                            [&](int64_t token, int64_t rows, const Sum* sums) {
+                            [&](int64_t token, int64_t, const Sum* sums) {
                                 Sum* const to = hidden + q * k.PANEL_STRIDE + token * k.PANEL;
-                                for (int64_t i = 0; i < rows * k.PANEL; i += k.LANES) {
+                                for (int64_t i = 0; i < k.ROWS * k.PANEL; i += k.LANES) {
                                     Vector h = *(const Vector*)(sums + i);
                                     if (up_bias) h += k.widen(up_bias + q * k.PANEL + i % k.PANEL);
                                     *(Vector*)(to + i) = h * k.gelu_sigmoid(h);
@@ -88,16 +110,16 @@ static void feed_forward_gradient(Kernels k, const IO* grad, int64_t grad_stride
                     for (int64_t first = 0; first < tokens; first += SUB_CHUNK) {
                         const int64_t count = std::min(SUB_CHUNK, tokens - first);
                         k.panel(input, up_forward, up_rows, size, q, first, count,
-                                [&](int64_t token, int64_t rows, const Sum* sums) {
-                                    for (int64_t i = 0; i < rows * k.PANEL; i += k.LANES) {
+                                [&](int64_t token, int64_t, const Sum* sums) {
+                                    for (int64_t i = 0; i < k.ROWS * k.PANEL; i += k.LANES) {
                                         Vector h = *(const Vector*)(sums + i);
                                         if (up_bias) h += k.widen(up_bias + q * k.PANEL + i % k.PANEL);
                                         *(Vector*)(h_panel + token * k.PANEL + i) = h;
                                     }
                                 });
                         k.panel(output_grad, down_backward, down_columns, size, q, first, count,
-                                [&](int64_t token, int64_t rows, const Sum* sums) {
-                                    for (int64_t i = token * k.PANEL; i < (token + rows) * k.PANEL; i += k.LANES) {
+                                [&](int64_t token, int64_t, const Sum* sums) {
+                                    for (int64_t i = token * k.PANEL; i < (token + k.ROWS) * k.PANEL; i += k.LANES) {
                                         const Vector h = *(const Vector*)(h_panel + i), s = k.gelu_sigmoid(h);
                                         const Vector g = *(const Vector*)(sums + i - token * k.PANEL);
                                         *(Vector*)(grad_panel + i) = g * k.gelu_derivative(h, s);

@@ -12,6 +12,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <numeric>
+#include <set>
 #include <type_traits>
 
 #if defined(__AVX512F__)
@@ -26,6 +29,7 @@ constexpr int VECTOR_BYTES = 16, NUM_SUMS = 12, MAX_VECTORS = 2;
 constexpr int64_t SUB_CHUNK = 240, CHUNK = 480;  // tokens; multiples of every number of rows below
 constexpr int64_t PACKED_ROWS = 8;  // tokens that a thread copies at a time
 constexpr int64_t WEIGHT_BYTES_IN_L1 = 32768;
+constexpr int64_t FEW_TOKENS = 12;  // for no more, packing the tiles would take longer than multiplying them
 
 // Which tiles make an output block: block j sums, over e in starts[j] to starts[j + 1], input block sources[e]
 // times tile tiles[e].
@@ -66,21 +70,36 @@ static void ask_for_huge_pages(void* start, int64_t bytes) {
 // Memory that a thread keeps between calls, one buffer per purpose.
 enum Purpose { WEIGHT, INPUT, GRAD, HIDDEN, HIDDEN_GRAD, SUMS, TOTAL, TOTAL_UP, TOTAL_BIAS, NUM_PURPOSES };
 struct Buffers {
+    inline static std::mutex mutex;
+    inline static std::set<Buffers*>& all = *new std::set<Buffers*>;  // of all threads
     void* start[NUM_PURPOSES] = {};
     int64_t size[NUM_PURPOSES] = {};
+    Buffers() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        all.insert(this);
+    }
     ~Buffers() {
-        for (void* buffer : start) free(buffer);
+        const std::lock_guard<std::mutex> lock(mutex);
+        all.erase(this);
+        release();
+    }
+    int64_t total() const { return std::accumulate(size, size + NUM_PURPOSES, int64_t(0)); }
+    void release() {
+        for (int purpose = 0; purpose < NUM_PURPOSES; purpose++) resize(purpose, 0);
+    }
+    void resize(int purpose, int64_t bytes) {
+        free(start[purpose]);
+        start[purpose] = bytes ? aligned_alloc(4096, bytes) : nullptr;
+        if (bytes && !start[purpose]) abort();
+        size[purpose] = bytes;
     }
 };
+inline thread_local Buffers buffers;
 template <class Sum>
 static Sum* scratch(Purpose purpose, int64_t count) {
-    static thread_local Buffers buffers;
     const int64_t bytes = (count * int64_t(sizeof(Sum)) + 4095) / 4096 * 4096;
     if (buffers.size[purpose] < bytes) {
-        free(buffers.start[purpose]);
-        buffers.start[purpose] = aligned_alloc(4096, bytes);
-        if (!buffers.start[purpose]) abort();
-        buffers.size[purpose] = bytes;
+        buffers.resize(purpose, bytes);
         ask_for_huge_pages(buffers.start[purpose], bytes);
     }
     return static_cast<Sum*>(buffers.start[purpose]);
@@ -168,7 +187,8 @@ struct Kernels {
         return s + x * s * (1 - s) * slope;
     }
 
-    static inline Vector widen(const IO* from) {
+    template <class From>
+    static inline Vector widen(const From* from) {
         Vector x;
         for (int lane = 0; lane < LANES; lane++) x[lane] = load(from[lane]);
         return x;
@@ -177,14 +197,59 @@ struct Kernels {
     // Panels of a chunk lie this far apart; the last rows computed may be up to ROWS - 1 past the last token.
     static constexpr int64_t PANEL_STRIDE = (CHUNK + ROWS) * PANEL;
 
-    // `tokens` rows -> [panel][token][PANEL], reading each row in order.
+    // `tokens` rows -> [panel][token][PANEL], reading each row in order. Rows of zeros fill up the last ROWS: whatever
+    // lay there before could be denormal numbers, with which a product takes many times as long.
     static void pack_chunk(const IO* chunk, int64_t stride, int64_t tokens, int64_t num_panels, Sum* panels) {
+        const int64_t padded = (tokens + ROWS - 1) / ROWS * ROWS;
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < tokens; first += PACKED_ROWS)
+        for (int64_t first = 0; first < padded; first += PACKED_ROWS)
             for (int64_t p = 0; p < num_panels; p++)
-                for (int64_t t = first; t < std::min(first + PACKED_ROWS, tokens); t++)
+                for (int64_t t = first; t < std::min(first + PACKED_ROWS, padded); t++)
                     for (int j = 0; j < PANEL; j += LANES)
-                        *(Vector*)(panels + p * PANEL_STRIDE + t * PANEL + j) = widen(chunk + t * stride + p * PANEL + j);
+                        *(Vector*)(panels + p * PANEL_STRIDE + t * PANEL + j) =
+                            t < tokens ? widen(chunk + t * stride + p * PANEL + j) : Vector{};
+    }
+
+    // y = x W^T + bias for FEW_TOKENS at most, from tiles as they are stored. Called by all threads of a team.
+    template <class From, class To>
+    static void gather_few(const From* x, int64_t stride, int64_t tokens, const IO* weight, const Map& map, int64_t size,
+                           int64_t out_blocks, const IO* bias, To* y) {
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < out_blocks * size; first += 4)
+            for (int64_t t = 0; t < tokens;) {
+                Sum sums[4][4];
+                const int64_t count = tokens - t < 4 ? 1 : 4;
+                if (count == 4) dot_products<4>(x + t * stride, stride, weight, map, size, first, sums);
+                else dot_products<1>(x + t * stride, stride, weight, map, size, first, sums);
+                for (int64_t m = 0; m < count; m++, t++)
+                    for (int i = 0; i < 4; i++)
+                        store(sums[m][i] + (bias ? load(bias[first + i]) : 0), y + t * out_blocks * size + first + i);
+            }
+    }
+
+    // sums[m][i] = outputs first to first + 3 of NUM_ROWS rows of x; a tile has a multiple of 4 outputs.
+    template <int NUM_ROWS, class From>
+    static inline void dot_products(const From* x, int64_t stride, const IO* weight, const Map& map, int64_t size,
+                                    int64_t first, Sum (&sums)[4][4]) {
+        Vector local[NUM_ROWS][4] = {};
+        for (int64_t e = map.starts[first / size]; e < map.starts[first / size + 1]; e++) {
+            const IO* const rows = weight + (map.tiles[e] * size + first % size) * size;
+            const From* const block = x + map.sources[e] * size;
+            for (int64_t k = 0; k < size; k += LANES) {
+                Vector right[4];
+                for (int i = 0; i < 4; i++) right[i] = widen(rows + i * size + k);
+                for (int m = 0; m < NUM_ROWS; m++) {
+                    const Vector left = widen(block + m * stride + k);
+                    for (int i = 0; i < 4; i++) local[m][i] += left * right[i];
+                }
+            }
+        }
+        for (int m = 0; m < NUM_ROWS; m++)
+            for (int i = 0; i < 4; i++) {
+                Sum sum = 0;
+                for (int lane = 0; lane < LANES; lane++) sum += local[m][i][lane];
+                sums[m][i] = sum;
+            }
     }
 
     // All tiles of a weight -> [tile][panel of outputs][input][PANEL].
@@ -201,7 +266,8 @@ struct Kernels {
         }
     }
 
-    // Output panel q of a product for tokens first to first + count; emit(token, rows, sums) gets ROWS at a time.
+    // Output panel q of a product for tokens first to first + count; emit(token, rows, sums) gets ROWS at a
+    // time, of which the first `rows` are tokens; the others are zeros.
     template <class Emit>
     static inline void panel(const Sum* input, const Sum* weights, const Map& map, int64_t size, int64_t q, int64_t first,
                              int64_t count, Emit emit) {

@@ -6,6 +6,11 @@
 template <class Kernels, class IO, class Sum>
 static void gather(Kernels k, const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks, const IO* weight,
                    bool transpose, int64_t num_tiles, Map map, int64_t out_blocks, const IO* bias, IO* y, int64_t size) {
+    if (transpose && num_tokens <= FEW_TOKENS) {
+#pragma omp parallel
+        k.gather_few(x, x_stride, num_tokens, weight, map, size, out_blocks, bias, y);
+        return;
+    }
     const int64_t in_panels = in_blocks * size / k.PANEL, y_stride = out_blocks * size;
     Sum* const weights = scratch<Sum>(WEIGHT, num_tiles * size * size);
     Sum* const input = scratch<Sum>(INPUT, in_panels * k.PANEL_STRIDE);
@@ -65,3 +70,14 @@ static void outer(Kernels k, const IO* grad, int64_t grad_stride, int64_t out_bl
 FOR_TYPE(float32, float, float)
 FOR_TYPE(float64, double, double)
 FOR_TYPE(bfloat16, bfloat16, float)
+
+// Bytes that all threads keep between calls, and giving them back; while no other function here runs.
+extern "C" int64_t scratch_bytes() {
+    const std::lock_guard<std::mutex> lock(Buffers::mutex);
+    return std::accumulate(Buffers::all.begin(), Buffers::all.end(), int64_t(0),
+                           [](int64_t sum, const Buffers* kept) { return sum + kept->total(); });
+}
+extern "C" void release_scratch() {
+    const std::lock_guard<std::mutex> lock(Buffers::mutex);
+    for (Buffers* kept : Buffers::all) kept->release();
+}
