@@ -207,8 +207,8 @@ def _measure_layer(row: Row, repeats: int) -> dict[str, Any]:
     total = {name: statistics.median(map(sum, zip(*times[name].values(), strict=True))) for name in VARIANTS}
     num_active = 8 * row.hidden**2
     flops = isoflop.TRAINING_FACTOR * isoflop.linear_flops(num_active) * row.tokens
-    # input, inner activation, output and their gradients: each written once and read once
-    traffic = 4 * row.tokens * (2 + 8 + 2) * row.hidden * x["dense"].element_size()
+    # input, output and their gradients, each written once and read once; what is in between can stay in cache
+    traffic = 4 * row.tokens * (2 + 2) * row.hidden * x["dense"].element_size()
     states = {
         name: sum(2 * p.nbytes for p in layer.parameters()) + _buffer_bytes(layer) for name, layer in layers.items()
     }
@@ -278,14 +278,22 @@ def _models(row: Row) -> dict[str, PreTrainedModel]:
 
 
 def _floor(row: Row, flops: float, traffic: float) -> float:
-    """Seconds below which this machine cannot go: FLOPs at its GEMM rate or bytes at its copy bandwidth."""
-    left = torch.randn(row.tokens, 768, device=row.device, dtype=row.dtype)
-    right = torch.randn(768, 3072, device=row.device, dtype=row.dtype)
+    """Seconds below which this machine hardly goes: FLOPs at its GEMM rate or bytes at its copy bandwidth.
+
+    The rate is the better one of the row's dtype and float32: CPUs may multiply bfloat16 more slowly.
+    """
+    gemm = min(_gemm_seconds(row, dtype) for dtype in {row.dtype, torch.float32})
     source = torch.zeros(32 << 20, device=row.device)
     target = torch.zeros_like(source)
-    gemm = statistics.median(seconds_of(lambda: left @ right, row.device) for _ in range(7))
     copying = statistics.median(seconds_of(lambda: target.copy_(source), row.device) for _ in range(7))
     return max(flops * gemm / (2 * row.tokens * 768 * 3072), traffic * copying / (2 * source.nbytes))
+
+
+def _gemm_seconds(row: Row, dtype: torch.dtype) -> float:
+    """Of a (tokens, 768) x (768, 3072) product."""
+    left = torch.randn(row.tokens, 768, device=row.device, dtype=dtype)
+    right = torch.randn(768, 3072, device=row.device, dtype=dtype)
+    return statistics.median(seconds_of(lambda: left @ right, row.device) for _ in range(7))
 
 
 def _row(

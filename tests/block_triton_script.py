@@ -1,7 +1,8 @@
-"""Compiles the Triton kernels for an H100 on any machine: a stub stands in for the driver, nothing is launched.
+"""Compiles the Triton kernels for a GPU on any machine: a stub stands in for the driver, nothing is launched.
 
 Unlike the interpreter it runs the tuner and the compiler on the arguments of a real call. Prints a JSON list with one
-object per compiled kernel. The one argument is the path of block_triton.py, so that transformers is not imported.
+object per compiled kernel. Arguments: the path of block_triton.py, so that transformers is not imported, the compute
+capability (90 for an H100), a dtype, and tiles' sizes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from triton.backends.compiler import GPUTarget
 class StubDriver:
     """What tuning and compilation ask of a CUDA driver."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -57,20 +61,21 @@ def compile_instead_of_launch(kernel: Any, compiled: dict[Any, dict[str, Any]]) 
 
 
 def main() -> None:
-    specification = importlib.util.spec_from_file_location("block_triton", sys.argv[1])
+    path, capability, dtype_name, *tiles = sys.argv[1:]
+    specification = importlib.util.spec_from_file_location("block_triton", path)
     assert specification is not None
     assert specification.loader is not None
     kernels: Any = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(kernels)
     kernels.is_available = lambda: True
-    triton.runtime.driver.set_active(StubDriver())
+    triton.runtime.driver.set_active(StubDriver(int(capability)))
     compiled: dict[Any, dict[str, Any]] = {}
     compile_instead_of_launch(kernels._product_kernel, compiled)
     compile_instead_of_launch(kernels._weight_gradient_kernel, compiled)
     columns, starts = torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
-    for tile in (16, 256):
-        weight = torch.zeros(3, tile, tile, dtype=torch.bfloat16)
-        x = torch.zeros(100, 2 * tile, dtype=torch.bfloat16)
+    dtype = getattr(torch, dtype_name)
+    for tile in map(int, tiles):
+        weight, x = torch.zeros(3, tile, tile, dtype=dtype), torch.zeros(100, 2 * tile, dtype=dtype)
         kernels.forward(x, weight, x[0], columns, 2 * tile)
         kernels.input_gradient(x, weight, torch.arange(3, dtype=torch.int32), starts, 2 * tile, 2 * tile)
         kernels.weight_gradient(x, x, columns, tile)

@@ -13,6 +13,7 @@ from sparseift_llm import bench
 from sparseift_llm.bench import CROSSOVER, ROWS, Row, render
 from sparseift_llm.cli import main
 from sparseift_llm.measure import peak_bytes, take_turns
+from sparseift_llm.ops import block_native
 
 GPT = {
     "n_embd": 32,
@@ -79,6 +80,22 @@ def test_peak_bytes_by_hand() -> None:
         second + 1
 
     assert 0 <= peak_bytes(run, "cpu") - (2 * 4 << 20) < 1024  # and the scalars
+
+
+@pytest.mark.skipif(not block_native.is_available(), reason="no C++ compiler")
+def test_peak_bytes_count_what_native_kernels_keep() -> None:
+    x, weight, columns = torch.ones(100, 32), torch.ones(2, 32, 32), torch.zeros(2, dtype=torch.int32)
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        kept.append(block_native.forward(x, weight, None, columns, 64))
+
+    block_native.forward(
+        torch.ones(100, 640), torch.ones(40, 32, 32), None, torch.arange(40, dtype=torch.int32) // 2, 64
+    )
+    peak = peak_bytes(run, "cpu")  # what the larger call before has left does not count
+    assert peak == kept[0].nbytes + block_native.scratch_bytes() + 2 * 4 + 3 * 4  # the result and two indices
+    assert block_native.scratch_bytes() >= weight.nbytes + x.nbytes
 
 
 def test_the_command_writes_what_it_prints(

@@ -286,6 +286,12 @@ def test_drop_and_grow_equals_the_slow_reference(rows: int, columns: int, dtype:
     check_drop_and_grow(drawn(st.integers(0, 1)).bool(), *scores, num_changed)
 
 
+def test_infinite_weights_do_not_change_how_many_tiles_a_row_has() -> None:
+    """Training that has diverged ends with the trainer's own message, not with one about tiles."""
+    magnitude = torch.full((3, 4), torch.inf)
+    check_drop_and_grow(MASK, magnitude, MAGNITUDE, [1, 1, 1])
+
+
 def last_of_equals(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     """A fault: among equals the higher index wins."""
     return LARGEST(scores.flip(1), eligible.flip(1), counts).flip(1)

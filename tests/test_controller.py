@@ -287,6 +287,27 @@ def test_gradient_that_is_not_finite(value: float) -> None:
 
 
 @pytest.mark.usefixtures("either_structure")
+def test_errors_of_an_update_in_a_model() -> None:
+    """As in the two tests above, in layers of every kind; masks stay."""
+    model = sparse_gpt2(every=1)
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    SparseTrainingController(model, optimizer, total_steps=100)
+    before = masks(model)
+    tokens = next(batches(1))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    name, layer = next(iter(sparse_layers(model).items()))
+    assert layer.dense_gradient is not None
+    assert layer.dense_gradient.total is not None
+    layer.dense_gradient.total.view(-1)[-1] = math.nan
+    with pytest.raises(RuntimeError, match=rf"{name}: the dense gradient at step 1 is not finite"):
+        optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=rf"{name}: no dense gradient reached step 2"):
+        optimizer.step()
+    assert not differences(before, masks(model))
+
+
+@pytest.mark.usefixtures("either_structure")
 def test_state_of_a_model_with_other_layers() -> None:
     model = toy_model()
     controller = SparseTrainingController(model, SGD(model.parameters(), lr=1.0), 10)
