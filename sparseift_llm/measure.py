@@ -1,4 +1,4 @@
-"""How time and memory are measured: contestants take turns, medians count, and peaks are the allocator's own.
+"""How time and memory are measured: contestants take turns, medians count, and peaks are what allocators count.
 
 What is measured is in bench.py.
 """

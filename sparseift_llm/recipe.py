@@ -109,17 +109,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recorded_recipe(path: str | Path) -> dict[str, Any]:
-    """What a run wrote of its recipe; options that the package did not have then are at their defaults.
+    """What a run wrote of its recipe; model, data and sparse_ift with defaults for options that did not exist then.
 
     Raises:
-        ValueError: the file is damaged, or an option is no longer known or valid.
+        ValueError: the file is damaged, or one of these options is no longer known or valid.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        recipe = _build({key: record.get(key) for key in SECTIONS})
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or of another version of this package: {error}") from error
-    return {**record, **recipe.to_dict()}
+        compared = {key: record[key] for key in ("model", "data", "sparse_ift")}
+        recipe = _build({**compared, "training": {"output_dir": "the run's"}}).to_dict()
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, or of another version of this package: {error!r}") from error
+    return {**record, **{key: recipe[key] for key in compared}}
 
 
 def _build(values: dict[str, Any]) -> Recipe:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import statistics
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -241,6 +240,14 @@ def test_native_bfloat16_keeps_special_values(value: float) -> None:
     assert output[:3].isfinite().all()
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @NEEDS_COMPILER
 def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
     case = make_case(tokens=700, rows=5, columns=5, num_tiles=12, size=32)
@@ -257,20 +264,19 @@ def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
 
 @NEEDS_COMPILER
 def test_what_lay_in_scratch_memory_before_costs_no_time() -> None:
-    """Denormal numbers take a processor tens of times as long: rows that only fill up must not hold them."""
+    """Denormal numbers take many processors tens of times as long: rows that only fill up must not hold them."""
     few, many = make_case(tokens=13, rows=8, columns=8, num_tiles=32), make_case(tokens=480, rows=8, columns=8)
-    seconds = {}
-    for value in (1.0, 1e-40):
-        for tensor in (many.x, many.grad):
-            tensor.fill_(value)
-        times = []
+    seconds: dict[float, list[float]] = {1.0: [], 1e-40: []}
+    with one_thread():  # waiting for another one would count
         for _ in range(9):
-            many.computed(block_native)
-            start = time.thread_time()
-            few.computed(block_native)
-            times.append(time.thread_time() - start)
-        seconds[value] = statistics.median(times)
-    assert seconds[1e-40] < 3 * seconds[1.0]
+            for value, times in seconds.items():
+                for tensor in (many.x, many.grad):
+                    tensor.fill_(value)
+                many.computed(block_native)
+                start = time.thread_time()
+                few.computed(block_native)
+                times.append(time.thread_time() - start)
+    assert min(seconds[1e-40]) < 3 * min(seconds[1.0])
 
 
 @NEEDS_COMPILER
@@ -445,7 +451,7 @@ def test_a_compiler_that_fails_is_reported_and_falls_back(
 def tiny_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A source that compiles in no time; the folder of the cache."""
     source = tmp_path / "tiny.cpp"
-    source.write_text('extern "C" int one() { return 1; }')
+    source.write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }')
     monkeypatch.setattr(block_native, "_SOURCES", [source])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     block_native._library.cache_clear()
@@ -470,13 +476,28 @@ def test_a_damaged_library_is_compiled_again(tiny_source: Path) -> None:
     library.unlink()  # the one that is loaded; cutting it off would cut off this process
     library.write_bytes(whole[:1000])
     assert loaded()
-    assert [path.read_bytes() for path in tiny_source.iterdir()] == [whole]
+    assert library.read_bytes() == whole
+    assert len(list(tiny_source.iterdir())) == 1
+
+
+@NEEDS_COMPILER
+def test_a_library_in_a_folder_that_cannot_be_written_is_used(
+    tiny_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loaded()
+    monkeypatch.setattr(block_native.os, "access", lambda _, mode: mode != block_native.os.W_OK)
+    assert loaded()
+    (library,) = tiny_source.iterdir()
+    library.unlink()
+    assert not loaded()
 
 
 @NEEDS_COMPILER
 def test_a_compiler_with_words(tiny_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "c++ -m64" if shutil.which("env") is None else "env c++")
+    monkeypatch.setenv("CXX", "env c++")
     assert loaded()
+    monkeypatch.setenv("CXX", 'c++ -DX="a')
+    assert not loaded()
 
 
 @NEEDS_COMPILER
@@ -497,5 +518,7 @@ def test_without_a_home(tiny_source: Path, tmp_path: Path, monkeypatch: pytest.M
 
 @NEEDS_COMPILER
 def test_the_native_kernels_refuse_a_tile_they_have_no_code_for() -> None:
-    with pytest.raises(RuntimeError, match="no code for block size 3"):
-        make_case(size=3).computed(block_native)
+    for size in (2, 3, 6):
+        with pytest.raises(RuntimeError, match=f"no code for block size {size}"):
+            make_case(size=size, dtype=torch.float64).computed(block_native)
+        assert kernel_name("cpu", torch.float64, size) == "blas"

@@ -224,12 +224,23 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path, pretrain: ModuleType)
         del record[section][option]  # which it did not have
     check_record(pretrain, recipe, record)
     assert read_json(tmp_path / "run" / "recipe.json")["sparse_ift"]["balance_heads"] is False
+    record["training"] = {"an_argument_that_transformers_dropped": 1}
+    check_record(pretrain, recipe, record)
     record["sparse_ift"]["sparsity"] = 0.5
     with pytest.raises(ValueError, match="begun with another sparse_ift"):
         check_record(pretrain, recipe, record)
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"training": {"output_dir": "x"}, "model": {"nme": "a"}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model": 1, "data": {}, "sparse_ift": null}',
+        '{"model": {"nme": "a"}, "data": {}, "sparse_ift": null}',
+    ],
+)
 def test_a_damaged_record_is_named(tmp_path: Path, pretrain: ModuleType, damage: str) -> None:
     with pytest.raises(ValueError, match=r"recipe\.json is damaged, or of another version"):
         check_record(pretrain, tiny_recipe(tmp_path), damage)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -145,10 +144,9 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     on_save = on_evaluate
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Add masks to the checkpoint's files that the Trainer copies to its output folder for the hub, by name."""
-        masks = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / MASKS_NAME
-        if args.process_index == 0 and masks.is_file():
-            shutil.copy(masks, args.output_dir or ".")
+        """Add masks to the files of the checkpoint just written that the Trainer, by name, uploads to the hub."""
+        if args.process_index == 0 and self.controller is not None:
+            save_masks(self.controller.model, Path(args.output_dir or "."))
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

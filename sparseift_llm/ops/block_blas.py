@@ -1,7 +1,7 @@
 """Block-sparse products by one BLAS call per tile on strided views, without copies: for CPUs without a C++ compiler.
 
-Float32 sums for every dtype but float64: half-precision operands are converted first. Functions as in
-block_reference.py.
+Small tiles and few tokens take one call for all tiles together. Float32 sums for every dtype but float64: operands of
+half precision are converted first. Functions as in block_reference.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 from sparseift_llm.topology.blocks import row_starts
 
 TOKENS_PER_CHUNK = 1024  # operands of a block-row stay in the second-level cache
-FEW_TOKENS = 32  # for no more, a call per tile would take longer than its work
+FEW_TOKENS, SMALL_TILE = 32, 64  # for no more of both, a call per tile would take longer than its work
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
     """x (T, in) -> (T, out)."""
     size = weight.shape[1]
     starts = row_starts(len(weight), out_features // size).tolist()
-    return _gather(x, weight.transpose(1, 2), starts, columns.tolist(), list(range(len(weight))), bias)
+    return _gather(x, weight.transpose(1, 2), starts, columns.tolist(), None, bias)
 
 
 def input_gradient(
@@ -43,12 +43,16 @@ def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -
 
 
 def _gather(
-    x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], slots: list[int], bias: Tensor | None
+    x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], slots: list[int] | None, bias: Tensor | None
 ) -> Tensor:
-    """Output block j is the sum over e in starts[j]..starts[j+1] of input block sources[e] @ tiles[slots[e]]."""
-    if len(x) <= FEW_TOKENS:
-        return _gather_few(_widen(x), _widen(tiles), starts, sources, slots, bias).to(x.dtype)
+    """Output block j is the sum over e in starts[j]..starts[j+1] of input block sources[e] @ tiles[slots[e]].
+
+    Without `slots`, e itself is the slot.
+    """
     size = tiles.shape[1]
+    if len(x) <= FEW_TOKENS and size <= SMALL_TILE:
+        ordered = tiles if slots is None else tiles[slots]
+        return _gather_few(_widen(x), _widen(ordered), starts, sources, bias).to(x.dtype)
     tiles, outputs = _widen(tiles), []
     for chunk in x.split(TOKENS_PER_CHUNK):
         blocks = _widen(chunk).split(size, 1)
@@ -57,20 +61,18 @@ def _gather(
             y += bias
         for j, out in enumerate(y.split(size, 1)):
             for e in range(starts[j], starts[j + 1]):
-                out.addmm_(blocks[sources[e]], tiles[slots[e]])
+                out.addmm_(blocks[sources[e]], tiles[e if slots is None else slots[e]])
         outputs.append(y.to(x.dtype))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _gather_few(
-    x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], slots: list[int], bias: Tensor | None
-) -> Tensor:
+def _gather_few(x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], bias: Tensor | None) -> Tensor:
     """As `_gather`, with one call for all tiles."""
     size, num_blocks = tiles.shape[1], len(starts) - 1
     blocks = x.view(len(x), x.shape[1] // size, size).transpose(0, 1)
-    products = torch.bmm(blocks[sources], tiles[slots])
-    counts = torch.tensor(starts).diff()
-    owners = torch.arange(num_blocks).repeat_interleave(counts)
+    products = torch.bmm(blocks[sources], tiles)
+    counts = torch.tensor(starts, device=x.device).diff()
+    owners = torch.arange(num_blocks, device=x.device).repeat_interleave(counts)
     y = tiles.new_zeros(num_blocks, len(x), size).index_add_(0, owners, products)
     y = y.transpose(0, 1).reshape(len(x), num_blocks * size)
     return y if bias is None else y + bias

@@ -66,7 +66,7 @@ def _supports(name: str, device: str, dtype: torch.dtype, block_size: int) -> bo
     if name == "triton":
         return dtype in block_triton.DTYPES and block_size >= block_triton.SMALLEST_TILE
     if name == "native":
-        return device == "cpu" and dtype in block_native.DTYPES
+        return device == "cpu" and dtype in block_native.DTYPES and block_size % 4 == 0
     return name == "reference" or device == "cpu"
 
 

@@ -6,6 +6,7 @@ block_reference.py. float32, float64 and bfloat16; sums in float32 or wider.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,10 +15,11 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from sparseift_llm.topology.blocks import row_starts, rows_of_slots
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SOURCES = [Path(__file__).parent / "native" / name for name in ("kernels.h", "linear.cpp", "feed_forward.cpp")]
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 
 
 def is_available() -> bool:
@@ -189,15 +191,14 @@ def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> Non
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]  # may be "ccache g++"
     if sys.platform != "linux":
         return None
-    if shutil.which(compiler[0]) is None:
-        logger.warning("no C++ compiler %r: BLAS calls take the place of native block kernels", compiler[0])
-        return None
     try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]  # may be "ccache g++"
+        if shutil.which(compiler[0]) is None:
+            raise FileNotFoundError(f"no C++ compiler {compiler[0]!r}")
         return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("the native block kernels cannot be used, BLAS calls take their place: %s", detail)
         return None
@@ -211,11 +212,13 @@ def _compiled(compiler: list[str]) -> Path:
         key.update(part)
     key.update(_processor().encode())
     name = f"block_native_{key.hexdigest()[:16]}"
-    cache = _cache_folder()
-    for path in cache.glob(f"{name}_*.so"):
-        if path.stem == f"{name}_{_checksum(path)}":
+    folders = list(_cache_folders())
+    for path in (path for folder in folders for path in folder.glob(f"{name}_*.so")):
+        if path.stem == f"{name}_{_checksum(path)}":  # not cut off when the machine went down: that would crash here
             return path
-        path.unlink(missing_ok=True)  # cut off when the machine went down: loading it could kill the process
+    cache = next((folder for folder in folders if os.access(folder, os.W_OK)), None)
+    if cache is None:
+        raise PermissionError("no folder to keep them in; set XDG_CACHE_HOME to one of your own")
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / "built.so"
         sources = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
@@ -225,24 +228,25 @@ def _compiled(compiler: list[str]) -> Path:
     return target
 
 
-def _cache_folder() -> Path:
-    """Where compiled kernels are kept; a folder for temporary files where the user has no home that can be written."""
-    try:
+def _cache_folders() -> Iterator[Path]:
+    """Where compiled kernels are kept: the user's cache, and a folder for temporary files if that cannot be written."""
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseift_llm"
         cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
-            return cache
-    except (OSError, RuntimeError):  # no home at all
-        pass
-    cache = Path(tempfile.gettempdir()) / f"sparseift_llm_{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    if cache.stat().st_uid != os.getuid():
-        raise PermissionError(f"{cache} belongs to somebody else; set XDG_CACHE_HOME to a folder of your own")
-    return cache
+        yield cache
+    with contextlib.suppress(OSError):
+        temporary = Path(tempfile.gettempdir()) / f"sparseift_llm_{os.getuid()}"
+        temporary.mkdir(mode=0o700, exist_ok=True)
+        found = temporary.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            yield temporary  # nobody else can have put anything there
 
 
 def _checksum(library: Path) -> str:
-    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
 
 
 def _processor() -> str:

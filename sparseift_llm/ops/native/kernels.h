@@ -1,9 +1,12 @@
 // What products of a block-sparse matrix with dense activations are made of; compiled for the machine at hand.
 //
 // CHUNK tokens at a time are copied into panels PANEL columns wide, so that the inner loop reads memory in order
-// whatever the strides outside. Sums are float (double for double); every sum has one fixed order.
+// whatever the strides outside; FEW_TOKENS are multiplied with tiles as they are. Sums are float (double for double);
+// for one number of tokens every sum has one fixed order.
 // A `_chunk` function is called by all threads of a team; the barrier at its end makes its result visible to all.
 #pragma once
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))  // all else is the library's own
 
 #include <sys/mman.h>
 
@@ -267,7 +270,7 @@ struct Kernels {
     }
 
     // Output panel q of a product for tokens first to first + count; emit(token, rows, sums) gets ROWS at a
-    // time, of which the first `rows` are tokens; the others are zeros.
+    // time, of which the first `rows` are tokens; the others only fill up.
     template <class Emit>
     static inline void panel(const Sum* input, const Sum* weights, const Map& map, int64_t size, int64_t q, int64_t first,
                              int64_t count, Emit emit) {
@@ -350,10 +353,11 @@ struct Kernels {
     }
 };
 
-// Calls `run` with the widest kernels whose panel divides a tile.
+// Calls `run` with the widest kernels whose panel divides a tile, whose side is a multiple of 4.
 template <class IO, class Sum, class Run>
 static int with_kernels(int64_t size, Run run) {
     constexpr int LANES = VECTOR_BYTES / sizeof(Sum);
+    if (size % 4) return 1;
     if (size % (MAX_VECTORS * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, MAX_VECTORS>());
     else if (size % (2 * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 2>());
     else if (size % LANES == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 1>());

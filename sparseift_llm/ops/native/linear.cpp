@@ -50,7 +50,7 @@ static void outer(Kernels k, const IO* grad, int64_t grad_stride, int64_t out_bl
 }
 
 #define FOR_TYPE(NAME, IO, SUM)                                                                                      \
-    extern "C" int gather_##NAME(const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,               \
+    EXPORTED int gather_##NAME(const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,               \
                                  const IO* weight, int64_t transpose, int64_t num_tiles, const int32_t* starts,      \
                                  const int32_t* sources, const int32_t* tiles, int64_t out_blocks, const IO* bias,   \
                                  IO* y, int64_t size) {                                                              \
@@ -59,7 +59,7 @@ static void outer(Kernels k, const IO* grad, int64_t grad_stride, int64_t out_bl
                                                num_tiles, {starts, sources, tiles}, out_blocks, bias, y, size);      \
         });                                                                                                          \
     }                                                                                                                \
-    extern "C" int outer_##NAME(const IO* grad, int64_t grad_stride, int64_t out_blocks, const IO* x,                \
+    EXPORTED int outer_##NAME(const IO* grad, int64_t grad_stride, int64_t out_blocks, const IO* x,                \
                                 int64_t x_stride, int64_t in_blocks, int64_t num_tokens, const int32_t* rows,        \
                                 const int32_t* columns, int64_t num_tiles, IO* result, int64_t size) {               \
         return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                       \
@@ -72,12 +72,12 @@ FOR_TYPE(float64, double, double)
 FOR_TYPE(bfloat16, bfloat16, float)
 
 // Bytes that all threads keep between calls, and giving them back; while no other function here runs.
-extern "C" int64_t scratch_bytes() {
+EXPORTED int64_t scratch_bytes() {
     const std::lock_guard<std::mutex> lock(Buffers::mutex);
     return std::accumulate(Buffers::all.begin(), Buffers::all.end(), int64_t(0),
                            [](int64_t sum, const Buffers* kept) { return sum + kept->total(); });
 }
-extern "C" void release_scratch() {
+EXPORTED void release_scratch() {
     const std::lock_guard<std::mutex> lock(Buffers::mutex);
     for (Buffers* kept : Buffers::all) kept->release();
 }
