@@ -188,6 +188,8 @@ def default_block_size(side: int) -> int:
     Args:
         side: the narrowest width of the sparse model, usually its hidden size.
 
+    Source: benchmarks/quality_study.py; docs/block.md, "Which tile".
+
     >>> [default_block_size(side) for side in (128, 512, 768, 1536, 4096)]
     [16, 64, 64, 128, 256]
     """

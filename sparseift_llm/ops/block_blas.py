@@ -70,7 +70,8 @@ def _gather_few(x: Tensor, tiles: Tensor, starts: list[int], sources: list[int],
     """As `_gather`, with one call for all tiles."""
     size, num_blocks = tiles.shape[1], len(starts) - 1
     blocks = x.view(len(x), x.shape[1] // size, size).transpose(0, 1)
-    products = torch.bmm(blocks[sources], tiles)
+    with torch.autocast(x.device.type, enabled=False):  # which would make half-precision sums of it
+        products = torch.bmm(blocks[sources], tiles)
     counts = torch.tensor(starts, device=x.device).diff()
     owners = torch.arange(num_blocks, device=x.device).repeat_interleave(counts)
     y = tiles.new_zeros(num_blocks, len(x), size).index_add_(0, owners, products)
