@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from sparseift_llm.isoflop import default_block_size
 from sparseift_llm.recipe import load_recipe
 from tests.scripts import load_script
 
@@ -47,13 +49,35 @@ def test_the_table_marks_the_best_rate_and_leaves_open_what_is_missing(study: Mo
     assert lines[3] == "| Wide, scope model |  |  |  |  |  |"
 
 
-def test_the_table_of_families_is_the_committed_one(study: ModuleType) -> None:
-    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    assert study.table("families", study.RESULTS) in text
-    results = study.read_results("families", study.RESULTS)
-    assert len(results) == len(study.STUDIES["families"].rows) * len(study.STUDIES["families"].rates)
+@pytest.mark.parametrize(("name", "page"), [("families", "families.md"), ("tiles", "block.md")])
+def test_the_table_is_the_committed_one(study: ModuleType, name: str, page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert study.table(name, study.RESULTS) in text
+    results = study.read_results(name, study.RESULTS)
+    assert len(results) == len(study.STUDIES[name].rows) * len(study.STUDIES[name].rates)
     for (row, rate), summary in results.items():
-        assert f"families/{row.name}-lr{rate:g}" in summary["command"]
+        assert f"{name}/{row.name}-lr{rate:g}" in summary["command"]
         assert not summary["commit"].endswith("-dirty")
         assert summary["config"]["training"]["learning_rate"] == rate
-    assert not json.loads((study.RESULTS / "families" / "times.json").read_text())["commit"].endswith("-dirty")
+    assert not json.loads((study.RESULTS / name / "times.json").read_text())["commit"].endswith("-dirty")
+
+
+def best_losses(study: ModuleType, name: str) -> dict[str, float]:
+    """Each row's held-out loss at its best learning rate."""
+    best: dict[str, float] = {}
+    for (row, _), summary in study.read_results(name, study.RESULTS).items():
+        best[row.name] = min(best.get(row.name, math.inf), summary["eval_loss"])
+    return best
+
+
+def test_the_default_tile_follows_from_the_study(study: ModuleType) -> None:
+    """Halving a tile gains less than the time that it costs would, spent on more tokens."""
+    best, short = best_losses(study, "tiles"), best_losses(study, "families")
+    longer = study.STUDIES["tiles"].max_steps / study.STUDIES["families"].max_steps
+    gain_of_time = (short["dense"] - best["dense"]) / math.log(longer)  # of the dense model, per e-fold of tokens
+    seconds = json.loads((study.RESULTS / "tiles" / "times.json").read_text())["step_seconds"]
+    assert default_block_size(study.WIDE_HIDDEN) == 32
+    for algorithm in ("static", "rigl"):
+        for tile in (16, 8):
+            small, large = f"tile{tile}-{algorithm}", f"tile{2 * tile}-{algorithm}"
+            assert best[large] - best[small] < gain_of_time * math.log(seconds[small] / seconds[large])
