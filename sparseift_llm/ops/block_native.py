@@ -29,7 +29,9 @@ from sparseift_llm.topology.blocks import row_starts, rows_of_slots
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_SOURCES = [Path(__file__).parent / "native" / name for name in ("kernels.h", "linear.cpp", "feed_forward.cpp")]
+_SOURCES = [
+    Path(__file__).parent / "native" / name for name in ("scratch.h", "kernels.h", "linear.cpp", "feed_forward.cpp")
+]
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 
 

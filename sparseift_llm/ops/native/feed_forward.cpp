@@ -149,7 +149,7 @@ static void feed_forward_gradient(Kernels k, const IO* grad, int64_t grad_stride
 }
 
 #define FOR_TYPE(NAME, IO, SUM)                                                                                       \
-    EXPORTED int feed_forward_##NAME(                                                                               \
+    EXPORTED int feed_forward_##NAME(                                                                                 \
         const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks, const IO* up, int64_t up_count,         \
         const IO* up_bias, const int32_t* up_starts, const int32_t* up_sources, const int32_t* up_tiles,              \
         int64_t hidden_blocks, const IO* down, int64_t down_count, const IO* down_bias, const int32_t* down_starts,   \
@@ -161,7 +161,7 @@ static void feed_forward_gradient(Kernels k, const IO* grad, int64_t grad_stride
                 {down_starts, down_sources, down_tiles}, out_blocks, y, size);                                        \
         });                                                                                                           \
     }                                                                                                                 \
-    EXPORTED int feed_forward_gradient_##NAME(                                                                      \
+    EXPORTED int feed_forward_gradient_##NAME(                                                                        \
         const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,    \
         const IO* up, int64_t up_count, const IO* up_bias, const int32_t* row_starts, const int32_t* row_sources,     \
         const int32_t* row_tiles, const int32_t* column_starts, const int32_t* column_sources,                        \

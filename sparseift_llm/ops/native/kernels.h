@@ -8,17 +8,14 @@
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))  // all else is the library's own
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <numeric>
-#include <set>
 #include <type_traits>
+
+#include "scratch.h"
 
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64, NUM_SUMS = 24, MAX_VECTORS = 4;
@@ -59,53 +56,6 @@ static inline void store(float value, bfloat16* to) {  // round to nearest even;
     memcpy(&bits, &value, 4);
     const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
     to->bits = uint16_t(is_nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// A widened activation is fresh memory on every call: with 2 MiB pages the first touch costs a fraction.
-static void ask_for_huge_pages(void* start, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = 2 << 20, first = (uintptr_t(start) + page - 1) & ~(page - 1);
-    const uintptr_t last = (uintptr_t(start) + bytes) & ~(page - 1);
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Memory that a thread keeps between calls, one buffer per purpose.
-enum Purpose { WEIGHT, INPUT, GRAD, HIDDEN, HIDDEN_GRAD, SUMS, TOTAL, TOTAL_UP, TOTAL_BIAS, NUM_PURPOSES };
-struct Buffers {
-    inline static std::mutex mutex;
-    inline static std::set<Buffers*>& all = *new std::set<Buffers*>;  // of all threads
-    void* start[NUM_PURPOSES] = {};
-    int64_t size[NUM_PURPOSES] = {};
-    Buffers() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        all.insert(this);
-    }
-    ~Buffers() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        all.erase(this);
-        release();
-    }
-    int64_t total() const { return std::accumulate(size, size + NUM_PURPOSES, int64_t(0)); }
-    void release() {
-        for (int purpose = 0; purpose < NUM_PURPOSES; purpose++) resize(purpose, 0);
-    }
-    void resize(int purpose, int64_t bytes) {
-        free(start[purpose]);
-        start[purpose] = bytes ? aligned_alloc(4096, bytes) : nullptr;
-        if (bytes && !start[purpose]) abort();
-        size[purpose] = bytes;
-    }
-};
-inline thread_local Buffers buffers;
-template <class Sum>
-static Sum* scratch(Purpose purpose, int64_t count) {
-    const int64_t bytes = (count * int64_t(sizeof(Sum)) + 4095) / 4096 * 4096;
-    if (buffers.size[purpose] < bytes) {
-        buffers.resize(purpose, bytes);
-        ask_for_huge_pages(buffers.start[purpose], bytes);
-    }
-    return static_cast<Sum*>(buffers.start[purpose]);
 }
 
 // Sums on their way to a result: the result itself, unless it is narrower.

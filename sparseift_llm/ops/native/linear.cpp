@@ -50,7 +50,7 @@ static void outer(Kernels k, const IO* grad, int64_t grad_stride, int64_t out_bl
 }
 
 #define FOR_TYPE(NAME, IO, SUM)                                                                                      \
-    EXPORTED int gather_##NAME(const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,               \
+    EXPORTED int gather_##NAME(const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,                 \
                                  const IO* weight, int64_t transpose, int64_t num_tiles, const int32_t* starts,      \
                                  const int32_t* sources, const int32_t* tiles, int64_t out_blocks, const IO* bias,   \
                                  IO* y, int64_t size) {                                                              \
@@ -59,7 +59,7 @@ static void outer(Kernels k, const IO* grad, int64_t grad_stride, int64_t out_bl
                                                num_tiles, {starts, sources, tiles}, out_blocks, bias, y, size);      \
         });                                                                                                          \
     }                                                                                                                \
-    EXPORTED int outer_##NAME(const IO* grad, int64_t grad_stride, int64_t out_blocks, const IO* x,                \
+    EXPORTED int outer_##NAME(const IO* grad, int64_t grad_stride, int64_t out_blocks, const IO* x,                  \
                                 int64_t x_stride, int64_t in_blocks, int64_t num_tokens, const int32_t* rows,        \
                                 const int32_t* columns, int64_t num_tiles, IO* result, int64_t size) {               \
         return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                       \
