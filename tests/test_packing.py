@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sparseift_llm import packing, token_cache
@@ -29,11 +29,13 @@ documents = st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(st
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(documents, st.integers(2, 9), st.integers(1, 40))
+@example([EOS], 2, 1)  # text that spells the special token is text
 def test_windows_are_the_stream(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], seq_len: int, batch_chars: int
 ) -> None:
     monkeypatch.setattr(packing, "_BATCH_CHARS", batch_chars)
-    stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    encoded = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts]
+    stream = [token for tokens in encoded for token in [*tokens, tokenizer.eos_token_id]]
     written = token_cache._write_tokens(tmp_path / "t.npy", token_batches(tokenizer, texts), np.dtype(np.uint16), None)
     del written["sha256"]
     assert written == {"tokens": len(stream), "text_bytes": sum(len(text.encode()) for text in texts)}
