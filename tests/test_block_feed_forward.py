@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,125 +17,10 @@ from torch.autograd.gradcheck import GradcheckError
 from sparseift_llm.ops import block_feed_forward, block_native
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
 from sparseift_llm.ops.block_kernels import use_block_kernel
-from sparseift_llm.ops.block_reference import dense_weight
-from sparseift_llm.topology import blocks
+from tests.block_cases import NEEDS_COMPILER
+from tests.block_feed_forward_cases import GRADIENTS, Case, check, errors, make_case
 
-NEEDS_COMPILER = pytest.mark.skipif(not block_native.is_available(), reason="no C++ compiler")
 KERNELS = ["reference", "blas", pytest.param("native", marks=NEEDS_COMPILER)]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-GRADIENTS = ("x", "up", "up_bias", "down", "down_bias")
-
-
-@dataclass
-class Case:
-    """Operands; block counts are (in, hidden, out)."""
-
-    x: Tensor
-    up: Tensor
-    up_bias: Tensor | None
-    up_columns: Tensor
-    down: Tensor
-    down_bias: Tensor | None
-    down_columns: Tensor
-    grad: Tensor
-    block_counts: tuple[int, int, int]
-
-    @property
-    def size(self) -> int:
-        return self.up.shape[1]
-
-    def dense(self, name: str) -> Tensor:
-        inputs, hidden, outputs = (count * self.size for count in self.block_counts)
-        shape = (hidden, inputs) if name == "up" else (outputs, hidden)
-        return dense_weight(getattr(self, name).double(), getattr(self, f"{name}_columns"), *shape)
-
-    def expected(self) -> dict[str, Tensor]:
-        """By autograd on dense float64 matrices; the gradients of tiles are cut out of theirs."""
-        values = {name: None if (value := getattr(self, name)) is None else value.double() for name in GRADIENTS}
-        values |= {"up": self.dense("up"), "down": self.dense("down")}
-        leaves = {name: value.detach().requires_grad_() for name, value in values.items() if value is not None}
-        hidden = F.linear(leaves["x"], leaves["up"], leaves.get("up_bias"))
-        y = F.linear(F.gelu(hidden, approximate="tanh"), leaves["down"], leaves.get("down_bias"))
-        y.backward(self.grad.double())
-        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        for name in ("up", "down"):
-            found[name] = self.tiles(found[name], getattr(self, f"{name}_columns"))
-        return {"y": y.detach(), **found}
-
-    def tiles(self, matrix: Tensor, columns: Tensor) -> Tensor:
-        size, num_rows = self.size, len(matrix) // self.size
-        rows = [((slot + 1) * num_rows - 1) // len(columns) for slot in range(len(columns))]
-        cut = [
-            matrix[row * size : (row + 1) * size, column * size : (column + 1) * size]
-            for row, column in zip(rows, columns.tolist(), strict=True)
-        ]
-        return torch.stack(cut)
-
-    def arguments(self, keep_hidden: bool) -> tuple[Any, ...]:
-        inputs, hidden, outputs = self.block_counts
-        return (
-            self.x, self.up, self.up_bias, self.up_columns, *blocks.slots_by_column(self.up_columns, inputs),
-            hidden * self.size, self.down, self.down_bias, self.down_columns,
-            *blocks.slots_by_column(self.down_columns, hidden), outputs * self.size, keep_hidden,
-        )  # fmt: skip
-
-    def computed(self, keep_hidden: bool = False) -> dict[str, Tensor]:
-        values = {name: getattr(self, name) for name in GRADIENTS}
-        leaves = {name: value.detach().requires_grad_() for name, value in values.items() if value is not None}
-        y, _ = block_feed_forward_op(*replace(self, **leaves).arguments(keep_hidden))
-        y.backward(self.grad)
-        return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
-
-
-def make_case(
-    tokens: int = 37,
-    block_counts: tuple[int, int, int] = (2, 5, 3),
-    tiles: tuple[int, int] = (4, 6),
-    size: int = 16,
-    dtype: torch.dtype = torch.float32,
-    bias: bool = True,
-    strided: bool = False,
-    seed: int = 0,
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def activation(width: int) -> Tensor:
-        return normal(2 * tokens, width + 3)[::2, 1 : width + 1] if strided else normal(tokens, width)
-
-    inputs, hidden, outputs = block_counts
-    return Case(
-        x=activation(inputs * size),
-        up=normal(tiles[0], size, size) / size**0.5,
-        up_bias=normal(hidden * size) if bias else None,
-        up_columns=blocks.random_columns(hidden, inputs, tiles[0], seed),
-        down=normal(tiles[1], size, size) / size**0.5,
-        down_bias=normal(outputs * size) if bias else None,
-        down_columns=blocks.random_columns(outputs, hidden, tiles[1], seed + 1),
-        grad=activation(outputs * size),
-        block_counts=block_counts,
-    )
-
-
-def errors(case: Case, computed: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference of each result, relative to its largest entry; nan counts as infinite."""
-    found = {}
-    expected = case.expected()
-    assert computed.keys() == expected.keys()
-    for name, value in expected.items():
-        assert computed[name].shape == value.shape, name
-        assert computed[name].dtype == case.x.dtype, name
-        if value.numel():
-            error = float((computed[name].double() - value).abs().max()) / max(float(value.abs().max()), 1e-30)
-            found[name] = error if error == error else float("inf")
-    return found
-
-
-def check(case: Case, keep_hidden: bool = False) -> None:
-    found = errors(case, case.computed(keep_hidden))
-    assert max(found.values(), default=0.0) <= TOLERANCE[case.x.dtype], found
 
 
 @pytest.fixture(params=KERNELS)
@@ -200,7 +85,7 @@ def test_output_memory_may_hold_anything_before(
     check(make_case(dtype=dtype, tiles=(2, 2)))  # fewer tiles than block-rows: some outputs have none
 
 
-@pytest.mark.parametrize("fault", ["up column", "down slot", "bias", "gelu", "last token"])
+@pytest.mark.parametrize("fault", ["up column", "down slot", "bias", "gelu", "last token", "bfloat16 weights"])
 def test_faults_are_caught(kernel: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case()
     computed = case.computed()
@@ -211,6 +96,8 @@ def test_faults_are_caught(kernel: str, fault: str, monkeypatch: pytest.MonkeyPa
     elif fault == "bias":
         assert case.up_bias is not None
         computed = replace(case, up_bias=torch.zeros_like(case.up_bias)).computed()
+    elif fault == "bfloat16 weights":
+        computed = replace(case, up=case.up.bfloat16().float()).computed()
     elif fault == "gelu":
         monkeypatch.setattr(F, "gelu", lambda x, approximate: torch.relu(x))
         wrong = case.expected()
@@ -218,7 +105,7 @@ def test_faults_are_caught(kernel: str, fault: str, monkeypatch: pytest.MonkeyPa
         computed = {name: value.float() for name, value in wrong.items()}
     else:
         computed["x"][-1] = 0
-    assert max(errors(case, computed).values()) > 10 * TOLERANCE[torch.float32]
+    assert max(errors(case, computed).values()) > 100
 
 
 @NEEDS_COMPILER
