@@ -1,11 +1,11 @@
 """What tile sizes and families cost and gain in quality: a small GPT-2 and its twins, learning rates swept.
 
-    python benchmarks/quality_study.py {tiles,families} run [--jobs 2]   # hours; finished runs stay, killed ones go on
-    python benchmarks/quality_study.py {tiles,families} time             # step times, on a quiet machine
-    python benchmarks/quality_study.py {tiles,families} table
+    python benchmarks/quality_study.py {tiles,families,seeds} run [--jobs 2]  # hours; finished runs stay, killed ones go on
+    python benchmarks/quality_study.py {tiles,families} time                  # step times, on a quiet machine
+    python benchmarks/quality_study.py {tiles,families,seeds} table
 
 Every row trains on the same tokens with the same linear FLOPs per token; a row's result is that of its best
-learning rate. Summaries are kept in results/quality_study, one file a run, step times in times.json beside them.
+learning rate. `seeds` repeats rows of `tiles` at one rate, to tell differences from noise. Summaries are kept in results/quality_study, one file a run, step times in times.json beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ RESULTS = HERE / "results" / "quality_study"
 RUNS = Path("runs") / "quality_study"
 TIMES_NAME = "times.json"
 REPEATS = 15
+SEEDS = (0, 1, 2)
 WIDE_HIDDEN = 256  # of the Wide 75% twin with scope model; the dense model's is 128
 
 
@@ -52,19 +53,24 @@ class Row:
         title: the table's first cell.
         sparse: fields of `SparseIFTConfig`; None is the dense model.
         algorithm: of the mask updates.
+        drop_fraction: share of weights or tiles that the first update drops.
+        seed: of weights, masks and the order of data.
     """
 
     name: str
     title: str
     sparse: dict[str, Any] | None = field(default=None, compare=False)
     algorithm: str = "rigl"
+    drop_fraction: float = 0.3
+    seed: int = 0
 
     def overrides(self) -> list[str]:
         """What this row changes in the recipe."""
+        seed = ["--seed", str(self.seed)] if self.seed else []
         if self.sparse is None:
-            return []
-        dst = {"algorithm": self.algorithm, "update_every_steps": 50, "drop_fraction": 0.3}
-        return ["--sparse_ift", json.dumps({"sparsity": 0.75, **self.sparse, "dst": dst})]
+            return seed
+        dst = {"algorithm": self.algorithm, "update_every_steps": 50, "drop_fraction": self.drop_fraction}
+        return [*seed, "--sparse_ift", json.dumps({"sparsity": 0.75, **self.sparse, "dst": dst})]
 
 
 @dataclass(frozen=True)
@@ -72,19 +78,24 @@ class Study:
     """Rows that can be compared.
 
     Args:
-        rows: the dense model first.
+        rows: to be compared.
         rates: learning rates that every row is trained with.
         max_steps: optimizer steps of 4,096 tokens.
+        folder: of the results.
     """
 
     rows: tuple[Row, ...]
     rates: tuple[float, ...]
     max_steps: int
+    folder: str
 
 
 def tiles_of(size: int) -> dict[str, Any]:
     """Fields of `SparseIFTConfig` for tiles of a size, or, for 0, single weights."""
     return {"structure": "block", "block_size": size} if size else {"structure": "unstructured"}
+
+
+DENSE = Row("dense", "dense")
 
 
 def tile_rows() -> Iterator[Row]:
@@ -94,6 +105,15 @@ def tile_rows() -> Iterator[Row]:
             kind = f"tiles of {tile}, {WIDE_HIDDEN // tile} per side" if tile else "unstructured"
             name = f"{f'tile{tile}' if tile else 'mask'}-{algorithm}"
             yield Row(name, f"Wide, {kind}, {algorithm}", {"scope": "model", **tiles_of(tile)}, algorithm)
+
+
+def repeated_rows() -> Iterator[Row]:
+    """Some rows of `tiles`, and RigL with smaller updates, each with every seed."""
+    kept = ("mask-rigl", "mask-static", "tile32-rigl", "tile32-static")
+    title = f"Wide, tiles of 32, {WIDE_HIDDEN // 32} per side, rigl, 10% dropped instead of 30%"
+    smaller = Row("tile32-rigl-drop0.1", title, {"scope": "model", **tiles_of(32)}, drop_fraction=0.1)
+    for row in (DENSE, *(row for row in tile_rows() if row.name in kept), smaller):
+        yield from (replace(row, name=f"{row.name}-seed{seed}" if seed else row.name, seed=seed) for seed in SEEDS)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -113,10 +133,10 @@ def family_rows() -> Iterator[Row]:
         yield Row(title.lower().replace(", ", "-").replace(" ", "-"), title, {**fields, **tiles_of(16)})
 
 
-DENSE = Row("dense", "dense")
 STUDIES = {
-    "tiles": Study((DENSE, *tile_rows()), (2e-3, 4e-3, 8e-3, 1.6e-2), 1920),
-    "families": Study((DENSE, *family_rows()), (4e-3, 8e-3, 1.6e-2), 640),
+    "tiles": Study((DENSE, *tile_rows()), (2e-3, 4e-3, 8e-3, 1.6e-2), 1920, "tiles"),
+    "seeds": Study(tuple(repeated_rows()), (8e-3,), 1920, "tiles"),
+    "families": Study((DENSE, *family_rows()), (4e-3, 8e-3, 1.6e-2), 640, "families"),
 }
 
 
@@ -128,11 +148,11 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     choice = parser.parse_args(words)
     if choice.command == "table":
-        print(table(choice.study, RESULTS))
+        print((seed_table if choice.study == "seeds" else table)(choice.study, RESULTS))
     elif choice.command == "time":
         times = step_times(STUDIES[choice.study])
         times["command"] = shlex.join(["benchmarks/quality_study.py", *sys.argv[1:]])
-        path = RESULTS / choice.study / TIMES_NAME
+        path = RESULTS / STUDIES[choice.study].folder / TIMES_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, times)
     else:
@@ -158,12 +178,12 @@ def pairs(study: Study) -> Iterator[tuple[Row, float]]:
 
 def result_path(results: Path, study: str, row: Row, rate: float) -> Path:
     """Where the summary of a run is kept."""
-    return results / study / f"{row.name}-lr{rate:g}.json"
+    return results / STUDIES[study].folder / f"{row.name}-lr{rate:g}.json"
 
 
 def train(study: str, row: Row, rate: float) -> None:
     """One run, gone on with if it was killed."""
-    output = RUNS / study / f"{row.name}-lr{rate:g}"
+    output = RUNS / STUDIES[study].folder / f"{row.name}-lr{rate:g}"
     output.mkdir(parents=True, exist_ok=True)
     options = {
         "output_dir": output,
@@ -228,7 +248,7 @@ def read_results(study: str, results: Path) -> dict[tuple[Row, float], dict[str,
 
 def table(study: str, results: Path) -> str:
     """Each row's held-out loss by learning rate, the best in bold, and what it costs: a Markdown table."""
-    summaries, times_path = read_results(study, results), results / study / TIMES_NAME
+    summaries, times_path = read_results(study, results), results / STUDIES[study].folder / TIMES_NAME
     times = json.loads(times_path.read_text("utf-8"))["step_seconds"] if times_path.is_file() else {}
     rates = sorted(STUDIES[study].rates)
     header = [f"lr {rate:g}" for rate in rates] + ["whole-model FLOPs", "step time"]
@@ -241,6 +261,22 @@ def table(study: str, results: Path) -> str:
         cells.append(ratio(next(iter(found.values()), None), dense, "forward_flops_per_token"))
         cells.append(f"{times[row.name] / times[DENSE.name]:.2f}x" if row.name in times else "")
         lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def seed_table(study: str, results: Path) -> str:
+    """Each row's held-out loss by seed, and their mean: a Markdown table."""
+    losses: dict[str, dict[int, float]] = {row.title: {} for row in STUDIES[study].rows}
+    for (row, _), summary in read_results(study, results).items():
+        losses[row.title][row.seed] = summary["eval_loss"]
+    lines = [
+        "| held-out loss (nats/token) | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean |",
+        "| --- |" + " ---: |" * (len(SEEDS) + 1),
+    ]
+    for title, found in losses.items():
+        cells = [f"{found[seed]:.4f}" if seed in found else "" for seed in SEEDS]
+        cells.append(f"{statistics.mean(found.values()):.4f}" if len(found) == len(SEEDS) else "")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
