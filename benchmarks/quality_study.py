@@ -1,11 +1,12 @@
 """What tile sizes and families cost and gain in quality: a small GPT-2 and its twins, learning rates swept.
 
-    python benchmarks/quality_study.py {tiles,families,seeds} run [--jobs 2]  # hours; finished runs stay, killed ones go on
-    python benchmarks/quality_study.py {tiles,families} time                  # step times, on a quiet machine
+    python benchmarks/quality_study.py {tiles,families,seeds} run [--jobs 2]  # hours; stopped, it goes on where it was
+    python benchmarks/quality_study.py {tiles,families} time  # step times, on a quiet machine
     python benchmarks/quality_study.py {tiles,families,seeds} table
 
 Every row trains on the same tokens with the same linear FLOPs per token; a row's result is that of its best
-learning rate. `seeds` repeats rows of `tiles` at one rate, to tell differences from noise. Summaries are kept in results/quality_study, one file a run, step times in times.json beside them.
+learning rate. `seeds` repeats rows of `tiles` at one rate, to tell differences from noise. Summaries are kept in
+results/quality_study, one file a run, step times in times.json beside them.
 """
 
 from __future__ import annotations
