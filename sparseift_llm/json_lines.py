@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,17 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
         file.write(json.dumps(values) + "\n")
 
 
+def set_aside(path: Path) -> Path | None:
+    """Rename a file of an earlier run, if there is one, by adding a number to its name; returns the new path."""
+    if not path.exists():
+        return None
+    number = next(n for n in count(1) if not path.with_name(f"{path.name}.{n}").exists())
+    return path.rename(path.with_name(f"{path.name}.{number}"))
+
+
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drop, atomically, the lines of steps after `last_step` (all if it is 0), which are going to be run again."""
-    kept = [line for line in read_lines(path) if line["step"] <= last_step] if last_step else []
+    """Drop, atomically, the lines of steps after `last_step`, which are going to be run again."""
+    kept = [line for line in read_lines(path) if line["step"] <= last_step]
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

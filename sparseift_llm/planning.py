@@ -174,6 +174,8 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
         )
     dense_config = model if isinstance(model, PreTrainedConfig) else model.config
     if getattr(dense_config, "sparse_ift", None) or (isinstance(model, nn.Module) and sparse_layers(model)):
+        if isinstance(model, nn.Module) and not sparse_layers(model):
+            raise ValueError(missing_layers(dense_config))
         raise ValueError("the model is already a Sparse-IFT model; start from the dense one (or call to_dense first)")
     if seq_len is not None and seq_len < 1:
         raise ValueError(f"seq_len must be at least 1, got {seq_len}")
@@ -232,6 +234,13 @@ def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str,
     if type(vocab_size) is not int or vocab_size < 1:
         raise ValueError(f"the sparse_ift record is damaged: dense_vocab_size is {vocab_size!r}")
     return SparseIFTConfig.from_dict(values), dense_sizes
+
+
+def missing_layers(hf_config: PreTrainedConfig) -> str:
+    """What to say of a model without sparse layers."""
+    if getattr(hf_config, "sparse_ift", None):
+        return "the Sparse-IFT model was loaded without its masks: load it with sparseift_llm.load_pretrained(folder)"
+    return "the model has no sparse layers: call sparsify(model, config) first"
 
 
 def _plan(

@@ -19,8 +19,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from sparseift_llm.config import SparseIFTConfig
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import stock_weights
 from sparseift_llm.layers.shards import is_sharded
+from sparseift_llm.layout import has_own_layout
 from sparseift_llm.mask_file import MASKS_NAME, save_masks
 from sparseift_llm.model_card import CARD_NAME, write_card
 
@@ -33,16 +36,26 @@ _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "c
 _UPLOADED = (CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model*.safetensors.index*.json", MASKS_NAME)
 
 
-def install_saving(model: PreTrainedModel) -> None:
+def install_saving(model: PreTrainedModel, config: SparseIFTConfig) -> None:
     """From now on `model.save_pretrained` and `model.push_to_hub` are the functions below."""
     # a partial, unlike a bound method, follows the model through deepcopy and pickle
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     model.push_to_hub = partial(push_to_hub, model)  # type: ignore[assignment]
+    if has_own_layout(config):
+        model.base_model.save_pretrained = _refuse_base_model  # type: ignore[assignment]
 
 
 def restore_saving(model: PreTrainedModel) -> None:
     """The inverse of `install_saving`."""
     del model.save_pretrained, model.push_to_hub
+    vars(model.base_model).pop("save_pretrained", None)
+
+
+def _refuse_base_model(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "a Sparse-IFT model of own layout is saved and loaded whole, with its head: call save_pretrained of the causal "
+        "language model; its base model can be saved after to_dense"
+    )
 
 
 def save_pretrained(
@@ -66,8 +79,10 @@ def save_pretrained(
         args, kwargs: passed on; with `push_to_hub` also what the method `push_to_hub` takes.
 
     Raises:
-        ValueError: the weights are sharded, not by transformers, and no `state_dict` is given.
+        ValueError: the weights are sharded, not by transformers, and no `state_dict` is given; or weights are not 0
+            where their mask is, so that the folder could not be loaded.
     """
+    _check_weights(model)
     if is_sharded(model) and state_dict is None:
         if getattr(model.config, "distributed_config", None) is None:
             raise ValueError(f"the model's weights are sharded; {GATHER}")
@@ -84,6 +99,17 @@ def save_pretrained(
     _remove_stale_weights(folder)
     if push_to_hub:
         _upload(model, folder, token=kwargs.get("token"), **hub)
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """Whole weights must be 0 where their mask is."""
+    for name, layer in () if is_sharded(model) else sparse_layers(model).items():
+        if not layer.weight.is_meta and not layer.weights_fit(layer.mask):
+            raise ValueError(
+                f"{name}.weight is not 0 where its mask is, so something else than sparse training wrote to it: a "
+                "resume without SparseTrainingCallback, another model's state dict, a merged adapter. Load models with "
+                "load_pretrained, or to give the surplus weights up call zero_inactive() of every sparse layer"
+            )
 
 
 def _save_gathered(

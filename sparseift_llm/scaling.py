@@ -82,7 +82,7 @@ def optimizer_param_groups(model: PreTrainedModel, lr: float, weight_decay: floa
 
     Source: SµPar, arXiv 2405.15743, table 1.
     """
-    factors = _learning_rate_factors(model)
+    factors = learning_rate_factors(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -125,8 +125,11 @@ def cosine_to_plateau(warmup_steps: int, decay_steps: int, min_lr_rate: float) -
     return factor
 
 
-def _learning_rate_factors(model: PreTrainedModel) -> dict[str, tuple[float, float]]:
-    """Parameter name -> (SµPar's factor, factor folded into the weight); decay times rate ignores the latter."""
+def learning_rate_factors(model: PreTrainedModel) -> dict[str, tuple[float, float]]:
+    """Parameter name -> (SµPar's factor, factor folded into the weight); decay times rate ignores the latter.
+
+    Parameters that are not named have (1, 1), as all have without `init="supar"`.
+    """
     if not getattr(model.config, "sparse_ift", None):
         return {}
     config, dense_sizes = read_record(model.config)

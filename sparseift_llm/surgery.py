@@ -22,7 +22,7 @@ from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.layers.shards import is_sharded
 from sparseift_llm.layout import mark, unmark
-from sparseift_llm.planning import LayerPlan, Plan, plan, record
+from sparseift_llm.planning import LayerPlan, Plan, missing_layers, plan, record
 from sparseift_llm.pretrained_start import check_has_weights, start_from
 from sparseift_llm.saving import GATHER, install_saving, restore_saving
 from sparseift_llm.scaling import scale_initial_weights
@@ -96,6 +96,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             family's non-linearity.
     """
     if not sparse_layers(model):
+        if getattr(model.config, "sparse_ift", None):
+            raise ValueError(missing_layers(model.config))
         raise ValueError("the model has no sparse layers: it is dense already")
     if is_sharded(model):
         raise ValueError(f"to_dense needs whole weights; {GATHER}, then to_dense(load_pretrained(folder))")
@@ -138,10 +140,13 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[s
                 sparse.balance_heads(*layer.heads)
             _replace(model, layer.name, sparse)
     _fuse_feed_forwards(model, plan)
-    install_saving(model)
+    install_saving(model, plan.config)
     # every rank computes the same masks and indices; broadcasting them before each forward would be waste
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-        f"{name}.{buffer}" for name, layer in sparse_layers(model).items() for buffer, _ in layer.named_buffers()
+        f"{prefix}{name}.{buffer}"
+        for name, layer in sparse_layers(model).items()
+        for buffer, _ in layer.named_buffers()
+        for prefix in ("", "_orig_mod.")  # compiled before it was wrapped
     ]
 
 

@@ -163,7 +163,7 @@ def test_damaged_columns_are_refused(columns: list[int]) -> None:
     state = {**layer.state_dict(), "columns": torch.tensor(columns, dtype=torch.int32)}
     if columns == [0, 0, 1, 2, 3]:
         state["columns"] = torch.tensor([0, 1, 1, 2, 3], dtype=torch.int32)  # twice 1 in the second row
-    with pytest.raises(ValueError, match="columns are damaged"):
+    with pytest.raises(ValueError, match="columns must be distinct"):
         layer.load_state_dict(state)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     GPTNeoXConfig,
@@ -58,12 +58,14 @@ def test_widths_are_valid_and_near_what_was_asked(name: str, scope: str, sparsit
 
 
 @given(name=st.sampled_from(NAMES), scope=st.sampled_from(SCOPES), sparsity=st.floats(0.01, 0.95))
+@example(name="gpt_neox", scope="model", sparsity=0.1484375)
 @settings(max_examples=25, deadline=None)
 def test_realised_sparsity_at_real_sizes_is_near_what_was_asked(name: str, scope: str, sparsity: float) -> None:
     dense = TINY[name].__class__.from_dict({**TINY[name].to_dict(), **REAL_SIZES[name]})
     for layer in plan(dense, SparseIFTConfig(scope=scope, sparsity=sparsity)).layers:
         if layer.is_sparse:
-            assert layer.sparsity == pytest.approx(sparsity, abs=0.06)
+            # a head of 64 may have to be 2.5 wider or narrower (partial rotary), and weights go with the square
+            assert layer.sparsity == pytest.approx(sparsity, abs=2 * 2.5 / 64)
 
 
 _REAL: dict[str, Any] = {"hidden_size": 768, "num_attention_heads": 12}

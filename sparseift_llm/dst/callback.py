@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +12,14 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
 from sparseift_llm.checkpoint import find_resumed_checkpoint, set_aside_incomplete
 from sparseift_llm.dst.controller import SparseTrainingController
 from sparseift_llm.dst.report import MaskReport, ReportOptions, go_first
 from sparseift_llm.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
+
+logger = logging.getLogger(__name__)
 
 
 class SparseTrainingCallback(TrainerCallback, ExportableState):
@@ -23,7 +28,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     What to do is read from the model (`SparseIFTConfig.dst`). Checkpoints hold the masks
     (`sparse_masks.safetensors`) and, in `trainer_state.json`, the rest of the state;
     `trainer.train(resume_from_checkpoint=True)` goes on from them, and half-written
-    checkpoints are set aside when the Trainer is created. It becomes the first of the Trainer's callbacks, so that
+    checkpoints are set aside when the Trainer is created (so do not create one for the `output_dir` of a run that is
+    still going on). It becomes the first of the Trainer's callbacks, so that
     every tracker gets what it adds to the log.
 
     Args:
@@ -118,6 +124,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
                 f"the masks in {folder} are not those its trainer_state.json speaks of; restore the folder"
             )
         apply_masks(model, masks, folder, check_weights=True)
+        _warn_of_changes(folder, model)
         self.controller.load_counters(saved)
         if self.report is not None:
             self.report.restore(folder, saved.get("metrics"))
@@ -190,6 +197,17 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         for part in (self.controller, self.report):
             if part is not None:
                 part.close()
+
+
+def _warn_of_changes(folder: Path, model: PreTrainedModel) -> None:
+    """Log a warning if the resumed checkpoint was written with other mask updates than are coming."""
+    try:
+        before = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["sparse_ift"]["dst"]
+    except (OSError, ValueError, KeyError, TypeError):  # sharded weights may be saved without it
+        return
+    now = model.config.sparse_ift["dst"]
+    if before != now:
+        logger.warning("%s was written with dst=%s, and the run goes on with dst=%s", folder, before, now)
 
 
 def _rank_files(args: TrainingArguments) -> list[str]:

@@ -11,28 +11,30 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparseift_llm.dst.algorithms import ALGORITHMS
 from sparseift_llm.dst.averages import AveragedCopies
 from sparseift_llm.dst.distributed import Ranks, gradient_dtype, no_gradient, world_size
 from sparseift_llm.dst.join import SparseJoinHook, check_join
 from sparseift_llm.dst.optimizer_state import zero_state
-from sparseift_llm.dst.support import check_model, check_optimizer
+from sparseift_llm.dst.support import check_model, check_optimizer, warn_of_learning_rates
 from sparseift_llm.dst.zero import ZeroState, zero_optimizer
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.shards import gathered, reshard
 from sparseift_llm.mask_file import apply_masks, digest, pack, unpack
 from sparseift_llm.ops.dense_gradient import DenseGradient
-from sparseift_llm.planning import read_record
+from sparseift_llm.planning import missing_layers, read_record
 
 logger = logging.getLogger(__name__)
+_attached: WeakSet[SparseTrainingController] = WeakSet()
 UpdateListener = Callable[[str, Tensor, Tensor, "Tensor | None"], None]
 
 
@@ -79,8 +81,9 @@ class SparseTrainingController(Joinable):
         ranks: the collectives of mask updates.
 
     Raises:
-        ValueError: the model has no sparse layers, a sparse weight is not in the optimizer, or a wrapper, adapter
-            or optimizer is not supported; see support.py. On all ranks, if they were given different schedules.
+        ValueError: the model has no sparse layers, a sparse weight is not in the optimizer, the optimizer has a
+            controller already, or a wrapper, adapter or optimizer is not supported; see support.py. On all ranks, if
+            they were given different schedules.
         RuntimeError: on all ranks, if they hold different masks.
     """
 
@@ -91,9 +94,9 @@ class SparseTrainingController(Joinable):
             raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
         super().__init__()
         self.model = model
-        self.layers = sparse_layers(model)
+        self.layers, pretrained = sparse_layers(model), _pretrained_model(model)
         if not self.layers:
-            raise ValueError("the model has no sparse layers: call sparsify(model, config) first")
+            raise ValueError(missing_layers(pretrained.config))
         zero = zero_optimizer(optimizer)
         self._zero = ZeroState(zero, self.layers) if zero is not None else None
         inner = (
@@ -103,8 +106,11 @@ class SparseTrainingController(Joinable):
         check_model(model, zero is not None)
         if zero is None:
             check_optimizer(inner, model, self.layers)
+            warn_of_learning_rates(inner, pretrained)
+        if any(other.optimizer is inner for other in _attached):
+            raise ValueError("the optimizer has a SparseTrainingController already; close() that one first")
         self.optimizer: Optimizer = inner
-        config, _ = read_record(_config_of(model))
+        config, _ = read_record(pretrained.config)
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
         self._micro_batches = micro_batches
         self._reduces_at_once = micro_batches == 1 and world_size() == 1
@@ -124,6 +130,7 @@ class SparseTrainingController(Joinable):
             self._unhook = self.optimizer.register_step_post_hook(
                 torch.compiler.disable(self._after_optimizer_step)
             ).remove
+        _attached.add(self)
         self._arm()
 
     def follow(self, copy: nn.Module) -> None:
@@ -153,6 +160,7 @@ class SparseTrainingController(Joinable):
     def close(self) -> None:
         """Detach from model and optimizer; masks stay as they are."""
         self._unhook()
+        _attached.discard(self)
         self._disarm()
 
     def state_dict(self) -> dict[str, Any]:
@@ -318,9 +326,9 @@ class SparseTrainingController(Joinable):
             torch.compiler.set_stance("default")
 
 
-def _config_of(model: nn.Module) -> PreTrainedConfig:
-    """The transformers config inside a model that may be wrapped (DistributedDataParallel, torch.compile)."""
+def _pretrained_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside one that may be wrapped (DistributedDataParallel, torch.compile)."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            return module.config
+            return module
     raise ValueError(f"{type(model).__name__} holds no transformers model, so its sparse_ift record cannot be read")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +12,12 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.scaling import learning_rate_factors
 
+logger = logging.getLogger(__name__)
 DISTRIBUTED = "DistributedDataParallel or FSDP2 (torch.distributed.fsdp.fully_shard)"
 NO_ZERO = (
     "of DeepSpeed only ZeRO stages 1 to 3 are supported: give the controller engine and engine.optimizer of a "
@@ -64,7 +69,10 @@ def check_optimizer(optimizer: Any, model: nn.Module, layers: Mapping[str, Spars
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer, so it cannot be followed")
     if all(layer.is_frozen for layer in layers.values()):
-        raise ValueError("all sparse weights are frozen (requires_grad=False), so there is nothing to train")
+        raise ValueError(
+            "all sparse weights are frozen (requires_grad=False), so no mask can change; unfreeze some, or train "
+            "without the callback or controller"
+        )
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     is_sharded_by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
     for name, layer in layers.items():
@@ -75,6 +83,27 @@ def check_optimizer(optimizer: Any, model: nn.Module, layers: Mapping[str, Spars
                 f"{name}.weight is not in the optimizer; create the optimizer after sparsify (and after fully_shard), "
                 "from model.parameters(), or leave the projection dense with SparseIFTConfig(exclude=...)"
             )
+
+
+def warn_of_learning_rates(optimizer: Optimizer, model: PreTrainedModel) -> None:
+    """Log a warning unless, under `init="supar"`, learning rates are in the proportions that it asks for."""
+    if not (factors := learning_rate_factors(model)):
+        return
+    rates = {
+        id(parameter): float(group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    base_rates = [
+        rates[id(parameter)] / math.prod(factors.get(name, (1.0, 1.0)))
+        for name, parameter in model.named_parameters()
+        if id(parameter) in rates
+    ]
+    if max(base_rates) > 1.01 * min(base_rates):
+        logger.warning(
+            "init='supar' has a learning rate of its own for every width and sparsity, and the optimizer's are others: "
+            "build it with optimizer_param_groups(model, lr)"
+        )
 
 
 def _check_sharding(name: str, weight: DTensor, is_sharded_by_fsdp: bool) -> None:

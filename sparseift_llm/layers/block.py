@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -117,6 +118,7 @@ class BlockSparseLinear(SparseProjection):
         up.is_taken_over, self._before = True, (up,)
 
     def _multiply(self, input: Tensor) -> Tensor:
+        _refuse_forward_mode(input, self)
         x, weight, bias = _autocast(input.reshape(-1, self.in_features), self.weight, self.bias)
         y = block_linear_op(x, weight, bias, *self._index, self.out_features)
         if self.dense_gradient is not None and weight.requires_grad:
@@ -131,6 +133,12 @@ class BlockSparseLinear(SparseProjection):
         return self._multiply(self.hidden(input))
 
     def _feed_forward(self, up: BlockSparseLinear, input: Tensor) -> Tensor:
+        if isinstance(up.weight, DTensor) and not isinstance(self.weight, DTensor):
+            raise ValueError(
+                "the two projections of an FFN are computed as one, but were sharded one by one: give fully_shard the "
+                "MLP or the block that they are in"
+            )
+        _refuse_forward_mode(input, up, self)
         x, up_weight, up_bias = _autocast(input.reshape(-1, up.in_features), up.weight, up.bias)
         _, weight, bias = _autocast(x, self.weight, self.bias)
         y, _ = block_feed_forward_op(
@@ -167,6 +175,7 @@ class BlockSparseLinear(SparseProjection):
         return changed
 
     def restore_buffers(self) -> None:
+        self.columns = self.columns.to(torch.int32)  # a file may hold them in another dtype
         self._check_columns()
         self._index_columns()
 
@@ -259,7 +268,10 @@ class BlockSparseLinear(SparseProjection):
 
     def _check_columns(self) -> None:
         if not self.has_valid_columns():
-            raise ValueError("columns are damaged: they must be distinct within a block-row and inside the matrix")
+            raise ValueError(
+                "columns must be distinct within a block-row and inside the matrix: they are damaged, or of a model "
+                "with another sparsity, family or scope"
+            )
 
 
 class AppliedByNextLayer(nn.Identity):
@@ -280,6 +292,17 @@ def _after_loading(layer: BlockSparseLinear, _: Any) -> None:
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _refuse_forward_mode(input: Tensor, *layers: BlockSparseLinear) -> None:
+    """A custom operator would drop the tangents without a word."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in (input, *(parameter for layer in layers for parameter in (layer.weight, layer.bias))):
+        if tensor is not None and unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "block-sparse layers have no forward-mode derivatives (torch.func.jvp); differentiate with backward()"
+            )
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseift_llm.ops import block_native
-from sparseift_llm.ops.block_kernels import check_dtypes, kernel_for
+from sparseift_llm.ops.block_kernels import check_operands, kernel_for
 
 
 @torch.library.custom_op("sparseift::block_feed_forward", mutates_args=())
@@ -37,7 +37,10 @@ def block_feed_forward_op(
 
     The second result is the activation before GELU (T, hidden) if `keep_hidden`, else (0, hidden).
     """
-    check_dtypes(x, up, up_bias, down, down_bias)
+    indices = (
+        up_columns, up_slots_by_column, up_column_starts, down_columns, down_slots_by_column, down_column_starts
+    )  # fmt: skip
+    check_operands((x, up, up_bias, down, down_bias), indices)
     kernel = kernel_for(x, up, hidden_features, x.shape[1])
     if kernel is block_native and not keep_hidden:
         y = block_native.feed_forward(
@@ -66,6 +69,10 @@ def _(
     out_features: int,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
+    indices = (
+        up_columns, up_slots_by_column, up_column_starts, down_columns, down_slots_by_column, down_column_starts
+    )  # fmt: skip
+    check_operands((x, up, up_bias, down, down_bias), indices)
     return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0] if keep_hidden else 0, hidden_features)
 
 
@@ -93,6 +100,7 @@ def block_feed_forward_gradient_op(
     """
     up_tiles = (up, up_columns, up_slots_by_column, up_column_starts)
     down_tiles = (down, down_columns, down_slots_by_column, down_column_starts)
+    check_operands((grad, x, hidden, up, up_bias, down), (*up_tiles[1:], *down_tiles[1:]))
     kernel = kernel_for(x, up, hidden.shape[1], x.shape[1])
     if kernel is block_native and not len(hidden):
         gradients = block_native.feed_forward_gradient(grad, x, up_tiles, up_bias, hidden.shape[1], down_tiles, needed)

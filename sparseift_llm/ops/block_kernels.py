@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -83,17 +84,38 @@ def kernel_for(x: Tensor, weight: Tensor, out_features: int, in_features: int) -
         _warned.add(shape)
         warnings.warn(
             f"block-sparse {in_features}->{out_features} with {size}x{size} tiles in {x.dtype} on {device} runs on the "
-            f"{name!r} kernel, which can be slower than a masked dense layer; use larger tiles (block_size), or on a "
-            "GPU install triton, on a CPU a C++ compiler",
+            f"{name!r} kernel, which can be slower than a masked dense layer; {_faster(name, device, x.dtype, size)}",
             stacklevel=2,
         )
     return KERNELS[name]
 
 
-def check_dtypes(x: Tensor, *others: Tensor | None) -> None:
-    """Raise ValueError unless all operands have the dtype of `x`; torch's own linear refuses mixtures, too."""
-    found = [str(tensor.dtype) for tensor in (x, *others) if tensor is not None]
-    if len(set(found)) > 1:
+def _faster(name: str, device: str, dtype: torch.dtype, block_size: int) -> str:
+    """What to change about a slow choice."""
+    if device == "cpu" and dtype not in block_native.DTYPES:
+        return "use float32 or bfloat16"
+    if device == "cpu" and name != "native" and _supports("native", device, dtype, block_size):
+        return "install a C++ compiler, or use larger tiles (block_size)"
+    if device == "cuda" and dtype in block_triton.DTYPES and not block_triton.is_available():
+        return "install triton"
+    return "use larger tiles (block_size)"
+
+
+def check_operands(values: Iterable[Tensor | None], indices: Iterable[Tensor]) -> None:
+    """Raise ValueError unless operands are of one dtype, as torch's linear demands, indices int32, all on one device.
+
+    Kernels read memory by pointer, and a custom operator of which one operand is on the meta device computes nothing.
+    """
+    operands, numbers = [tensor for tensor in values if tensor is not None], list(indices)
+    if any(tensor.dtype != operands[0].dtype for tensor in operands):
+        found = ", ".join(str(tensor.dtype) for tensor in operands)
+        raise ValueError(f"input, weight and bias must have one dtype, got {found}; convert them, or use autocast")
+    if any(tensor.dtype != torch.int32 for tensor in numbers):
+        raise ValueError("a block-sparse layer's indices are no longer int32; change its dtype with `to`, not `type`")
+    everything = (*operands, *numbers)
+    if any(tensor.device != operands[0].device for tensor in everything):
+        found = ", ".join(dict.fromkeys(str(tensor.device) for tensor in everything))
         raise ValueError(
-            f"input, weight and bias must have one dtype, got {', '.join(found)}; convert them, or use autocast"
+            f"input, weight, bias and indices must be on one device, got {found}; move the whole model, and if it is "
+            "offloaded, offload whole MLPs, not their projections (accelerate: preload_module_classes)"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseift_llm.ops.block_kernels import check_dtypes, kernel_for
+from sparseift_llm.ops.block_kernels import check_operands, kernel_for
 
 
 @torch.library.custom_op("sparseift::block_linear", mutates_args=())
@@ -21,7 +21,7 @@ def block_linear_op(
     out_features: int,
 ) -> Tensor:
     """x (T, in), weight (N, b, b), bias (out,) -> (T, out)."""
-    check_dtypes(x, weight, bias)
+    check_operands((x, weight, bias), (columns, slots_by_column, column_starts))
     return kernel_for(x, weight, out_features, x.shape[1]).forward(x, weight, bias, columns, out_features)
 
 
@@ -35,6 +35,7 @@ def _(
     column_starts: Tensor,
     out_features: int,
 ) -> Tensor:
+    check_operands((x, weight, bias), (columns, slots_by_column, column_starts))
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -43,27 +44,29 @@ def block_input_gradient_op(
     grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, in_features: int
 ) -> Tensor:
     """grad (T, out), weight (N, b, b) -> (T, in)."""
-    assert grad.dtype == weight.dtype
+    check_operands((grad, weight), (slots_by_column, column_starts))
     kernel = kernel_for(grad, weight, grad.shape[1], in_features)
     return kernel.input_gradient(grad, weight, slots_by_column, column_starts, grad.shape[1], in_features)
 
 
 @block_input_gradient_op.register_fake
 def _(grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, in_features: int) -> Tensor:
+    check_operands((grad, weight), (slots_by_column, column_starts))
     return grad.new_empty(grad.shape[0], in_features)
 
 
 @torch.library.custom_op("sparseift::block_weight_gradient", mutates_args=())
 def block_weight_gradient_op(grad: Tensor, x: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """grad (T, out), x (T, in) -> the gradient of weight (N, b, b)."""
-    assert grad.dtype == x.dtype
+    check_operands((grad, x, weight), (columns,))
     kernel = kernel_for(grad, weight, grad.shape[1], x.shape[1])
     return kernel.weight_gradient(grad, x, columns, weight.shape[1])
 
 
 @block_weight_gradient_op.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=x.dtype)
+    check_operands((grad, x, weight), (columns,))
+    return weight.new_empty(weight.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -32,6 +32,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SOURCES = [
     Path(__file__).parent / "native" / name for name in ("scratch.h", "kernels.h", "linear.cpp", "feed_forward.cpp")
 ]
+_NO_MEMORY = 2  # of enum Outcome in kernels.h
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 
 
@@ -62,7 +63,7 @@ def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -
     grad, x = _unit_stride(grad), _unit_stride(x)
     result = torch.empty(len(columns), block_size, block_size, dtype=x.dtype)
     out_blocks, in_blocks = grad.shape[1] // block_size, x.shape[1] // block_size
-    rows = rows_of_slots(len(columns), out_blocks).to(torch.int32)
+    _, rows, _ = _fixed_index(len(columns), out_blocks)
     _call(
         "outer", x.dtype, grad, grad.stride(0), out_blocks, x, x.stride(0), in_blocks, len(x), rows,
         columns.contiguous(), len(columns), result, block_size,
@@ -137,15 +138,23 @@ def release_scratch() -> None:
 
 def _row_map(weight: Tensor, columns: Tensor, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """For a product with W^T: where each output block's entries begin, their input blocks, and their tiles."""
-    slots = torch.arange(len(weight), dtype=torch.int32)
-    return row_starts(len(weight), out_features // weight.shape[1]).contiguous(), columns.contiguous(), slots
+    starts, _, slots = _fixed_index(len(weight), out_features // weight.shape[1])
+    return starts, columns.contiguous(), slots
 
 
 def _column_map(weight: Tensor, by_column: Sequence[Tensor], out_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a product with W; `by_column`: its slots by column, and where each column begins."""
     slots, starts = by_column
-    rows = rows_of_slots(len(weight), out_features // weight.shape[1]).to(torch.int32)
+    _, rows, _ = _fixed_index(len(weight), out_features // weight.shape[1])
     return starts.contiguous(), rows[slots.long()], slots.contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_index(num_tiles: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What no mask update changes: the rows' first slots, the slots' rows, and the slots' numbers; read only."""
+    with torch.device("cpu"):
+        rows = rows_of_slots(num_tiles, num_rows).to(torch.int32)
+        return row_starts(num_tiles, num_rows), rows, torch.arange(num_tiles, dtype=torch.int32)
 
 
 def _gather(
@@ -187,7 +196,10 @@ def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> Non
         else ctypes.c_int64(argument)
         for argument in arguments
     ]
-    if function(*converted) != 0:
+    outcome = function(*converted)
+    if outcome == _NO_MEMORY:
+        raise torch.OutOfMemoryError("the native block kernels ran out of memory. Use smaller batches")
+    if outcome != 0:
         raise RuntimeError(f"the native block kernels have no code for block size {arguments[-1]}")
 
 

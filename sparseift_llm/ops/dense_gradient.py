@@ -53,7 +53,10 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.sink.add(gradient.T @ x)
+        if x.dtype == torch.float16:  # an entry of an inactive tile may overflow, which no gradient scaler would see
+            ctx.sink.add(gradient.T.float() @ x.float())
+        else:
+            ctx.sink.add(gradient.T @ x)
         return gradient, None, None
 
 

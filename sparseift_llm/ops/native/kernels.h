@@ -303,16 +303,19 @@ struct Kernels {
     }
 };
 
-// Calls `run` with the widest kernels whose panel divides a tile, whose side is a multiple of 4.
+// Calls `run` with the widest kernels whose panel divides a tile, whose side is a multiple of 4. What it returns:
+enum Outcome { DONE, NO_CODE, NO_MEMORY };
 template <class IO, class Sum, class Run>
-static int with_kernels(int64_t size, Run run) {
+static int with_kernels(int64_t size, Run run) try {
     constexpr int LANES = VECTOR_BYTES / sizeof(Sum);
-    if (size % 4) return 1;
+    if (size % 4) return NO_CODE;
     if (size % (MAX_VECTORS * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, MAX_VECTORS>());
     else if (size % (2 * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 2>());
     else if (size % LANES == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 1>());
     else if (size % (32 / sizeof(Sum)) == 0) run(Kernels<IO, Sum, 32, 1>());
     else if (size % (16 / sizeof(Sum)) == 0) run(Kernels<IO, Sum, 16, 1>());
-    else return 1;
-    return 0;
+    else return NO_CODE;
+    return DONE;
+} catch (const std::bad_alloc&) {
+    return NO_MEMORY;
 }

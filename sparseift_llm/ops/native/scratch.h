@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <numeric>
 #include <set>
 
@@ -40,8 +41,9 @@ struct Buffers {
     }
     void resize(int purpose, int64_t bytes) {
         free(start[purpose]);
+        size[purpose] = 0;
         start[purpose] = bytes ? aligned_alloc(4096, bytes) : nullptr;
-        if (bytes && !start[purpose]) abort();
+        if (bytes && !start[purpose]) throw std::bad_alloc();
         size[purpose] = bytes;
     }
 };
