@@ -236,7 +236,7 @@ def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str,
     return SparseIFTConfig.from_dict(values), dense_sizes
 
 
-def missing_layers(hf_config: PreTrainedConfig) -> str:
+def missing_layers(hf_config: PreTrainedConfig | None) -> str:
     """What to say of a model without sparse layers."""
     if getattr(hf_config, "sparse_ift", None):
         return "the Sparse-IFT model was loaded without its masks: load it with sparseift_llm.load_pretrained(folder)"

@@ -282,13 +282,3 @@ def test_meta_models_take_no_memory() -> None:
         model = sparsify(tiny_model("gpt2").config, SparseIFTConfig(structure="block", block_size=8))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert "tiles 8x8" in repr(model)
-
-
-def test_operands_of_unequal_dtypes_are_refused() -> None:
-    """The kernels read memory as what they are told it is."""
-    layer = make(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"one dtype.*float64.*float32"):
-        layer(inputs(layer, torch.float64))
-    layer.bias.data = layer.bias.data.double()
-    with pytest.raises(ValueError, match="one dtype"):
-        layer(inputs(layer, torch.float32))

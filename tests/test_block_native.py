@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +50,33 @@ def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from sparseift_llm.ops import block_native
+x, weight, columns = torch.ones(13, 512), torch.ones(256, 512, 512), torch.zeros(256, dtype=torch.int32)
+block_native.forward(x[:, :512], weight[:1], None, columns[:1], 512)  # the library and its threads take memory, too
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, resource.RLIM_INFINITY))
+try:
+    block_native.forward(x, weight, None, columns, 256 * 512)
+except torch.OutOfMemoryError as error:
+    print("refused:", error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert (block_native.forward(x, weight, None, columns, 256 * 512) == 512).all()
+print("done")
+"""
+
+
+@NEEDS_COMPILER
+def test_too_little_memory_is_an_error_that_can_be_caught() -> None:
+    """As torch's own, which searches for a batch size rely on, and not the end of the process."""
+    found = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [
+        "refused: the native block kernels ran out of memory. Use smaller batches", "done"
+    ]  # fmt: skip
 
 
 @NEEDS_COMPILER

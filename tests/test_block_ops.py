@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from sparseift_llm.ops import block_blas, block_kernels, block_native, block_reference
-from sparseift_llm.ops.block_kernels import kernel_name, use_block_kernel
+from sparseift_llm.ops.block_kernels import kernel_for, kernel_name, use_block_kernel
 from sparseift_llm.ops.block_linear import block_input_gradient_op, block_linear_op, block_weight_gradient_op
 from sparseift_llm.topology import blocks
 from tests.block_cases import LAYOUTS, NEEDS_COMPILER, Case, check, errors, make_case
@@ -237,3 +238,21 @@ def test_a_slow_choice_warns_once_and_names_the_shape(monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match=r"12->8 with 4x4 tiles in torch.float32 on cpu runs on the 'blas' kernel"):
         block_linear_op(x, weight, bias, *rest)
     block_linear_op(x, weight, bias, *rest)  # warnings are errors here
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "has_compiler", "advice"),
+    [
+        (torch.float32, 16, False, "install a C++ compiler, or use larger tiles"),
+        (torch.float32, 8, True, "use larger tiles"),
+        (torch.float16, 16, True, "use float32 or bfloat16"),
+    ],
+)
+def test_a_slow_choice_says_what_to_change(
+    dtype: torch.dtype, size: int, has_compiler: bool, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_native, "is_available", lambda: has_compiler)
+    monkeypatch.setattr(block_kernels, "_warned", set())
+    x, weight = torch.zeros(1, size, dtype=dtype), torch.zeros(1, size, size, dtype=dtype)
+    with pytest.warns(UserWarning, match=rf"slower than a masked dense layer; {re.escape(advice)}"):
+        kernel_for(x, weight, size, size)

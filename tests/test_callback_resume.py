@@ -99,11 +99,21 @@ def test_the_model_that_resumes_may_start_from_anything(complete: Complete, tmp_
     assert not differences(complete("rigl")[1], final_state(trainer))
 
 
+@pytest.mark.parametrize("algorithm", ["rigl", "static"])
+def test_a_run_that_goes_on_with_other_updates_says_so(
+    complete: Complete, algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumable(complete, tmp_path)
+    new_trainer(tmp_path, algorithm).train(resume_from_checkpoint=True)
+    assert ("the run goes on with dst={'algorithm': 'static'" in caplog.text) == (algorithm == "static")
+
+
 def test_runs_differ_where_they_should(complete: Complete, tmp_path: Path) -> None:
     """Fewer steps, or resuming without the right masks, is noticed by the comparison."""
     checkpoint = resumable(complete, tmp_path, 8)
     assert differences(complete("rigl")[1]["masks"], read_masks(resumable(complete, tmp_path, 4)))
-    trainer = make_trainer(sparse_gpt2("rigl", dropout=0.1), tmp_path / "without", **SAVING)  # no callback
+    options = {**SAVING, "save_strategy": "no"}
+    trainer = make_trainer(sparse_gpt2("rigl", dropout=0.1), tmp_path / "without", **options)  # no callback
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.model is not None
     # tiles cannot be told apart from the weights that they hold, so they come with them

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from sparseift_llm import DSTConfig, SparseTrainingController
+from sparseift_llm import (
+    DSTConfig,
+    SparseIFTConfig,
+    SparseTrainingController,
+    optimizer_param_groups,
+    sparsify,
+    to_dense,
+)
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.mask_file import pack, unpack
 from tests.conftest import tiny_models_of
+from tests.models import tiny_model
 from tests.tiny_runs import ToyModel, batches, bits, differences, first_sparse, masks, sparse_gpt2, train
 
 
@@ -238,6 +246,49 @@ def test_model_without_sparse_layers() -> None:
     dense = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"no sparse layers.*sparsify"):
         SparseTrainingController(dense, SGD(dense.parameters(), lr=1.0), 10)
+
+
+@pytest.mark.usefixtures("either_structure")
+def test_a_model_loaded_without_its_masks_is_told_how_to_load_it() -> None:
+    stock = to_dense(sparse_gpt2(linear=True))
+    stock.config.sparse_ift = sparse_gpt2().config.sparse_ift  # as the stock class loads an unstructured model
+    for use in (
+        lambda: SparseTrainingController(stock, SGD(stock.parameters(), lr=1.0), 10),
+        lambda: to_dense(stock),
+        lambda: sparsify(stock, SparseIFTConfig()),
+    ):
+        with pytest.raises(ValueError, match=r"without its masks.*load_pretrained"):
+            use()
+
+
+def test_an_optimizer_has_one_controller_at_a_time() -> None:
+    model = toy_model()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    first = SparseTrainingController(model, optimizer, 10)
+    with pytest.raises(ValueError, match=r"has a SparseTrainingController already; close\(\)"):
+        SparseTrainingController(model, optimizer, 10)
+    first.close()
+    SparseTrainingController(model, optimizer, 10)
+    SparseTrainingController(model, SGD(model.parameters(), lr=1.0), 10)  # the other optimizer may be given up
+
+
+def supar_rates(groups: bool, scheduled: bool) -> None:
+    torch.manual_seed(0)
+    model = sparsify(tiny_model("gpt2"), SparseIFTConfig(init="supar"))
+    optimizer = torch.optim.AdamW(optimizer_param_groups(model, 0.1) if groups else model.parameters(), lr=0.1)
+    if scheduled:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    SparseTrainingController(model, optimizer, 10).close()
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_learning_rates_that_are_not_those_of_supar_are_noticed(
+    scheduled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    supar_rates(groups=True, scheduled=scheduled)
+    assert "optimizer_param_groups" not in caplog.text
+    supar_rates(groups=False, scheduled=scheduled)
+    assert "build it with optimizer_param_groups(model, lr)" in caplog.text
 
 
 @pytest.mark.parametrize("total_steps", [0, -1])

@@ -197,6 +197,15 @@ def test_accumulation_does_not_change_metrics(tmp_path: Path) -> None:
             assert split[name] == pytest.approx(whole[name], rel=1e-7), name
 
 
+def test_lines_of_an_earlier_run_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for run in range(3):
+        new_trainer(tmp_path, Record(), logging_steps=3 + run).train()
+        assert ("an earlier run's lines" in caplog.text) == (run > 0)
+    names = ("layers.jsonl.1", "layers.jsonl.2", "layers.jsonl")
+    steps = [[json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] for name in names]
+    assert steps == [[3, 6, 9, 12], [4, 8, 12], [5, 10]]
+
+
 def test_log_events_without_a_training_loss_are_left_alone(tmp_path: Path) -> None:
     record = Record()
     trainer = new_trainer(tmp_path, record, eval_strategy="steps", eval_steps=2, logging_steps=3)

@@ -94,9 +94,10 @@ class SparseTrainingController(Joinable):
             raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
         super().__init__()
         self.model = model
-        self.layers, pretrained = sparse_layers(model), _pretrained_model(model)
+        self.layers = sparse_layers(model)
         if not self.layers:
-            raise ValueError(missing_layers(pretrained.config))
+            raise ValueError(missing_layers(getattr(model, "config", None)))
+        pretrained = _pretrained_model(model)
         zero = zero_optimizer(optimizer)
         self._zero = ZeroState(zero, self.layers) if zero is not None else None
         inner = (
