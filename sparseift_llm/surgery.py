@@ -38,7 +38,8 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
     zeros, and `save_pretrained` writes a stock checkpoint plus the packed masks. Block-sparse, it holds
     active tiles only, and so does its checkpoint: `load_pretrained` reads it, `to_dense` makes it stock. It is randomly
     initialised (set torch's seed before), except that parameters whose shape did not change keep the values of `model`,
-    when a model is given; with `init="pretrained"` all start from them. The argument itself is not changed.
+    when a model is given: of a trained model the new projections know nothing, unless `init="pretrained"` starts them
+    from its weights. The argument itself is not changed.
 
     Args:
         model: a dense model, or its config. Under `torch.device("meta")` nothing is allocated.
