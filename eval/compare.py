@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from sparseift_llm.evaluation.comparison import compare, markdown, read_arm
+from sparseift_llm.outputs import in_words
 from sparseift_llm.run_record import write_json
 
 
@@ -26,15 +27,13 @@ def main(words: list[str]) -> None:
     args = parser.parse_args(words)
     try:
         found = compare([read_arm(text) for text in args.files], args.samples, args.confidence)
-    except ValueError as error:
-        sys.exit(f"compare: {error}")
-    text = markdown(found)
-    print(text)
-    if args.output:
-        target = Path(args.output)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_suffix(".md").write_text(text, encoding="utf-8")
-        write_json(target.with_suffix(".json"), found)
+        text = markdown(found)
+        print(text)
+        if args.output:
+            write_json(Path(args.output).with_suffix(".json"), found)
+            Path(args.output).with_suffix(".md").write_text(text, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        sys.exit(f"compare: {in_words(error)}")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def analyze(runs: Sequence[str | Path], output: str | Path, every_nth_layer: int
         every_nth_layer: see `spectral_report`.
 
     Raises:
-        ValueError: a run is no folder or is given twice, no run has anything to analyse, or a file cannot be written.
+        ValueError: a run is no folder or is given twice, or no run has anything to analyse.
+        OSError: a file cannot be written.
     """
     folders = [Path(run) for run in runs]
     for folder in folders:
@@ -102,17 +103,14 @@ def analyze(runs: Sequence[str | Path], output: str | Path, every_nth_layer: int
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice, which would count it twice in correlations")
     settings = make_settings(every_nth_layer)
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        found = tuple(_analyze_run(folder, settings) for folder in folders)
-        if not any(run.checkpoints for run in found):
-            reasons = [f"{run.run} ({where}): {reason}" for run in found for where, reason in run.excluded.items()]
-            raise ValueError("nothing to analyse: " + "; ".join(reasons))
-        result = Analysis(settings, found, tuple(correlations(found)))
-        write_json(Path(output) / ANALYSIS_NAME, result.to_dict())
-        _write_table(Path(output) / TABLE_NAME, found)
-    except OSError as error:
-        raise ValueError(f"cannot read or write {error.filename}: {error.strerror}") from error
+    Path(output).mkdir(parents=True, exist_ok=True)
+    found = tuple(_analyze_run(folder, settings) for folder in folders)
+    if not any(run.checkpoints for run in found):
+        reasons = [f"{run.run} ({where}): {reason}" for run in found for where, reason in run.excluded.items()]
+        raise ValueError("nothing to analyse: " + "; ".join(reasons))
+    result = Analysis(settings, found, tuple(correlations(found)))
+    write_json(Path(output) / ANALYSIS_NAME, result.to_dict())
+    _write_table(Path(output) / TABLE_NAME, found)
     return result
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparseift_llm.layers.composite import Part
+from sparseift_llm.outputs import in_words
 from sparseift_llm.planning import LayerPlan, Plan
 
 
@@ -26,8 +27,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         print(arguments.run(arguments))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sparseift: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"sparseift: {in_words(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -157,7 +158,6 @@ def _bench(arguments: argparse.Namespace) -> str:
     command = " ".join(filter(None, ["sparseift bench", *words, f"--repeats {arguments.repeats}"]))
     result = {**bench(rows, arguments.repeats), "command": command}
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, result)
     if arguments.json:
         return json.dumps(result, indent=2)

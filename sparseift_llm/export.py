@@ -7,8 +7,6 @@ of their places in the mask file's packed bits; tiles are stored as always. load
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.layers.shards import is_sharded
 from sparseift_llm.layout import mark
 from sparseift_llm.mask_file import digest, masks_of
+from sparseift_llm.outputs import written_whole
 from sparseift_llm.planning import read_record
 from sparseift_llm.saving import GATHER
 from sparseift_llm.strict import check_choice
@@ -58,18 +57,11 @@ def save_export(model: PreTrainedModel, output: str | Path, format: str = "dense
         raise ValueError("the model has no sparse layers, so there is nothing to export")
     if is_sharded(model):
         raise ValueError(f"an export needs whole weights; {GATHER}, then export the folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
-    try:
+    with written_whole(output) as temporary:
         if format == "dense":
             to_dense(model).save_pretrained(temporary)
         else:
             _save_packed(model, temporary)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 

@@ -199,6 +199,41 @@ def test_argparse_refuses_the_rest(capsys: pytest.CaptureFixture[str], words: li
     assert "usage: sparseift" in capsys.readouterr().err
 
 
+def refusal(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """The one line printed by a command that fails."""
+    assert main(list(map(str, words))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    return line.removeprefix("sparseift: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["compare", "{run}", "--output"], "afile"),
+        (["compare", "{run}", "--output"], "afile/x"),
+        (["report", "{run}", "-o"], "afile/report.html"),
+        (["analyze", "{run}", "--output"], "afile"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str], output: str
+) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    (tmp_path / "afile").write_text("mine")
+    said = refusal(capsys, *(word.format(run=run) for word in command), tmp_path / output)
+    assert said.startswith(f"cannot read or write {tmp_path / 'afile'}")
+    assert said.endswith((": File exists", ": Not a directory"))
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder that nobody can write to")
+def test_errors_name_the_output_that_was_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    assert refusal(capsys, "report", run, "-o", "/proc/page.html").startswith("cannot read or write /proc/page.html: ")
+
+
 # ---- compare
 
 

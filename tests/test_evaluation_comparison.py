@@ -227,4 +227,6 @@ def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((tmp_path / "out" / "c.json").read_text())["rows"][0]["task"] == "one"
     with pytest.raises(SystemExit, match=r"compare: .*missing"):
         load_script("eval/compare.py").main([str(a), str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match=r"compare: cannot read or write .*a.json: File exists"):
+        load_script("eval/compare.py").main([str(a), str(b), "--output", str(a / "c")])
     assert markdown(compare(arms(a, b))).count("\n| bits | bits_per_byte | 2.6000 | 3.0000 | +0.4000 |") == 1

@@ -264,6 +264,17 @@ def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.
     refused(run, "format='csr' is not one of", capsys, "csr")
 
 
+def test_outputs_that_cannot_be_written_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "afile").write_text("")
+    outputs = {tmp_path / "afile" / "x": tmp_path / "afile", Path("/proc/x"): Path("/proc/x")}
+    for output, named in outputs.items():
+        for format in ("dense", "sparse"):
+            assert main(["export", str(run), "--format", format, "--output", str(output)]) == 2
+            assert f"sparseift: cannot read or write {named}: " in capsys.readouterr().err
+
+
 def test_a_checkpoint_by_hand_is_none_of_the_trainers(run: Path, tmp_path: Path) -> None:
     model = load_pretrained(run)
     model.save_pretrained(tmp_path / "checkpoint-4")

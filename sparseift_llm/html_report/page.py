@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import sparseift_llm
 from sparseift_llm.html_report import curves, layer_maps, overview
 from sparseift_llm.html_report.charts import MARKERS, marker_of, style_class
 from sparseift_llm.html_report.runs import Run, read_runs
+from sparseift_llm.outputs import written_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ENVIRONMENT = jinja2.Environment(
@@ -49,10 +49,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Run]:
         raise ValueError(f"--output must be a file such as report.html, got the folder {path}")
     runs = read_runs(folders)
     page = render(runs).translate(_NOT_IN_HTML).encode("utf-8", errors="replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_bytes(page)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(page)
     return runs
 
 
