@@ -29,6 +29,8 @@ from sparseift_llm.spectral import MIN_MEAN_DEGREE, MIN_VERTICES, QUANTITIES, TO
 logger = logging.getLogger(__name__)
 SPECTRAL_NAME = "spectral.json"
 SPECTRAL_FORMAT = "sparseift_spectral_v1"
+ANALYSIS_FORMAT = "sparseift_analysis_v1"
+ANALYSIS_BEGINNING = rf'\{{\s*"format": "{ANALYSIS_FORMAT}"'  # a pattern, see refuse_foreign
 ANALYSIS_NAME = "analysis.json"
 TABLE_NAME = "analysis.csv"
 LOSS = "eval_loss"
@@ -77,7 +79,7 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """What `analysis.json` holds."""
         return {
-            "format": "sparseift_analysis_v1",
+            "format": ANALYSIS_FORMAT,
             "settings": self.settings,
             "runs": [run.to_dict() for run in self.runs],
             "correlations": [correlation.to_dict() for correlation in self.correlations],

@@ -1,12 +1,15 @@
-"""Files and folders that users name: whole or not there at all, and what fails in words."""
+"""Files and folders that users name: whole or not there at all, nobody else's overwritten, and what fails in words."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+_BEGINNING_BYTES = 2**16
 
 
 @contextlib.contextmanager
@@ -33,6 +36,27 @@ def written_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def refuse_foreign(paths: Sequence[Path], beginning: str, command: str) -> None:
+    """Refuse to overwrite what `command` did not write.
+
+    Args:
+        paths: what it is going to write; the first is written before the others, and tells whose they are.
+        beginning: a pattern that the first one's text starts with, if `command` wrote it.
+        command: for the message.
+
+    Raises:
+        ValueError: one of `paths` is there, and not from `command`.
+    """
+    taken = [path for path in paths if path.exists()]
+    if taken and not (paths[0].is_file() and re.match(beginning, _beginning_of(paths[0]))):
+        raise ValueError(f"{taken[0]} is there already, and not from {command}; move it away or give another --output")
+
+
+def _beginning_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(_BEGINNING_BYTES).decode("utf-8", errors="replace")
 
 
 def in_words(error: Exception) -> str:

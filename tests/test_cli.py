@@ -248,6 +248,23 @@ def test_compare_writes_a_table_and_a_picture(capsys: pytest.CaptureFixture[str]
     assert f"wrote {folder / 'comparison.md'} and {folder / 'loss.png'}" in printed
 
 
+@pytest.mark.parametrize("name", ["comparison.md", "loss.png"])
+def test_compare_overwrites_its_own_files_only(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    folder = tmp_path / "comparison"
+    words = ("compare", run, "--output", folder)
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    assert refusal(capsys, *words).startswith(f"{folder / name} is there already, and not from sparseift compare; ")
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == "mine"
+    (folder / name).unlink()
+    for _ in range(2):
+        output(capsys, *map(str, words))
+    output(capsys, "compare", *map(str, [run, run, run]), "--output", str(folder))
+    assert (folder / "comparison.md").read_text().startswith("|  | run | run | run |\n")
+
+
 def test_compare_of_a_missing_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = str(write_run(tmp_path / "dense", DENSE))
     assert main(["compare", run, str(tmp_path / "nowhere"), "--output", str(tmp_path / "comparison")]) == 2

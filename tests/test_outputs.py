@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from sparseift_llm.outputs import in_words, written_whole
+from sparseift_llm.outputs import in_words, refuse_foreign, written_whole
 
 
 def test_a_file_takes_the_place_of_another_at_the_end(tmp_path: Path) -> None:
@@ -61,6 +62,37 @@ def test_errors_name_the_path_given(tmp_path: Path) -> None:
     assert write(tmp_path / "full") == "cannot read or write full: Is a directory"
     assert write(tmp_path / "a", "b", "c") == "cannot read or write a/b/c: No such file or directory"
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["afile", "full"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "named"),
+    [
+        ({}, None),
+        ({"a": "mark, and more"}, None),
+        ({"a": "mark, and more", "b": "whatever"}, None),
+        ({"a": "no mark"}, "a"),
+        ({"a": ""}, "a"),
+        ({"a": "\udcff"}, "a"),  # not text
+        ({"a": None}, "a"),  # a folder
+        ({"b": "mark"}, "b"),  # the first one tells
+        ({"a": "no mark", "b": "mark"}, "a"),
+    ],
+)
+def test_what_a_command_did_not_write_is_refused(
+    contents: dict[str, str | None], named: str | None, tmp_path: Path
+) -> None:
+    for name, text in contents.items():
+        if text is None:
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    paths = [tmp_path / "a", tmp_path / "b"]
+    if named is None:
+        refuse_foreign(paths, r"mark,", "this")
+    else:
+        message = f"{tmp_path / named} is there already, and not from this; move it away or give another --output"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            refuse_foreign(paths, r"mark,", "this")
 
 
 def test_errors_that_name_no_file_keep_their_words() -> None:
