@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 from sparseift_llm.checkpoint import is_complete, numbered_checkpoints, read_trainer_state, weight_files
 from sparseift_llm.correlation import Correlation, correlate
 from sparseift_llm.mask_file import MASKS_NAME, read_digest
+from sparseift_llm.matrices import check_every_nth_layer
 from sparseift_llm.report import check_same_data, read_summary
 from sparseift_llm.run_record import SUMMARY_NAME, write_json
 from sparseift_llm.spectral import MIN_MEAN_DEGREE, MIN_VERTICES, QUANTITIES, TOLERANCE, spectral_report
@@ -95,9 +96,11 @@ def analyze(runs: Sequence[str | Path], output: str | Path, every_nth_layer: int
         every_nth_layer: see `spectral_report`.
 
     Raises:
-        ValueError: a run is no folder or is given twice, or no run has anything to analyse.
+        ValueError: a run is no folder or is given twice, no run has anything to analyse, or `every_nth_layer` is no
+            step.
         OSError: a file cannot be written.
     """
+    check_every_nth_layer(every_nth_layer)
     folders = [Path(run) for run in runs]
     for folder in folders:
         if not folder.is_dir():

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, required=True, help="folder for comparison.md and loss.png")
     compare.set_defaults(run=_compare)
     export = commands.add_parser("export", help="a run's model as a stock dense one, or as active weights alone")
-    export.add_argument("source", metavar="RUN", help="output folder of recipes/pretrain.py, or a checkpoint in it")
+    export.add_argument("source", metavar="RUN", help="output folder of recipes/pretrain.py, or a Trainer's checkpoint")
     export.add_argument("--format", required=True, help="dense (loads anywhere) or sparse (compact)")
     export.add_argument("--output", type=Path, required=True, help="new folder")
     export.set_defaults(run=_export)

@@ -339,7 +339,8 @@ def test_mistakes_are_messages(
     words: list[str], runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["analyze", str(runs[0]), "--output", str(tmp_path / "out"), *words]) == 2
-    assert "every_nth_layer must be at least 1" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"sparseift: every_nth_layer must be at least 1, got {words[1]}\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["analysis.json", "analysis.csv", "spectral.png", "correlations.png"])
