@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sparseift_llm.evaluation.comparison import compare, markdown, read_arm
+from sparseift_llm.evaluation.comparison import COMPARISON_BEGINNING, compare, markdown, read_arm
+from sparseift_llm.outputs import in_words, refuse_foreign
 from sparseift_llm.run_record import write_json
 
 
@@ -24,17 +25,17 @@ def main(words: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=2000, help="bootstrap samples (default 2000)")
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
     args = parser.parse_args(words)
+    outputs = [Path(args.output).with_suffix(suffix) for suffix in (".json", ".md")] if args.output else []
     try:
+        refuse_foreign(outputs, COMPARISON_BEGINNING, "eval/compare.py")
         found = compare([read_arm(text) for text in args.files], args.samples, args.confidence)
-    except ValueError as error:
-        sys.exit(f"compare: {error}")
-    text = markdown(found)
-    print(text)
-    if args.output:
-        target = Path(args.output)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_suffix(".md").write_text(text, encoding="utf-8")
-        write_json(target.with_suffix(".json"), found)
+        text = markdown(found)
+        print(text)
+        if outputs:
+            write_json(outputs[0], found)
+            outputs[1].write_text(text, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        sys.exit(f"compare: {in_words(error)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 
 from sparseift_llm.evaluation.harness import named_suite, requirements_of
 from sparseift_llm.evaluation.hub import fetch, fetch_sentence_splitter
+from sparseift_llm.outputs import in_words
 
 logger = logging.getLogger("fetch_data")
 
@@ -34,8 +35,8 @@ def main(words: list[str]) -> None:
             logger.info("wrote %s", path)
         if any(item.dataset == "wis-k/instruction-following-eval" for item in wanted):
             fetch_sentence_splitter(args.data_dir)
-    except ValueError as error:
-        sys.exit(f"fetch_data: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"fetch_data: {in_words(error)}")
 
 
 if __name__ == "__main__":

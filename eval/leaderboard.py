@@ -25,6 +25,7 @@ from sparseift_llm.evaluation.harness import evaluate_task, load_suite, named_su
 from sparseift_llm.evaluation.language_model import SplitLM, load_model
 from sparseift_llm.evaluation.results import ResultFile, check_held_out, describe_model, table
 from sparseift_llm.evaluation.suites import select
+from sparseift_llm.outputs import in_words
 
 logger = logging.getLogger("leaderboard")
 
@@ -52,8 +53,8 @@ def main(words: list[str]) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         run(arguments(words), words, state)
-    except (ValueError, FileNotFoundError) as error:  # the user's to mend: no traceback
-        sys.exit(f"leaderboard: {error}" if state.is_main_process else 1)
+    except (ValueError, OSError) as error:  # the user's to mend: no traceback
+        sys.exit(f"leaderboard: {in_words(error)}" if state.is_main_process else 1)
     finally:
         state.destroy_process_group()
 

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 from sparseift_llm.checkpoint import is_complete, numbered_checkpoints, read_trainer_state, weight_files
 from sparseift_llm.correlation import Correlation, correlate
 from sparseift_llm.mask_file import MASKS_NAME, read_digest
+from sparseift_llm.matrices import check_every_nth_layer
 from sparseift_llm.report import check_same_data, read_summary
 from sparseift_llm.run_record import SUMMARY_NAME, write_json
 from sparseift_llm.spectral import MIN_MEAN_DEGREE, MIN_VERTICES, QUANTITIES, TOLERANCE, spectral_report
@@ -29,6 +30,8 @@ from sparseift_llm.spectral import MIN_MEAN_DEGREE, MIN_VERTICES, QUANTITIES, TO
 logger = logging.getLogger(__name__)
 SPECTRAL_NAME = "spectral.json"
 SPECTRAL_FORMAT = "sparseift_spectral_v1"
+ANALYSIS_FORMAT = "sparseift_analysis_v1"
+ANALYSIS_BEGINNING = rf'\{{\s*"format": "{ANALYSIS_FORMAT}"'  # a pattern, see refuse_foreign
 ANALYSIS_NAME = "analysis.json"
 TABLE_NAME = "analysis.csv"
 LOSS = "eval_loss"
@@ -77,7 +80,7 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """What `analysis.json` holds."""
         return {
-            "format": "sparseift_analysis_v1",
+            "format": ANALYSIS_FORMAT,
             "settings": self.settings,
             "runs": [run.to_dict() for run in self.runs],
             "correlations": [correlation.to_dict() for correlation in self.correlations],
@@ -93,8 +96,11 @@ def analyze(runs: Sequence[str | Path], output: str | Path, every_nth_layer: int
         every_nth_layer: see `spectral_report`.
 
     Raises:
-        ValueError: a run is no folder or is given twice, no run has anything to analyse, or a file cannot be written.
+        ValueError: a run is no folder or is given twice, no run has anything to analyse, or `every_nth_layer` is no
+            step.
+        OSError: a file cannot be written.
     """
+    check_every_nth_layer(every_nth_layer)
     folders = [Path(run) for run in runs]
     for folder in folders:
         if not folder.is_dir():
@@ -102,17 +108,14 @@ def analyze(runs: Sequence[str | Path], output: str | Path, every_nth_layer: int
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice, which would count it twice in correlations")
     settings = make_settings(every_nth_layer)
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        found = tuple(_analyze_run(folder, settings) for folder in folders)
-        if not any(run.checkpoints for run in found):
-            reasons = [f"{run.run} ({where}): {reason}" for run in found for where, reason in run.excluded.items()]
-            raise ValueError("nothing to analyse: " + "; ".join(reasons))
-        result = Analysis(settings, found, tuple(correlations(found)))
-        write_json(Path(output) / ANALYSIS_NAME, result.to_dict())
-        _write_table(Path(output) / TABLE_NAME, found)
-    except OSError as error:
-        raise ValueError(f"cannot read or write {error.filename}: {error.strerror}") from error
+    Path(output).mkdir(parents=True, exist_ok=True)
+    found = tuple(_analyze_run(folder, settings) for folder in folders)
+    if not any(run.checkpoints for run in found):
+        reasons = [f"{run.run} ({where}): {reason}" for run in found for where, reason in run.excluded.items()]
+        raise ValueError("nothing to analyse: " + "; ".join(reasons))
+    result = Analysis(settings, found, tuple(correlations(found)))
+    write_json(Path(output) / ANALYSIS_NAME, result.to_dict())
+    _write_table(Path(output) / TABLE_NAME, found)
     return result
 
 

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparseift_llm.layers.composite import Part
+from sparseift_llm.outputs import in_words, refuse_foreign
 from sparseift_llm.planning import LayerPlan, Plan
+
+_BENCH_BEGINNING = r'\{\s*"rows": \[\s*\{\s*"name": "\w+",\s*"level": "'  # a pattern, see refuse_foreign
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -26,8 +29,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         print(arguments.run(arguments))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sparseift: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"sparseift: {in_words(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -55,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, required=True, help="folder for comparison.md and loss.png")
     compare.set_defaults(run=_compare)
     export = commands.add_parser("export", help="a run's model as a stock dense one, or as active weights alone")
-    export.add_argument("source", metavar="RUN", help="output folder of recipes/pretrain.py, or a checkpoint in it")
+    export.add_argument("source", metavar="RUN", help="output folder of recipes/pretrain.py, or a Trainer's checkpoint")
     export.add_argument("--format", required=True, help="dense (loads anywhere) or sparse (compact)")
     export.add_argument("--output", type=Path, required=True, help="new folder")
     export.set_defaults(run=_export)
@@ -103,13 +106,15 @@ def _plan(arguments: argparse.Namespace) -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> str:
-    from sparseift_llm.report import COMPARISON_NAME, PICTURE_NAME, comparison_table, loss_picture
+    from sparseift_llm.report import COMPARISON_BEGINNING, COMPARISON_NAME, PICTURE_NAME, comparison_table, loss_picture
 
+    path, picture = (arguments.output / name for name in (COMPARISON_NAME, PICTURE_NAME))
+    refuse_foreign([path, picture], COMPARISON_BEGINNING, "sparseift compare")
     table = comparison_table(arguments.runs)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / COMPARISON_NAME).write_text(table, encoding="utf-8")
-    loss_picture(arguments.runs, arguments.output / PICTURE_NAME)
-    return f"{table}\nwrote {arguments.output / COMPARISON_NAME} and {arguments.output / PICTURE_NAME}"
+    path.write_text(table, encoding="utf-8")
+    loss_picture(arguments.runs, picture)
+    return f"{table}\nwrote {path} and {picture}"
 
 
 def _export(arguments: argparse.Namespace) -> str:
@@ -121,9 +126,11 @@ def _export(arguments: argparse.Namespace) -> str:
 
 
 def _analyze(arguments: argparse.Namespace) -> str:
-    from sparseift_llm.analysis import analyze, render
-    from sparseift_llm.spectral_pictures import draw
+    from sparseift_llm.analysis import ANALYSIS_BEGINNING, ANALYSIS_NAME, TABLE_NAME, analyze, render
+    from sparseift_llm.spectral_pictures import ALONG_TRAINING_NAME, CORRELATIONS_NAME, draw
 
+    names = (ANALYSIS_NAME, TABLE_NAME, ALONG_TRAINING_NAME, CORRELATIONS_NAME)
+    refuse_foreign([arguments.output / name for name in names], ANALYSIS_BEGINNING, "sparseift analyze")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sparseift_llm").setLevel(logging.INFO)
     result = analyze(arguments.runs, arguments.output, arguments.every_nth_layer)
@@ -151,13 +158,14 @@ def _bench(arguments: argparse.Namespace) -> str:
         check_choice("--only", arguments.only, tuple(ROWS))
     if arguments.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {arguments.repeats}")
+    if arguments.output:
+        refuse_foreign([arguments.output], _BENCH_BEGINNING, "sparseift bench")
     here = [row for row in ROWS.values() if row.device == "cpu" or torch.cuda.is_available()]
     rows = CROSSOVER if arguments.crossover else [ROWS[arguments.only]] if arguments.only else here
     words = [f"--only {arguments.only}" if arguments.only else "", "--crossover" if arguments.crossover else ""]
     command = " ".join(filter(None, ["sparseift bench", *words, f"--repeats {arguments.repeats}"]))
     result = {**bench(rows, arguments.repeats), "command": command}
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, result)
     if arguments.json:
         return json.dumps(result, indent=2)

@@ -7,8 +7,6 @@ of their places in the mask file's packed bits; tiles are stored as always. load
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,13 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
-from sparseift_llm.checkpoint import INCOMPLETE_PREFIX, is_complete, load_pretrained
+from sparseift_llm.checkpoint import INCOMPLETE_PREFIX, is_complete, load_pretrained, numbered_checkpoints
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.layers.shards import is_sharded
 from sparseift_llm.layout import mark
 from sparseift_llm.mask_file import digest, masks_of
+from sparseift_llm.outputs import written_whole
 from sparseift_llm.planning import read_record
 from sparseift_llm.saving import GATHER
 from sparseift_llm.strict import check_choice
@@ -50,26 +49,17 @@ def save_export(model: PreTrainedModel, output: str | Path, format: str = "dense
         ValueError: an unknown format, a folder with something in it, no Sparse-IFT model, sharded weights, or `dense`
             and a family whose non-linearity has no stock twin.
     """
-    check_choice("format", format, FORMATS)
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output={str(output)!r} exists already; give a new folder")
+    _check_options(output, format)
     if not sparse_layers(model):
         raise ValueError("the model has no sparse layers, so there is nothing to export")
     if is_sharded(model):
         raise ValueError(f"an export needs whole weights; {GATHER}, then export the folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
-    try:
+    with written_whole(output) as temporary:
         if format == "dense":
             to_dense(model).save_pretrained(temporary)
         else:
             _save_packed(model, temporary)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 
@@ -84,11 +74,18 @@ def export_run(run: str | Path, output: str | Path, format: str = "dense") -> Pa
         ValueError: as `save_export`; no model in `run`, half-written, or damaged.
     """
     run = Path(run)
+    _check_options(Path(output), format)
     _check_run(run)
     result = save_export(load_pretrained(run, dtype="auto"), output, format)
     if (run / _TOKENIZER_NAME).is_file():
         AutoTokenizer.from_pretrained(run).save_pretrained(result)
     return result
+
+
+def _check_options(output: Path, format: str) -> None:
+    check_choice("format", format, FORMATS)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output={str(output)!r} exists already; give a new folder")
 
 
 def _check_run(run: Path) -> None:
@@ -98,10 +95,9 @@ def _check_run(run: Path) -> None:
     if run.name.startswith(INCOMPLETE_PREFIX) or (by_trainer and not is_complete(run)):
         raise ValueError(f"{run} was not written to its end; export an earlier checkpoint")
     if not (run / CONFIG_NAME).is_file():
-        found = (
-            ", ".join(sorted(path.name for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))) or "no checkpoints either"
-        )
-        raise ValueError(f"{run} holds no model (no {CONFIG_NAME}), so its run has not finished; in it: {found}")
+        last = next((path for path in reversed(numbered_checkpoints(run).values()) if is_complete(path)), None)
+        advice = f"; give one of its checkpoints, the last is {last}" if last else " and no whole checkpoint"
+        raise ValueError(f"{run} holds no model of its own (no {CONFIG_NAME}){advice}")
 
 
 def _save_packed(model: PreTrainedModel, folder: Path) -> None:

@@ -83,6 +83,12 @@ class MatrixEntry:
     is_transposed: bool
 
 
+def check_every_nth_layer(every_nth_layer: int) -> None:
+    """Raise ValueError unless it is at least 1."""
+    if every_nth_layer < 1:
+        raise ValueError(f"every_nth_layer must be at least 1, got {every_nth_layer}")
+
+
 def matrix_source(model_or_folder: PreTrainedModel | str | Path, every_nth_layer: int = 1) -> MatrixSource:
     """Find the sparse matrices of a Sparse-IFT model.
 
@@ -94,8 +100,7 @@ def matrix_source(model_or_folder: PreTrainedModel | str | Path, every_nth_layer
         ValueError: no Sparse-IFT model, or config, masks or weights are missing, damaged or do not fit together;
             reading a matrix raises it, too.
     """
-    if every_nth_layer < 1:
-        raise ValueError(f"every_nth_layer must be at least 1, got {every_nth_layer}")
+    check_every_nth_layer(every_nth_layer)
     if isinstance(model_or_folder, PreTrainedModel):
         return _source_of_model(model_or_folder, every_nth_layer)
     if not isinstance(model_or_folder, str | Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ NOTES = (
 MASKED_NOTE = (
     "Unstructured masks are multiplied at the cost of the stored, dense matrix: fewer tokens/s at equal FLOPs."
 )
+COMPARISON_BEGINNING = rf"\|  \|.*\n\| --- \|.*\n\| {re.escape(HEADLINES[0][0])} \|"  # a pattern, see refuse_foreign
 WITH_RATIO = {key for _, key, _ in HEADLINES} - {"linear_sparsity"}
 
 

@@ -26,6 +26,7 @@ from sparseift_llm.dst.callback import SparseTrainingCallback
 from sparseift_llm.dst.controller import SparseTrainingController
 from sparseift_llm.dst.throughput import TrainingFlops
 from sparseift_llm.json_lines import read_lines
+from sparseift_llm.outputs import written_whole
 from sparseift_llm.planning import count_flops
 
 METRICS_NAME = "metrics.jsonl"
@@ -120,10 +121,9 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` atomically, indented, numbers in full precision."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write `values` whole or not at all, indented, numbers in full precision."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def commit() -> str | None:

@@ -339,7 +339,21 @@ def test_mistakes_are_messages(
     words: list[str], runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["analyze", str(runs[0]), "--output", str(tmp_path / "out"), *words]) == 2
-    assert "every_nth_layer must be at least 1" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"sparseift: every_nth_layer must be at least 1, got {words[1]}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["analysis.json", "analysis.csv", "spectral.png", "correlations.png"])
+def test_files_of_others_are_kept(
+    name: str, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"format": "another"}')
+    assert main(["analyze", str(runs[0]), "--output", str(out)]) == 2
+    assert f"{name} is there already, and not from sparseift analyze; " in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, '{"format": "another"}')]
+    assert not (runs[0] / "spectral.json").exists()
 
 
 def test_an_output_that_is_a_file_is_named(

@@ -11,9 +11,10 @@ import torch
 
 from sparseift_llm import bench
 from sparseift_llm.bench import CROSSOVER, ROWS, Row, render
-from sparseift_llm.cli import main
+from sparseift_llm.cli import _BENCH_BEGINNING, main
 from sparseift_llm.measure import peak_bytes, take_turns
 from sparseift_llm.ops import block_native
+from sparseift_llm.outputs import refuse_foreign
 
 GPT = {
     "n_embd": 32,
@@ -108,9 +109,26 @@ def test_the_command_writes_what_it_prints(
     assert printed == json.loads(path.read_text())
     assert printed.keys() == {"rows", "machine", "versions", "commit", "command"}
     assert printed["command"] == "sparseift bench --only ffn_fp32 --repeats 1"
+    assert main(["bench", "--only", "ffn_fp32", "--repeats", "1", "--output", str(path)]) == 0  # its own file
     table = render(printed).splitlines()
     assert len(table) == 3
     assert table[2].startswith("| tiny_layer | cpu, float32 | 8 | 24 | ")
+
+
+@pytest.mark.parametrize("text", ["# Notes", '{"rows": [{"name": "Ann", "age": 3}]}'])
+def test_a_file_of_others_is_kept(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparseift_llm.bench.bench", lambda *_: pytest.fail("measured first"))
+    (tmp_path / "notes").write_text(text)
+    assert main(["bench", "--output", str(tmp_path / "notes")]) == 2
+    assert "notes is there already, and not from sparseift bench; " in capsys.readouterr().err
+    assert (tmp_path / "notes").read_text() == text
+
+
+def test_committed_results_can_be_regenerated() -> None:
+    for path in (Path(__file__).parent.parent / "benchmarks" / "results" / "bench").glob("*.json"):
+        refuse_foreign([path], _BENCH_BEGINNING, "sparseift bench")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,41 @@ def test_argparse_refuses_the_rest(capsys: pytest.CaptureFixture[str], words: li
     assert "usage: sparseift" in capsys.readouterr().err
 
 
+def refusal(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """The one line printed by a command that fails."""
+    assert main(list(map(str, words))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    return line.removeprefix("sparseift: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["compare", "{run}", "--output"], "afile"),
+        (["compare", "{run}", "--output"], "afile/x"),
+        (["report", "{run}", "-o"], "afile/report.html"),
+        (["analyze", "{run}", "--output"], "afile"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str], output: str
+) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    (tmp_path / "afile").write_text("mine")
+    said = refusal(capsys, *(word.format(run=run) for word in command), tmp_path / output)
+    assert said.startswith(f"cannot read or write {tmp_path / 'afile'}")
+    assert said.endswith((": File exists", ": Not a directory"))
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder that nobody can write to")
+def test_errors_name_the_output_that_was_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    assert refusal(capsys, "report", run, "-o", "/proc/page.html").startswith("cannot read or write /proc/page.html: ")
+
+
 # ---- compare
 
 
@@ -211,6 +246,23 @@ def test_compare_writes_a_table_and_a_picture(capsys: pytest.CaptureFixture[str]
     assert "| held-out loss (nats/token) | 2.0000 | 1.9000 | 0.950 |" in table
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"wrote {folder / 'comparison.md'} and {folder / 'loss.png'}" in printed
+
+
+@pytest.mark.parametrize("name", ["comparison.md", "loss.png"])
+def test_compare_overwrites_its_own_files_only(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    folder = tmp_path / "comparison"
+    words = ("compare", run, "--output", folder)
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    assert refusal(capsys, *words).startswith(f"{folder / name} is there already, and not from sparseift compare; ")
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == "mine"
+    (folder / name).unlink()
+    for _ in range(2):
+        output(capsys, *map(str, words))
+    output(capsys, "compare", *map(str, [run, run, run]), "--output", str(folder))
+    assert (folder / "comparison.md").read_text().startswith("|  | run | run | run |\n")
 
 
 def test_compare_of_a_missing_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

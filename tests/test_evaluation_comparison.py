@@ -217,6 +217,18 @@ def test_metrics_that_are_no_means_are_refused(tmp_path: Path) -> None:
         compare(arms(a, a))
 
 
+@pytest.mark.parametrize("name", ["a.json", "notes.md"])
+def test_the_script_keeps_files_of_others(name: str, tmp_path: Path) -> None:
+    a = write(tmp_path / "a.json", values_of(0.3, 0.5))
+    (tmp_path / "notes.md").write_text("| task | metric |")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(SystemExit, match=rf"compare: .*{name} is there already, and not from eval/compare.py; "):
+        load_script("eval/compare.py").main([str(a), str(a), "--output", str(tmp_path / name)])
+    assert (tmp_path / name).read_bytes() == before
+    assert not (tmp_path / "a.md").exists()
+    assert not (tmp_path / "notes.json").exists()
+
+
 def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (write(tmp_path / f"{name}.json", values_of(rate, 0.5)) for name, rate in (("a", 0.3), ("b", 0.5)))
     load_script("eval/compare.py").main([f"dense={a}", f"sparse={b}", "--output", str(tmp_path / "out" / "c")])
@@ -227,4 +239,8 @@ def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((tmp_path / "out" / "c.json").read_text())["rows"][0]["task"] == "one"
     with pytest.raises(SystemExit, match=r"compare: .*missing"):
         load_script("eval/compare.py").main([str(a), str(tmp_path / "none.json")])
+    load_script("eval/compare.py").main([str(b), str(a), "--output", str(tmp_path / "out" / "c.json")])
+    assert "| task | metric | b | a | a - b |" in (tmp_path / "out" / "c.md").read_text()  # its own files
+    with pytest.raises(SystemExit, match=r"compare: cannot read or write .*a.json: File exists"):
+        load_script("eval/compare.py").main([str(a), str(b), "--output", str(a / "c")])
     assert markdown(compare(arms(a, b))).count("\n| bits | bits_per_byte | 2.6000 | 3.0000 | +0.4000 |") == 1

@@ -249,7 +249,14 @@ def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.
     refused(tmp_path / "nowhere", "is not a folder", capsys)
     killed = tmp_path / "killed"
     copied(run / "checkpoint-4", killed / "checkpoint-4")
-    refused(killed, "its run has not finished; in it: checkpoint-4", capsys)
+    refused(killed, f"{killed} holds no model of its own (no config.json); give one of its checkpoints, ", capsys)
+    refused(killed, f"the last is {killed / 'checkpoint-4'}", capsys)
+    copied(run / "checkpoint-4", killed / "checkpoint-12")
+    copied(run / "checkpoint-4", killed / "checkpoint-100", "trainer_state.json")  # half-written
+    refused(killed, f"the last is {killed / 'checkpoint-12'}\n", capsys)
+    for folder in ("checkpoint-4", "checkpoint-12"):
+        (killed / folder / "trainer_state.json").unlink()
+    refused(killed, "holds no model of its own (no config.json) and no whole checkpoint", capsys)
     half = copied(run / "checkpoint-4", tmp_path / "a" / "checkpoint-4", "trainer_state.json")
     refused(half, "was not written to its end", capsys)
     aside = copied(run / "checkpoint-4", tmp_path / "a" / "incomplete-checkpoint-4")
@@ -262,6 +269,28 @@ def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path, capsys: pytest.
     tiny_model("gpt2").save_pretrained(tmp_path / "dense")
     refused(tmp_path / "dense", "not a Sparse-IFT model", capsys)
     refused(run, "format='csr' is not one of", capsys, "csr")
+
+
+def test_options_are_checked_before_anything_is_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "load_pretrained", lambda *_, **__: pytest.fail("loaded first"))
+    (tmp_path / "empty").mkdir()
+    for source in (run, tmp_path / "empty", tmp_path / "nowhere"):
+        refused(source, "format='dens' is not one of 'dense', 'sparse'; did you mean 'dense'?", capsys, "dens")
+        assert main(["export", str(source), "--format", "dense", "--output", str(run)]) == 2
+        assert f"output={str(run)!r} exists already" in capsys.readouterr().err
+
+
+def test_outputs_that_cannot_be_written_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "afile").write_text("")
+    outputs = {tmp_path / "afile" / "x": tmp_path / "afile", Path("/proc/x"): Path("/proc/x")}
+    for output, named in outputs.items():
+        for format in ("dense", "sparse"):
+            assert main(["export", str(run), "--format", format, "--output", str(output)]) == 2
+            assert f"sparseift: cannot read or write {named}: " in capsys.readouterr().err
 
 
 def test_a_checkpoint_by_hand_is_none_of_the_trainers(run: Path, tmp_path: Path) -> None:

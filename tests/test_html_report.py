@@ -363,6 +363,32 @@ def test_paths_that_are_no_runs(full_run: Path, capsys: pytest.CaptureFixture[st
     assert not Path(output).exists()
 
 
+FOREIGN = {
+    "model.safetensors": b"\x10\0\0\0\0\0\0\0{}\xff",
+    "notes.html": b"<!DOCTYPE html>\n<html><head><title>Mine</title></head><body>Training runs: </body></html>",
+    "empty.html": b"",
+}
+
+
+@pytest.mark.parametrize("name", ["summary.json", *FOREIGN])
+def test_a_file_that_is_no_report_is_kept(full_run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = full_run / name
+    if name in FOREIGN:
+        path.write_bytes(FOREIGN[name])
+    before = path.read_bytes()
+    assert main(["report", str(full_run), "-o", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"sparseift: {path} is there already, and not from sparseift report")
+    assert path.read_bytes() == before
+
+
+def test_a_page_takes_the_place_of_an_older_one(full_run: Path) -> None:
+    _, first = report(full_run)
+    (full_run / "spectral.json").unlink()
+    _, second = report(full_run)
+    assert "spectral.json (spectral curves)" in second
+    assert "spectral.json (spectral curves)" not in first
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_full_run(tmp_path / seed / "run") for seed in ("a", "b")]
     write_lines(runs[1] / "metrics.jsonl", [])

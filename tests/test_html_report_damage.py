@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from sparseift_llm.cli import main
 from sparseift_llm.html_report.page import write_report
 from sparseift_llm.html_report.runs import Run
 from tests.html_pages import LAYERS, Node, log_lines, parse, table_rows, write_full_run, write_lines, write_masks
@@ -114,13 +115,50 @@ def test_a_broken_run_says_why(run: Path, change: Callable[[Path], None], reason
     assert len(root.all("table")) >= 3  # what can be read is shown
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
+def trainer_folder(folder: Path) -> Path:
+    """What a Trainer leaves where recipes/pretrain.py does not drive it: no file that a report is about."""
+    write_full_run(folder)
+    for name in ("summary.json", "recipe.json", "metrics.jsonl"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_no_run_that_can_be_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    (found,), root = read(tmp_path / "empty")
-    assert found.state == "broken"
-    assert "none of summary.json, recipe.json and metrics.jsonl is there" in root.by_id("runs").text
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "summary.json").write_text("{")
+    folders = [tmp_path / "empty", tmp_path / "damaged", trainer_folder(tmp_path / "trainer")]
+    page = tmp_path / "report.html"
+    assert main(["report", *map(str, folders), "-o", str(page)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "output folders of recipes/pretrain.py, which hold summary.json, recipe.json or metrics.jsonl. Found" in said
+    assert f"{folders[0]}: none of summary.json, recipe.json and metrics.jsonl is there" in said
+    assert f"{folders[1]}: summary.json is truncated or damaged: " in said
+    assert f"{folders[2]}: none of summary.json" in said
+    assert not page.exists()
+    assert main(["report", *map(str, folders), str(run), "-o", str(page)]) == 0
+    assert "empty: broken; none of " in capsys.readouterr().out
+    assert page.exists()
+
+
+@pytest.mark.parametrize("left", ["summary.json", "recipe.json", "metrics.jsonl"])
+def test_any_one_file_makes_a_run(run: Path, left: str) -> None:
+    for path in run.iterdir():
+        if path.name != left:
+            path.unlink()
+    (found,), _ = read(run)
+    assert found.state == ("finished" if left == "summary.json" else "unfinished")
+
+
+def test_a_run_that_has_just_begun(run: Path) -> None:
+    for path in run.iterdir():
+        if path.name != "recipe.json":
+            path.unlink()
+    (found,), root = read(run)
+    assert found.state == "unfinished"
+    assert "nothing was logged yet" in root.by_id("runs").text
     assert "No run has logged a loss." in root.by_id("loss").text
-    assert "summary.json (headline numbers), recipe.json (configuration), metrics.jsonl" in root.by_id("notes").text
+    assert "summary.json (headline numbers), metrics.jsonl (curves)" in root.by_id("notes").text
     assert not root.all("svg", "chart")
 
 
@@ -128,6 +166,7 @@ def test_a_folder_beside_a_finished_run(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     runs, root = read(tmp_path / "empty", run)
     assert [found.state for found in runs] == ["broken", "finished"]
+    assert "none of summary.json, recipe.json and metrics.jsonl is there" in root.by_id("runs").text
     rows = table_rows(root, "Headline numbers")[""]
     assert rows[0] == ["optimizer steps", "\u2013", "6", ""]
 

@@ -224,12 +224,14 @@ def test_batches_are_dealt_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> No
         (["--model", "{model}", "--batch-size", "many"], "--batch-size must be a whole number .*got 'many'"),
         (["--model", "{model}", "--only", "arc"], "suite builtin has no task 'arc'"),
         (["--model", "{model}", "--output", "x.txt"], "--output must end in .json, got x.txt"),
+        (["--model", "{model}", "--limit", "1", "--output", "{empty}/a/x.json"], "cannot read or write .*/a/x.items"),
         (["--model", "{model}", "--suite", "v1"], "no --data-dir is given and HF_HUB_OFFLINE"),
         (["--model", "{model}", "--suite", "v1", "--data-dir", "{empty}"], "gsm8k .main.: the folder .* is missing"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(model: Path, tmp_path: Path, words: list[str], message: str) -> None:
     (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "a").write_text("")
     filled = [word.format(model=model, empty=tmp_path) for word in words]
     suite = [] if "--suite" in filled else ["--suite", "builtin"]
     with pytest.raises(SystemExit, match=f"leaderboard: (?s:.*){message}"):

@@ -20,6 +20,7 @@ from sparseift_llm.report import comparison_table
 from sparseift_llm.strict import parse_yaml
 from tests.models import tiny_config, tiny_model
 from tests.scripts import load_script
+from tests.tiny_runs import sparse_gpt2, sparse_trainer
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,6 +93,21 @@ def test_shell_commands_name_things_that_exist(
             assert program == "sparseift"
             assert sparseift(words) == 0
     assert "399.76 MFLOP" in capsys.readouterr().out
+
+
+def test_which_commands_take_a_trainers_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, model = tmp_path / "run", sparse_gpt2("rigl").float()
+    sparse_trainer(model, run, steps=4, save_strategy="steps", save_steps=4, logging_steps=1).train()
+    assert len((run / "layers.jsonl").read_text().splitlines()) == 4
+    assert not (run / "metrics.jsonl").exists()
+    assert sparseift(["report", str(run), "-o", str(tmp_path / "report.html")]) == 2
+    assert sparseift(["compare", str(run), "--output", str(tmp_path / "comparison")]) == 2
+    assert sparseift(["export", str(run), "--format", "sparse", "--output", str(tmp_path / "export")]) == 2
+    assert f"the last is {run / 'checkpoint-4'}\n" in capsys.readouterr().err
+    checkpoint = str(run / "checkpoint-4")
+    assert sparseift(["export", checkpoint, "--format", "sparse", "--output", str(tmp_path / "export")]) == 0
+    assert sparseift(["analyze", str(run), "--output", str(tmp_path / "analysis")]) == 0
+    assert f"no eval_loss of {run}" in capsys.readouterr().out
 
 
 def test_yaml_blocks_are_valid_configs() -> None:

@@ -26,6 +26,7 @@ from sparseift_llm.evaluation.suites import (
 )
 
 Floats = NDArray[np.float64]
+COMPARISON_BEGINNING = r'\{\s*"suite": "[^"]*",\s*"arms": \['  # a pattern, see refuse_foreign
 _CHUNK = 2**22  # resampled counts held at a time
 
 

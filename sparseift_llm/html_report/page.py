@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import sparseift_llm
 from sparseift_llm.html_report import curves, layer_maps, overview
 from sparseift_llm.html_report.charts import MARKERS, marker_of, style_class
 from sparseift_llm.html_report.runs import Run, read_runs
+from sparseift_llm.outputs import refuse_foreign, written_whole
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ENVIRONMENT = jinja2.Environment(
@@ -28,6 +28,9 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_BEGINNING = (
+    r"<!DOCTYPE html>\s*<html [^>]*>\s*<head>\s*(<meta [^>]*>\s*)+<title>Training runs: "  # also of older pages
+)
 _NOT_IN_HTML = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127), "\ufffd")
 
 
@@ -36,23 +39,23 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Run]:
 
     Args:
         folders: output folders of recipes/pretrain.py.
-        path: the file to write; its folder is made.
+        path: the file to write, new or an older page; its folder is made.
 
     Returns:
         The runs as they were read.
 
     Raises:
-        ValueError: a run's path is no folder, one is given twice, or `path` is a folder.
+        ValueError: a run's path is no folder, one is given twice, no run can be read, or `path` is a folder or a file
+            that is no such page.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"--output must be a file such as report.html, got the folder {path}")
+    refuse_foreign([path], _BEGINNING, "sparseift report")
     runs = read_runs(folders)
     page = render(runs).translate(_NOT_IN_HTML).encode("utf-8", errors="replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_bytes(page)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(page)
     return runs
 
 

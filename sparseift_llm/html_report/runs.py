@@ -64,6 +64,11 @@ class Run:
     evaluations: Mapping[str, Values]
 
     @property
+    def is_readable(self) -> bool:
+        """Whether a file that makes a folder a run could be read, at least in part."""
+        return bool(self.summary or self.recipe or self.metrics)
+
+    @property
     def last_step(self) -> int | None:
         """Of the last log line."""
         return self.metrics[-1]["step"] if self.metrics else None
@@ -81,7 +86,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Read the folders of runs.
 
     Raises:
-        ValueError: a path is no folder, one is given twice, or there are none.
+        ValueError: a path is no folder, one is given twice, there are none, or none of them holds a readable run.
     """
     paths = [Path(folder) for folder in folders]
     if not paths:
@@ -93,7 +98,14 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     for index, path in enumerate(resolved):
         if path in resolved[:index]:
             raise ValueError(f"{paths[index]} is given twice")
-    return [_read(path, name) for path, name in zip(paths, unique_names(resolved), strict=True)]
+    runs = [_read(path, name) for path, name in zip(paths, unique_names(resolved), strict=True)]
+    if not any(run.is_readable for run in runs):
+        found = " | ".join(f"{run.folder}: {'; '.join(run.reasons)}" for run in runs)
+        raise ValueError(
+            f"no run to report on; a report is about output folders of recipes/pretrain.py, which hold {SUMMARY_NAME}, "
+            f"{RECIPE_NAME} or {METRICS_NAME}. Found: {found}"
+        )
+    return runs
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -1,0 +1,66 @@
+"""Files and folders that users name: whole or not there at all, nobody else's overwritten, and what fails in words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_BEGINNING_BYTES = 2**16
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside `path`; what is written there takes the place of `path` at the end, or is deleted after an error.
+
+    The folder around it is made. An OSError names `path`, not the path beside it.
+
+    Args:
+        path: a file, or a folder that is empty or does not exist.
+    """
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error.filename, str | Path):
+            error.filename = str(error.filename).replace(str(temporary), str(path))
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def refuse_foreign(paths: Sequence[Path], beginning: str, command: str) -> None:
+    """Refuse to overwrite what `command` did not write.
+
+    Args:
+        paths: what it is going to write; the first is written before the others, and tells whose they are.
+        beginning: a pattern that the first one's text starts with, if `command` wrote it.
+        command: for the message.
+
+    Raises:
+        ValueError: one of `paths` is there, and not from `command`.
+    """
+    taken = [path for path in paths if path.exists()]
+    if taken and not (paths[0].is_file() and re.match(beginning, _beginning_of(paths[0]))):
+        raise ValueError(f"{taken[0]} is there already, and not from {command}; move it away or give another --output")
+
+
+def _beginning_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(_BEGINNING_BYTES).decode("utf-8", errors="replace")
+
+
+def in_words(error: Exception) -> str:
+    """The message for a user: of an OSError the path and what the system says, of other errors their own words."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot read or write {error.filename}: {error.strerror}"
+    return str(error)
