@@ -148,6 +148,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("command", choices=("run", "time", "table"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     choice = parser.parse_args(words)
+    if (choice.study, choice.command) == ("seeds", "time"):
+        parser.error("a seed changes no step time: time tiles")
     if choice.command == "table":
         print((seed_table if choice.study == "seeds" else table)(choice.study, RESULTS))
     elif choice.command == "time":

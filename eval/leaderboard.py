@@ -53,8 +53,10 @@ def main(words: list[str]) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         run(arguments(words), words, state)
-    except (ValueError, OSError) as error:  # the user's to mend: no traceback
-        sys.exit(f"leaderboard: {in_words(error)}" if state.is_main_process else 1)
+    except ValueError as error:  # the user's to mend, and the same on every process: no traceback, once
+        sys.exit(f"leaderboard: {error}" if state.is_main_process else 1)
+    except OSError as error:
+        sys.exit(f"leaderboard, process {state.process_index}: {in_words(error)}")
     finally:
         state.destroy_process_group()
 

@@ -21,6 +21,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Args:
         path: a file, or a folder that is empty or does not exist.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,10 @@ def refuse_foreign(paths: Sequence[Path], beginning: str, command: str) -> None:
     """
     taken = [path for path in paths if path.exists()]
     if taken and not (paths[0].is_file() and re.match(beginning, _beginning_of(paths[0]))):
-        raise ValueError(f"{taken[0]} is there already, and not from {command}; move it away or give another --output")
+        lacks = "" if paths[0].exists() else f", as {paths[0].name} is not beside it"
+        raise ValueError(
+            f"{taken[0]} is there already, and not from {command}{lacks}; move it away or give another --output"
+        )
 
 
 def _beginning_of(path: Path) -> str:

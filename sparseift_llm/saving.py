@@ -8,20 +8,24 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import stock_weights
+from sparseift_llm.layers.masked import MaskedProjection, has_surplus
 from sparseift_llm.layers.shards import is_sharded
 from sparseift_llm.layout import has_own_layout
 from sparseift_llm.mask_file import MASKS_NAME, save_masks
@@ -82,7 +86,7 @@ def save_pretrained(
         ValueError: the weights are sharded, not by transformers, and no `state_dict` is given; or weights are not 0
             where their mask is, so that the folder could not be loaded.
     """
-    _check_weights(model)
+    _check_weights(model, state_dict or {})
     if is_sharded(model) and state_dict is None:
         if getattr(model.config, "distributed_config", None) is None:
             raise ValueError(f"the model's weights are sharded; {GATHER}")
@@ -101,14 +105,18 @@ def save_pretrained(
         _upload(model, folder, token=kwargs.get("token"), **hub)
 
 
-def _check_weights(model: PreTrainedModel) -> None:
-    """Whole weights must be 0 where their mask is."""
-    for name, layer in () if is_sharded(model) else sparse_layers(model).items():
-        if not layer.weight.is_meta and not layer.weights_fit(layer.mask):
+@torch.no_grad()
+def _check_weights(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> None:
+    """What will be saved must be 0 where masks are; sharded weights that were not gathered are not looked at."""
+    for name, layer in sparse_layers(model).items():
+        weight = state_dict.get(f"{name}.weight", layer.weight)
+        is_whole = weight.shape == layer.mask.shape and not isinstance(weight, DTensor) and not weight.is_meta
+        if isinstance(layer, MaskedProjection) and is_whole and has_surplus(weight, layer.mask.to(weight.device)):
             raise ValueError(
-                f"{name}.weight is not 0 where its mask is, so something else than sparse training wrote to it: a "
-                "resume without SparseTrainingCallback, another model's state dict, a merged adapter. Load models with "
-                "load_pretrained, or to give the surplus weights up call zero_inactive() of every sparse layer"
+                f"{name}.weight is not 0 where its mask is, so that the folder could not be loaded. Something else "
+                "than sparse training wrote to it: a run resumed without SparseTrainingCallback or a state dict loaded "
+                "without masks (load the model with load_pretrained instead), an average that does not follow "
+                "(controller.follow), or a merged adapter (adapt to_dense(model) instead)"
             )
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.architectures import QKV_LAYOUTS, sizes_of
+from sparseift_llm.layers.base import plain_name
 from sparseift_llm.norms import final_norm, norm_offset, query_norm
 from sparseift_llm.planning import Plan, plan_of, read_record
 
@@ -86,7 +87,7 @@ def optimizer_param_groups(model: PreTrainedModel, lr: float, weight_decay: floa
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor, folded = factors.get(name, (1.0, 1.0))
+            factor, folded = factors.get(plain_name(name), (1.0, 1.0))
             decay = weight_decay / folded if parameter.ndim >= 2 else 0.0
             groups[lr * factor * folded, decay].append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

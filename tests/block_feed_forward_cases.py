@@ -19,6 +19,7 @@ from tests.block_cases import SUM_DTYPE
 
 GRADIENTS = ("x", "up", "up_bias", "down", "down_bias")
 STEEPEST, MOST_CURVED = 1.13, 0.8  # the largest first and second derivative of GELU
+SHARE = {torch.float64: 1e-12, torch.float32: 5e-6}
 GELU_ROUNDINGS = 16  # of its formula, in the sums' dtype
 
 
@@ -159,7 +160,10 @@ def make_case(
 
 
 def errors(case: Case, computed: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each result's entries, of what roundings allow; nan counts as infinite."""
+    """Largest error of each result's entries, of what roundings allow; nan counts as infinite.
+
+    In float32 and float64, where roundings in fact add up to far less, also of `SHARE` of the largest entry.
+    """
     found, bounds = {}, case.bounds()
     expected = case.expected()
     assert computed.keys() == expected.keys()
@@ -167,7 +171,10 @@ def errors(case: Case, computed: dict[str, Tensor]) -> dict[str, float]:
         assert computed[name].shape == value.shape, name
         assert computed[name].dtype == case.x.dtype, name
         if value.numel():
-            error = float(((computed[name].double() - value).abs() / bounds[name]).max())
+            bound = bounds[name]
+            if case.x.dtype in SHARE:
+                bound = bound.clamp(max=SHARE[case.x.dtype] * float(value.abs().max()) + 1e-300)
+            error = float(((computed[name].double() - value).abs() / bound).max())
             found[name] = error if error == error else float("inf")
     return found
 

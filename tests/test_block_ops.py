@@ -243,7 +243,7 @@ def test_a_slow_choice_warns_once_and_names_the_shape(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("dtype", "size", "has_compiler", "advice"),
     [
-        (torch.float32, 16, False, "install a C++ compiler, or use larger tiles"),
+        (torch.float32, 16, False, "install a C++ compiler (on Linux), or use larger tiles"),
         (torch.float32, 8, True, "use larger tiles"),
         (torch.float16, 16, True, "use float32 or bfloat16"),
     ],

@@ -107,6 +107,14 @@ def test_infinite_gradient_of_an_inactive_weight_does_not_become_nan() -> None:
     assert weight.grad.tolist() == [3.0, 0.0, 0.0, -INF]
 
 
+def test_overflow_of_an_inactive_weight_is_seen_on_steps_that_need_it() -> None:
+    """In float16 a gradient scaler has to skip such a step: the mask update could not rank what overflowed."""
+    weight = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+    masked_weight(weight, weight != 0, DenseGradient()).backward(torch.tensor([3.0, INF, 2.0]))
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [3.0, INF, 0.0]
+
+
 def test_sink_sums_in_float32_below_bfloat16() -> None:
     """256 + 1 = 257 has no bfloat16: summed there it would be 256."""
     weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)

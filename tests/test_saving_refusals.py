@@ -20,19 +20,24 @@ def test_weights_outside_the_mask_are_refused(tmp_path: Path) -> None:
     name, layer = next(iter(sparse_layers(model).items()))
     with torch.no_grad():
         layer.weight[~layer.mask] = 1e-6
-    with pytest.raises(ValueError, match=rf"{name}\.weight is not 0 where its mask is.*zero_inactive"):
+    with pytest.raises(ValueError, match=rf"{name}\.weight is not 0 where its mask is.*load_pretrained"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+    surplus = model.state_dict()
+    model.save_pretrained(tmp_path / "model", state_dict={**surplus, f"{name}.weight": layer.weight * layer.mask})
+    assert sparse_layers(load_pretrained(tmp_path / "model"))
     layer.zero_inactive()
     model.save_pretrained(tmp_path / "model")
-    assert sparse_layers(load_pretrained(tmp_path / "model"))
+    surplus[f"{name}.weight"] = torch.ones_like(layer.weight)
+    with pytest.raises(ValueError, match="is not 0 where its mask is"):
+        model.save_pretrained(tmp_path / "model", state_dict=surplus)
 
 
 def test_a_resume_without_the_callback_stops_at_its_checkpoint(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 6}
     sparse_trainer(sparse_gpt2("rigl"), tmp_path, **options).train()
     trainer = make_trainer(sparse_gpt2("rigl"), tmp_path, **options, steps=18)
-    with pytest.raises(ValueError, match="a resume without SparseTrainingCallback"):
+    with pytest.raises(ValueError, match="a run resumed without SparseTrainingCallback"):
         trainer.train(resume_from_checkpoint=True)
 
 

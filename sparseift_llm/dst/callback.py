@@ -124,7 +124,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
                 f"the masks in {folder} are not those its trainer_state.json speaks of; restore the folder"
             )
         apply_masks(model, masks, folder, check_weights=True)
-        _warn_of_changes(folder, model)
+        if state.is_world_process_zero:
+            _warn_of_changes(folder, model)
         self.controller.load_counters(saved)
         if self.report is not None:
             self.report.restore(folder, saved.get("metrics"))

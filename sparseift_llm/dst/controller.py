@@ -81,9 +81,9 @@ class SparseTrainingController(Joinable):
         ranks: the collectives of mask updates.
 
     Raises:
-        ValueError: the model has no sparse layers, a sparse weight is not in the optimizer, the optimizer has a
-            controller already, or a wrapper, adapter or optimizer is not supported; see support.py. On all ranks, if
-            they were given different schedules.
+        ValueError: the model has no sparse layers, a sparse weight is not in the optimizer, the two have a controller
+            already, or a wrapper, adapter or optimizer is not supported; see support.py. On all ranks, if they were
+            given different schedules.
         RuntimeError: on all ranks, if they hold different masks.
     """
 
@@ -108,8 +108,10 @@ class SparseTrainingController(Joinable):
         if zero is None:
             check_optimizer(inner, model, self.layers)
             warn_of_learning_rates(inner, pretrained)
-        if any(other.optimizer is inner for other in _attached):
-            raise ValueError("the optimizer has a SparseTrainingController already; close() that one first")
+        if any(other.optimizer is inner and {*other.layers.values()} & {*self.layers.values()} for other in _attached):
+            raise ValueError(
+                "model and optimizer have a SparseTrainingController already: close() it first, or make a new optimizer"
+            )
         self.optimizer: Optimizer = inner
         config, _ = read_record(pretrained.config)
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)

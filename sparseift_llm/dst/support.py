@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.base import SparseProjection, plain_name
 from sparseift_llm.scaling import learning_rate_factors
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def warn_of_learning_rates(optimizer: Optimizer, model: PreTrainedModel) -> None
         for parameter in group["params"]
     }
     base_rates = [
-        rates[id(parameter)] / math.prod(factors.get(name, (1.0, 1.0)))
+        rates[id(parameter)] / math.prod(factors.get(plain_name(name), (1.0, 1.0)))
         for name, parameter in model.named_parameters()
         if id(parameter) in rates
     ]

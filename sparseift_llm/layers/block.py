@@ -100,6 +100,11 @@ class BlockSparseLinear(SparseProjection):
         if not self._before:
             return self._multiply(input)
         (up,) = self._before
+        if isinstance(up.weight, DTensor) and not isinstance(self.weight, DTensor):
+            raise ValueError(
+                "the two projections of an FFN are computed as one, but were sharded one by one: give fully_shard the "
+                "MLP or the block that they are in"
+            )
         if self.dense_gradient is None and up.dense_gradient is None:
             return self._feed_forward(up, input)
         # dense gradients need both inputs; kept for one layer at a time, they do not raise the peak of memory
@@ -133,11 +138,6 @@ class BlockSparseLinear(SparseProjection):
         return self._multiply(self.hidden(input))
 
     def _feed_forward(self, up: BlockSparseLinear, input: Tensor) -> Tensor:
-        if isinstance(up.weight, DTensor) and not isinstance(self.weight, DTensor):
-            raise ValueError(
-                "the two projections of an FFN are computed as one, but were sharded one by one: give fully_shard the "
-                "MLP or the block that they are in"
-            )
         _refuse_forward_mode(input, up, self)
         x, up_weight, up_bias = _autocast(input.reshape(-1, up.in_features), up.weight, up.bias)
         _, weight, bias = _autocast(x, self.weight, self.bias)

@@ -51,7 +51,7 @@ class MaskedProjection(SparseProjection):
 
     @torch.no_grad()
     def weights_fit(self, mask: Tensor) -> bool:
-        return not whole(self.weight)[~mask.to(self.mask.device)].any()
+        return not has_surplus(whole(self.weight), mask.to(self.mask.device))
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> Tensor:
@@ -147,3 +147,8 @@ def masked_projection(dense: nn.Module, num_active: int, dense_shape: tuple[int,
         return MaskedConv1D(dense, num_active, dense_shape)
     assert isinstance(dense, nn.Linear)
     return MaskedLinear(dense, num_active, dense_shape)
+
+
+def has_surplus(weight: Tensor, mask: Tensor) -> bool:
+    """Whether a weight is not 0 somewhere where its mask is, both of any one shape."""
+    return bool(((weight != 0) & ~mask).any())

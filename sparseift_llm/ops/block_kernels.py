@@ -92,12 +92,14 @@ def kernel_for(x: Tensor, weight: Tensor, out_features: int, in_features: int) -
 
 def _faster(name: str, device: str, dtype: torch.dtype, block_size: int) -> str:
     """What to change about a slow choice."""
-    if device == "cpu" and dtype not in block_native.DTYPES:
+    if device not in ("cpu", "cuda"):
+        return f"no kernel is made for {device}, use structure='unstructured' there"
+    if dtype not in (block_native if device == "cpu" else block_triton).DTYPES:
         return "use float32 or bfloat16"
-    if device == "cpu" and name != "native" and _supports("native", device, dtype, block_size):
-        return "install a C++ compiler, or use larger tiles (block_size)"
-    if device == "cuda" and dtype in block_triton.DTYPES and not block_triton.is_available():
+    if device == "cuda" and not block_triton.is_available():
         return "install triton"
+    if device == "cpu" and name != "native" and _supports("native", device, dtype, block_size):
+        return "install a C++ compiler (on Linux), or use larger tiles (block_size)"
     return "use larger tiles (block_size)"
 
 

@@ -54,9 +54,11 @@ class _Capture(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         if x.dtype == torch.float16:  # an entry of an inactive tile may overflow, which no gradient scaler would see
-            ctx.sink.add(gradient.T.float() @ x.float())
+            gradient_t, x = gradient.T.float(), x.float()
         else:
-            ctx.sink.add(gradient.T @ x)
+            gradient_t = gradient.T
+        with torch.autocast(x.device.type, enabled=False):
+            ctx.sink.add(gradient_t @ x)
         return gradient, None, None
 
 

@@ -26,6 +26,7 @@ class _MaskedGradient(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if ctx.sink is not None:
             ctx.sink.add(gradient)
+            mask = mask | ~gradient.isfinite()  # a gradient scaler must see what overflowed, and skip the step
         # where, not *: an infinite gradient of an inactive weight must not become nan
         return torch.where(mask, gradient, 0), None, None
 
@@ -39,7 +40,8 @@ def masked_weight(weight: Tensor, mask: Tensor, sink: DenseGradient | None = Non
         sink: collects the gradient before masking, when given.
 
     Returns:
-        A view of `weight`. What reaches `weight.grad` is 0 wherever `mask` is.
+        A view of `weight`. What reaches `weight.grad` is 0 wherever `mask` is; with a sink, except for what is not
+        finite.
     """
     masked: Tensor = _MaskedGradient.apply(weight, mask, sink)
     return masked
