@@ -52,3 +52,10 @@ def unmark(hf_config: PreTrainedConfig) -> None:
     """Take this package's `quantization_config` off, in place."""
     if is_marked(hf_config):
         del hf_config.quantization_config
+
+
+def missing_layers(hf_config: PreTrainedConfig | None) -> str:
+    """What to say of a model without sparse layers."""
+    if getattr(hf_config, "sparse_ift", None):
+        return "the Sparse-IFT model was loaded without its masks: load it with sparseift_llm.load_pretrained(folder)"
+    return "the model has no sparse layers: call sparsify(model, config) first"

@@ -19,7 +19,7 @@ from sparseift_llm.families.drop_in import num_norm_params, parts_of, rule_for
 from sparseift_llm.families.wide import build_widened, check_widths, resolve_block_size, wide_config
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import Part
-from sparseift_llm.layout import unmark
+from sparseift_llm.layout import missing_layers, unmark
 from sparseift_llm.projections import Projection, find_projections
 
 
@@ -234,13 +234,6 @@ def read_record(hf_config: PreTrainedConfig) -> tuple[SparseIFTConfig, dict[str,
     if type(vocab_size) is not int or vocab_size < 1:
         raise ValueError(f"the sparse_ift record is damaged: dense_vocab_size is {vocab_size!r}")
     return SparseIFTConfig.from_dict(values), dense_sizes
-
-
-def missing_layers(hf_config: PreTrainedConfig | None) -> str:
-    """What to say of a model without sparse layers."""
-    if getattr(hf_config, "sparse_ift", None):
-        return "the Sparse-IFT model was loaded without its masks: load it with sparseift_llm.load_pretrained(folder)"
-    return "the model has no sparse layers: call sparsify(model, config) first"
 
 
 def _plan(

@@ -21,8 +21,8 @@ from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.layers.shards import is_sharded
-from sparseift_llm.layout import mark, unmark
-from sparseift_llm.planning import LayerPlan, Plan, missing_layers, plan, record
+from sparseift_llm.layout import mark, missing_layers, unmark
+from sparseift_llm.planning import LayerPlan, Plan, plan, record
 from sparseift_llm.pretrained_start import check_has_weights, start_from
 from sparseift_llm.saving import GATHER, install_saving, restore_saving
 from sparseift_llm.scaling import scale_initial_weights

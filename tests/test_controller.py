@@ -282,6 +282,7 @@ def supar_rates(groups: bool, scheduled: bool) -> None:
     SparseTrainingController(model, optimizer, 10).close()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch.compile's own
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_learning_rates_that_are_not_those_of_supar_are_noticed(
     scheduled: bool, caplog: pytest.LogCaptureFixture

@@ -74,7 +74,7 @@ def test_errors_name_the_path_given(tmp_path: Path) -> None:
         ({"a": ""}, "a"),
         ({"a": "\udcff"}, "a"),  # not text
         ({"a": None}, "a"),  # a folder
-        ({"b": "mark"}, "b"),  # the first one tells
+        ({"b": "mark"}, "b"),  # the first one tells, and is not there
         ({"a": "no mark", "b": "mark"}, "a"),
     ],
 )
@@ -90,7 +90,10 @@ def test_what_a_command_did_not_write_is_refused(
     if named is None:
         refuse_foreign(paths, r"mark,", "this")
     else:
-        message = f"{tmp_path / named} is there already, and not from this; move it away or give another --output"
+        lacks = ", as a is not beside it" if "a" not in contents else ""
+        message = (
+            f"{tmp_path / named} is there already, and not from this{lacks}; move it away or give another --output"
+        )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             refuse_foreign(paths, r"mark,", "this")
 

@@ -21,9 +21,11 @@ def test_already_sparse(tmp_path: Path) -> None:
     sparse = sparsify(tiny_config("llama"), SparseIFTConfig())
     sparse.save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for model in (sparse, sparse.config, stock, stock.config, AutoConfig.from_pretrained(tmp_path)):
+    for model in (sparse, sparse.config, stock.config, AutoConfig.from_pretrained(tmp_path)):
         with pytest.raises(ValueError, match="already a Sparse-IFT model"):
             sparsify(model, SparseIFTConfig())
+    with pytest.raises(ValueError, match=r"without its masks.*load_pretrained"):
+        sparsify(stock, SparseIFTConfig())
     del sparse.config.sparse_ift
     with pytest.raises(ValueError, match="already a Sparse-IFT model"):
         sparsify(sparse, SparseIFTConfig())

@@ -18,20 +18,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from sparseift_llm.dst.algorithms import ALGORITHMS
 from sparseift_llm.dst.averages import AveragedCopies
 from sparseift_llm.dst.distributed import Ranks, gradient_dtype, no_gradient, world_size
 from sparseift_llm.dst.join import SparseJoinHook, check_join
 from sparseift_llm.dst.optimizer_state import zero_state
-from sparseift_llm.dst.support import check_model, check_optimizer, warn_of_learning_rates
+from sparseift_llm.dst.support import check_model, check_optimizer, pretrained_model, warn_of_learning_rates
 from sparseift_llm.dst.zero import ZeroState, zero_optimizer
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.shards import gathered, reshard
+from sparseift_llm.layout import missing_layers
 from sparseift_llm.mask_file import apply_masks, digest, pack, unpack
 from sparseift_llm.ops.dense_gradient import DenseGradient
-from sparseift_llm.planning import missing_layers, read_record
+from sparseift_llm.planning import read_record
 
 logger = logging.getLogger(__name__)
 _attached: WeakSet[SparseTrainingController] = WeakSet()
@@ -97,12 +97,11 @@ class SparseTrainingController(Joinable):
         self.layers = sparse_layers(model)
         if not self.layers:
             raise ValueError(missing_layers(getattr(model, "config", None)))
-        pretrained = _pretrained_model(model)
+        pretrained = pretrained_model(model)
         zero = zero_optimizer(optimizer)
         self._zero = ZeroState(zero, self.layers) if zero is not None else None
-        inner = (
-            zero.optimizer if zero is not None else getattr(optimizer, "optimizer", optimizer)
-        )  # accelerate's wrapper
+        # of accelerate's wrapper, the optimizer in it
+        inner = zero.optimizer if zero is not None else getattr(optimizer, "optimizer", optimizer)
         reshard(model)
         check_model(model, zero is not None)
         if zero is None:
@@ -327,11 +326,3 @@ class SparseTrainingController(Joinable):
             for layer in self.layers.values():
                 layer.dense_gradient = None
             torch.compiler.set_stance("default")
-
-
-def _pretrained_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside one that may be wrapped (DistributedDataParallel, torch.compile)."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no transformers model, so its sparse_ift record cannot be read")

@@ -26,6 +26,18 @@ NO_ZERO = (
 _QUANTISING = ("bitsandbytes", "torchao")
 
 
+def pretrained_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside one that may be wrapped (DistributedDataParallel, torch.compile).
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no transformers model, so its sparse_ift record cannot be read")
+
+
 def check_model(model: nn.Module, is_zero: bool = False) -> None:
     """Refuse wrappers and adapters that mask updates would not reach.
 
