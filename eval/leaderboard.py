@@ -56,7 +56,7 @@ def main(words: list[str]) -> None:
     except ValueError as error:  # the user's to mend, and the same on every process: no traceback, once
         sys.exit(f"leaderboard: {error}" if state.is_main_process else 1)
     except OSError as error:
-        sys.exit(f"leaderboard, process {state.process_index}: {in_words(error)}")
+        sys.exit(f"leaderboard: {in_words(error)} (process {state.process_index})")
     finally:
         state.destroy_process_group()
 

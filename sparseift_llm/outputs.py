@@ -52,9 +52,9 @@ def refuse_foreign(paths: Sequence[Path], beginning: str, command: str) -> None:
     """
     taken = [path for path in paths if path.exists()]
     if taken and not (paths[0].is_file() and re.match(beginning, _beginning_of(paths[0]))):
-        lacks = "" if paths[0].exists() else f", as {paths[0].name} is not beside it"
+        lacks = "" if paths[0].exists() else f" ({paths[0].name} is not beside it)"
         raise ValueError(
-            f"{taken[0]} is there already, and not from {command}{lacks}; move it away or give another --output"
+            f"{taken[0]} is there already, and not from {command}; move it away or give another --output{lacks}"
         )
 
 

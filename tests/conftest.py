@@ -15,6 +15,8 @@ if not torch.cuda.is_available():  # before anything imports triton
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# of .ci/run: the same examples in every run, so that a change fails for what it changed
+settings.register_profile("ci", parent=settings.get_profile("shared"), derandomize=True)
 settings.load_profile("shared")
 
 

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparseift_llm.html_report.charts import Series, downsampled, line_chart, make_axis, marker_of, style_class
@@ -37,6 +37,7 @@ def ticks(low: float, high: float) -> tuple[list[str], str]:
         (0, 4e-4, (["0", "100", "200", "300", "400"], "x (\u00d710\u207b\u2076)")),
         (-1, 1, (["-1.0", "-0.5", "0.0", "0.5", "1.0"], "x")),
         (3, 3, (["2.8", "3.0", "3.2"], "x")),
+        (3, 3 + 1e-12, (["2.8", "3.0", "3.2"], "x")),
         (0, 0, (["-1.0", "-0.5", "0.0", "0.5", "1.0"], "x")),
     ],
 )
@@ -45,6 +46,7 @@ def test_axes(low: float, high: float, expected: tuple[list[str], str]) -> None:
 
 
 @given(st.floats(-1e30, 1e30), st.floats(-1e30, 1e30))
+@example(-9.999999999999999e29, -1e30)
 def test_every_axis_has_ticks_inside(first: float, second: float) -> None:
     axis = make_axis(min(first, second), max(first, second), "x")
     assert axis.low < axis.high

@@ -90,10 +90,8 @@ def test_what_a_command_did_not_write_is_refused(
     if named is None:
         refuse_foreign(paths, r"mark,", "this")
     else:
-        lacks = ", as a is not beside it" if "a" not in contents else ""
-        message = (
-            f"{tmp_path / named} is there already, and not from this{lacks}; move it away or give another --output"
-        )
+        advice = "move it away or give another --output" + ("" if "a" in contents else " (a is not beside it)")
+        message = f"{tmp_path / named} is there already, and not from this; {advice}"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             refuse_foreign(paths, r"mark,", "this")
 

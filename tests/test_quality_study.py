@@ -27,7 +27,7 @@ def write_result(results: Path, study: str, name: str, rate: float, loss: float,
     path.write_text(json.dumps({"eval_loss": loss, "forward_flops_per_token": flops}))
 
 
-@pytest.mark.parametrize("name", ["tiles", "families"])
+@pytest.mark.parametrize("name", ["tiles", "seeds", "families"])
 def test_rows_are_valid_recipes_with_names_of_their_own(study: ModuleType, name: str) -> None:
     rows = study.STUDIES[name].rows
     assert len({row.name for row in rows}) == len(rows)
@@ -35,7 +35,8 @@ def test_rows_are_valid_recipes_with_names_of_their_own(study: ModuleType, name:
     for row in rows:
         recipe = load_recipe(study.RECIPE, ["--output_dir", "x", *row.overrides()])
         assert (recipe.sparse_ift is None) == (row.sparse is None)
-        assert recipe.sparse_ift is None or recipe.sparse_ift.sparsity == 0.75
+        assert recipe.training["seed"] == row.seed
+        assert recipe.sparse_ift is None or (recipe.sparse_ift.sparsity, recipe.sparse_ift.seed) == (0.75, row.seed)
 
 
 def test_the_table_marks_the_best_rate_and_leaves_open_what_is_missing(study: ModuleType, tmp_path: Path) -> None:
@@ -49,17 +50,27 @@ def test_the_table_marks_the_best_rate_and_leaves_open_what_is_missing(study: Mo
     assert lines[3] == "| Wide, scope model |  |  |  |  |  |"
 
 
-@pytest.mark.parametrize(("name", "page"), [("families", "families.md"), ("tiles", "block.md")])
+def test_the_table_of_seeds(study: ModuleType, tmp_path: Path) -> None:
+    for name, loss in (("dense", 2.5), ("dense-seed1", 2.25), ("dense-seed2", 2.0), ("mask-rigl-seed1", 3.0)):
+        write_result(tmp_path, "tiles", name, 8e-3, loss)
+    lines = study.seed_table("seeds", tmp_path).splitlines()
+    assert lines[2] == "| dense | 2.5000 | 2.2500 | 2.0000 | 2.2500 |"
+    assert lines[3] == "| Wide, unstructured, rigl |  | 3.0000 |  |  |"
+
+
+@pytest.mark.parametrize(("name", "page"), [("families", "families.md"), ("tiles", "block.md"), ("seeds", "block.md")])
 def test_the_table_is_the_committed_one(study: ModuleType, name: str, page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    assert study.table(name, study.RESULTS) in text
+    make_table = study.seed_table if name == "seeds" else study.table
+    assert make_table(name, study.RESULTS) in text
     results = study.read_results(name, study.RESULTS)
     assert len(results) == len(study.STUDIES[name].rows) * len(study.STUDIES[name].rates)
+    folder = study.STUDIES[name].folder
     for (row, rate), summary in results.items():
-        assert f"{name}/{row.name}-lr{rate:g}" in summary["command"]
+        assert f"{folder}/{row.name}-lr{rate:g}" in summary["command"]
         assert not summary["commit"].endswith("-dirty")
         assert summary["config"]["training"]["learning_rate"] == rate
-    assert not json.loads((study.RESULTS / name / "times.json").read_text())["commit"].endswith("-dirty")
+    assert not json.loads((study.RESULTS / folder / "times.json").read_text())["commit"].endswith("-dirty")
 
 
 def best_losses(study: ModuleType, name: str) -> dict[str, float]:

@@ -72,8 +72,11 @@ def marker_of(style: int) -> str:
 
 
 def make_axis(low: float, high: float, label: str, num_ticks: int = 5) -> Axis:
-    """An axis from `low` to `high` with round numbers; large ones are scaled, which the label then says."""
-    if not high > low:
+    """An axis from `low` to `high` with round numbers; large ones are scaled, which the label then says.
+
+    Limits that are equal, or nearly so that ticks could not be told apart, are moved apart.
+    """
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     step = _round_step((high - low) / num_ticks)
