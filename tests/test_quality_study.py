@@ -92,3 +92,25 @@ def test_the_default_tile_follows_from_the_study(study: ModuleType) -> None:
         for tile in (16, 8):
             small, large = f"tile{tile}-{algorithm}", f"tile{2 * tile}-{algorithm}"
             assert best[large] - best[small] < gain_of_time * math.log(seconds[small] / seconds[large])
+
+
+def test_what_the_docs_say_of_rigl_holds_for_every_seed(study: ModuleType) -> None:
+    losses = {
+        row.name: summary["eval_loss"] for (row, _), summary in study.read_results("seeds", study.RESULTS).items()
+    }
+    suffixes = [f"-seed{seed}" if seed else "" for seed in study.SEEDS]
+    mean = {
+        name: sum(losses[name + suffix] for suffix in suffixes) / len(suffixes)
+        for name in ("dense", "mask-static", "mask-rigl", "tile32-static", "tile32-rigl")
+    }
+    for suffix in suffixes:
+        for moved in ("tile32-rigl", "tile32-rigl-drop0.1"):
+            assert losses[f"tile32-static{suffix}"] < losses[moved + suffix]
+    gain = {name: mean["dense"] - value for name, value in mean.items()}
+    assert gain["tile32-static"] / gain["mask-static"] == pytest.approx(3 / 4, abs=0.05)
+    assert gain["tile32-rigl"] / gain["mask-rigl"] == pytest.approx(1 / 6, abs=0.05)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"({mean['mask-rigl']:.3f} and {mean['mask-static']:.3f}, three seeds)" in " ".join(readme.split())
+    for tile in (8, 16, 32):
+        best = best_losses(study, "tiles")
+        assert best[f"tile{tile}-static"] < best[f"tile{tile}-rigl"]
