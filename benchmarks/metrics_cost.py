@@ -121,7 +121,7 @@ def main(output: str) -> None:
     """Measure both structures and write the results."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     with tempfile.TemporaryDirectory() as folder:
-        results = {structure: measure(structure, Path(folder)) for structure in ("unstructured", "block")}
+        results = {structure: measure(structure, Path(folder) / structure) for structure in ("unstructured", "block")}
     settings = {
         "command": shlex.join(["python", "benchmarks/metrics_cost.py", output]),
         "tokens_per_step": ROW.tokens,

@@ -150,6 +150,8 @@ def test_the_table_of_timings_is_the_committed_one() -> None:
 def test_the_crossover_table_is_the_committed_one() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "bench" / "crossover.json").read_text(encoding="utf-8"))
     assert render_crossover(result) in ALL_TEXT
+    worst = max(row["ratio_block"] for row in result["rows"] if row["tile"] == 16)
+    assert f"Tiles of 16 cost up to {worst:.1f} times the dense layer" in ALL_TEXT
     assert result["command"].startswith("sparseift bench --crossover")
     assert not result["commit"].endswith("-dirty")
 
