@@ -9,6 +9,7 @@ an update on every second step, so that both kinds of steps take turns.
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -65,7 +66,13 @@ def main(output: str) -> None:
     dist.init_process_group("gloo")
     results = {structure: measure(structure) for structure in ("unstructured", "block")}
     if dist.get_rank() == 0:
-        settings = {"num_ranks": dist.get_world_size(), "tokens_per_step": ROW.tokens, "repeats": PAIRS}
+        command = shlex.join(["torchrun", "--nproc_per_node", str(dist.get_world_size()), *sys.argv])
+        settings = {
+            "command": command,
+            "num_ranks": dist.get_world_size(),
+            "tokens_per_step": ROW.tokens,
+            "repeats": PAIRS,
+        }
         facts = {"machine": machine(), "versions": versions(), "commit": commit()}
         write_json(Path(output), {**settings, **results, **facts})
     dist.destroy_process_group()
