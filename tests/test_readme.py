@@ -177,6 +177,7 @@ def test_the_cost_of_updates_is_the_committed_one() -> None:
     assert max(shares) < 0.03
     assert f"{100 * shares[0]:.1f}% (unstructured) and {100 * shares[1]:.1f}% (block)" in ALL_TEXT.replace("\n", " ")
     assert f"{result['block']['bytes_per_update'] / 1e6:.0f} MB" in ALL_TEXT
+    assert result["command"].endswith("benchmarks/update_cost.py benchmarks/results/update_cost.json")
     assert not result["commit"].endswith("-dirty")
 
 
