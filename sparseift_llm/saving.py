@@ -108,10 +108,11 @@ def save_pretrained(
 @torch.no_grad()
 def _check_weights(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> None:
     """What will be saved must be 0 where masks are; sharded weights that were not gathered are not looked at."""
-    for name, layer in sparse_layers(model).items():
+    masked = {name: layer for name, layer in sparse_layers(model).items() if isinstance(layer, MaskedProjection)}
+    for name, layer in masked.items():
         weight = state_dict.get(f"{name}.weight", layer.weight)
         is_whole = weight.shape == layer.mask.shape and not isinstance(weight, DTensor) and not weight.is_meta
-        if isinstance(layer, MaskedProjection) and is_whole and has_surplus(weight, layer.mask.to(weight.device)):
+        if is_whole and has_surplus(weight, layer.mask.to(weight.device)):
             raise ValueError(
                 f"{name}.weight is not 0 where its mask is, so that the folder could not be loaded. Something else "
                 "than sparse training wrote to it: a run resumed without SparseTrainingCallback or a state dict loaded "
