@@ -67,3 +67,6 @@ def main(*modules: str) -> None:
         torch.compiler.set_stance("default")
         dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; torch's threads have been seen to abort an interpreter that shuts down
