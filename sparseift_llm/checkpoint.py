@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 import sparseift_llm.loading  # noqa: F401  # registers the hook
 from sparseift_llm.layout import has_own_layout, is_marked, mark
 from sparseift_llm.mask_file import MASKS_NAME, apply_masks, read_masks
+from sparseift_llm.outputs import set_aside
 from sparseift_llm.planning import plan_of, read_record
 from sparseift_llm.surgery import install_sparse_layers
 
@@ -77,12 +78,7 @@ def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
     moved = []
     for folder in numbered_checkpoints(output_dir).values():
         if not is_complete(folder):
-            target = folder.with_name(INCOMPLETE_PREFIX + folder.name)
-            number = 1
-            while target.exists():
-                number += 1
-                target = folder.with_name(f"{INCOMPLETE_PREFIX}{folder.name}.{number}")
-            folder.rename(target)
+            target = set_aside(folder, INCOMPLETE_PREFIX)
             logger.warning("%s was not written to its end; it is now %s and will not be resumed", folder, target.name)
             moved.append(target)
     return moved

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,6 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
     """Add one line at the end, in full precision."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
-
-
-def set_aside(path: Path) -> Path | None:
-    """Rename a file of an earlier run, if there is one, by adding a number to its name; returns the new path."""
-    if not path.exists():
-        return None
-    number = next(n for n in count(1) if not path.with_name(f"{path.name}.{n}").exists())
-    return path.rename(path.with_name(f"{path.name}.{number}"))
 
 
 def keep_lines(path: Path, last_step: int) -> None:

@@ -63,6 +63,15 @@ def _beginning_of(path: Path) -> str:
         return file.read(_BEGINNING_BYTES).decode("utf-8", errors="replace")
 
 
+def set_aside(path: Path, prefix: str) -> Path:
+    """Rename what an earlier process left at `path` to `prefix` and its name, and a number if that is taken, too."""
+    target, number = path.with_name(prefix + path.name), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{prefix}{path.name}.{number}")
+    return path.rename(target)
+
+
 def in_words(error: Exception) -> str:
     """The message for a user: of an OSError the path and what the system says, of other errors their own words."""
     if isinstance(error, OSError) and error.filename is not None:

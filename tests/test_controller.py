@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -271,6 +273,28 @@ def test_model_and_optimizer_have_one_controller_at_a_time() -> None:
     first.close()
     SparseTrainingController(model, optimizer, 10)
     SparseTrainingController(model, SGD(model.parameters(), lr=1.0), 10)  # the other optimizer may be given up
+
+
+@pytest.mark.usefixtures("either_structure")
+def test_a_controller_keeps_nothing_alive_when_the_loop_has_ended() -> None:
+    """As part of a cycle it would keep DistributedDataParallel, and with it the threads of its process group."""
+
+    def loop() -> ReferenceType[nn.Module]:
+        model = sparse_gpt2("rigl")
+        wrapper = Wrapper(model)  # the model itself holds functions that hold it
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        SparseTrainingController(wrapper, optimizer, 10)
+        before = masks(model)
+        train(model, optimizer, batches(4))
+        assert differences(before, masks(model))  # the optimizer's hook alone has kept it going
+        return ref(wrapper)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert loop()() is None
+    finally:
+        gc.enable()
 
 
 def supar_rates(groups: bool, scheduled: bool) -> None:

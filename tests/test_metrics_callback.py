@@ -202,7 +202,7 @@ def test_lines_of_an_earlier_run_are_kept(tmp_path: Path, caplog: pytest.LogCapt
         new_trainer(tmp_path, Record(), logging_steps=3 + run).train()
         assert ("an earlier run's lines" in caplog.text) == (run > 0)
         caplog.clear()
-    names = ("layers.jsonl.1", "layers.jsonl.2", "layers.jsonl")
+    names = ("earlier-layers.jsonl", "earlier-layers.jsonl.2", "layers.jsonl")
     steps = [[json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] for name in names]
     assert steps == [[3, 6, 9, 12], [4, 8, 12], [5, 10]]
 

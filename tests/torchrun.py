@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import os
 import signal
@@ -66,7 +67,5 @@ def main(*modules: str) -> None:
         torch.save(result, folder / f"{name}-{rank}.pt")
         torch.compiler.set_stance("default")
         dist.barrier()
+    gc.collect()  # a DistributedDataParallel in a cycle would keep gloo's threads until the interpreter is torn down
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # all is written; torch's threads have been seen to abort an interpreter that shuts down

@@ -27,10 +27,9 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
 
     What to do is read from the model (`SparseIFTConfig.dst`). Checkpoints hold the masks
     (`sparse_masks.safetensors`) and, in `trainer_state.json`, the rest of the state;
-    `trainer.train(resume_from_checkpoint=True)` goes on from them, and half-written
-    checkpoints are set aside when the Trainer is created (so do not create one for the `output_dir` of a run that is
-    still going on). It becomes the first of the Trainer's callbacks, so that
-    every tracker gets what it adds to the log.
+    `trainer.train(resume_from_checkpoint=True)` goes on from them, and half-written checkpoints are set aside when the
+    Trainer is created (so do not create one for the `output_dir` of a run that is still going on). It becomes the first
+    of the Trainer's callbacks, so that every tracker gets what it adds to the log.
 
     Args:
         metrics: log the mask metrics of docs/metrics.md and write `layers.jsonl`; training is the same without.
@@ -202,9 +201,12 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
 
 def _warn_of_changes(folder: Path, model: PreTrainedModel) -> None:
     """Log a warning if the resumed checkpoint was written with other mask updates than are coming."""
+    if not (folder / CONFIG_NAME).is_file():  # so it is beside sharded weights
+        return
     try:
         before = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["sparse_ift"]["dst"]
-    except (OSError, ValueError, KeyError, TypeError):  # sharded weights may be saved without it
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("whether %s was written with other mask updates cannot be read (%r)", folder, error)
         return
     now = model.config.sparse_ift["dst"]
     if before != now:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from sparseift_llm.dst.algorithms import ALGORITHMS
 from sparseift_llm.dst.averages import AveragedCopies
-from sparseift_llm.dst.distributed import Ranks, gradient_dtype, no_gradient, world_size
+from sparseift_llm.dst.distributed import Ranks, UpdateCost, gradient_dtype, no_gradient, world_size
 from sparseift_llm.dst.join import SparseJoinHook, check_join
 from sparseift_llm.dst.optimizer_state import zero_state
 from sparseift_llm.dst.support import check_model, check_optimizer, pretrained_model, warn_of_learning_rates
@@ -36,21 +35,6 @@ from sparseift_llm.planning import read_record
 logger = logging.getLogger(__name__)
 _attached: WeakSet[SparseTrainingController] = WeakSet()
 UpdateListener = Callable[[str, Tensor, Tensor, "Tensor | None"], None]
-
-
-@dataclass
-class UpdateCost:
-    """What mask updates took on this rank since the controller was created, the ranks' waiting for each other included.
-
-    Attributes:
-        num_updates: updates.
-        seconds: time between the optimizer's own step and the end of the update.
-        num_bytes: bytes of the tensors reduced or gathered over ranks.
-    """
-
-    num_updates: int = 0
-    seconds: float = 0.0
-    num_bytes: int = 0
 
 
 class SparseTrainingController(Joinable):
@@ -107,11 +91,13 @@ class SparseTrainingController(Joinable):
         if zero is None:
             check_optimizer(inner, model, self.layers)
             warn_of_learning_rates(inner, pretrained)
-        if any(other.optimizer is inner and {*other.layers.values()} & {*self.layers.values()} for other in _attached):
+        if any(
+            other._optimizer() is inner and {*other.layers.values()} & {*self.layers.values()} for other in _attached
+        ):
             raise ValueError(
                 "model and optimizer have a SparseTrainingController already: close() it first, or make a new optimizer"
             )
-        self.optimizer: Optimizer = inner
+        self._optimizer: ref[Optimizer] = ref(inner)  # which holds the controller: a cycle would outlive the loop
         config, _ = read_record(pretrained.config)
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
         self._micro_batches = micro_batches
@@ -134,6 +120,13 @@ class SparseTrainingController(Joinable):
             ).remove
         _attached.add(self)
         self._arm()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer that is followed."""
+        optimizer = self._optimizer()
+        assert optimizer is not None  # whoever steps it holds it
+        return optimizer
 
     def follow(self, copy: nn.Module) -> None:
         """Give every mask update to an averaged copy of the model, too (EMA, `torch.optim.swa_utils.AveragedModel`).

@@ -1,4 +1,4 @@
-"""The collectives of mask updates: the global batch's gradient, and agreement on masks; with a count of bytes.
+"""The collectives of mask updates: the global batch's gradient, and agreement on masks; and what they cost.
 
 They do nothing in a single process. Every rank must call them in the same order, and an error that
 only one rank sees is made known to all before any of them raises, so that none is left waiting.
@@ -7,6 +7,7 @@ only one rank sees is made known to all before any of them raises, so that none 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ def no_gradient(layer: SparseProjection) -> Tensor:
 def gradient_dtype(layer: SparseProjection) -> torch.dtype:
     """In which all ranks add up the layer's dense gradient."""
     return torch.promote_types(layer.weight.dtype, torch.float32)
+
+
+@dataclass
+class UpdateCost:
+    """What mask updates took on this rank since the controller was created, the ranks' waiting for each other included.
+
+    Attributes:
+        num_updates: updates.
+        seconds: time between the optimizer's own step and the end of the update.
+        num_bytes: bytes of the tensors reduced or gathered over ranks.
+    """
+
+    num_updates: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
 
 
 class Ranks:

@@ -20,8 +20,9 @@ from transformers.trainer_callback import CallbackHandler, TrainerCallback
 from sparseift_llm.dst.controller import SparseTrainingController
 from sparseift_llm.dst.throughput import Stopwatch, TrainingFlops, measured_peak
 from sparseift_llm.dst.tracking import MaskMetrics
-from sparseift_llm.json_lines import append_line, keep_lines, set_aside
+from sparseift_llm.json_lines import append_line, keep_lines
 from sparseift_llm.mask_file import digest, read_masks, write_masks
+from sparseift_llm.outputs import set_aside
 from sparseift_llm.samples import StepSample
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ class MaskReport:
             self._layers_path.parent.mkdir(parents=True, exist_ok=True)
             if state.global_step:
                 keep_lines(self._layers_path, state.global_step)
-            elif aside := set_aside(self._layers_path):
+            elif self._layers_path.exists():
+                aside = set_aside(self._layers_path, "earlier-")
                 logger.warning("%s holds an earlier run's lines; they are now in %s", self._layers_path, aside.name)
         self._flops_before = self._flops.total(state.global_step) if self._flops else None
 
