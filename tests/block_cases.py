@@ -5,6 +5,8 @@ Not a test module.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -74,6 +76,32 @@ class Case:
         }
 
 
+def normal_source(dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
+    """Draws normal tensors of the shapes that it is called with."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def activation(normal: Callable[..., Tensor], tokens: int, width: int, layout: str) -> Tensor:
+    """(tokens, width); `expanded` is one row for all tokens, as the gradient of a sum is one number for all."""
+    if layout == "strided":
+        return normal(2 * tokens, width + 3)[::2, 1 : width + 1]
+    if layout == "transposed":
+        return normal(width, tokens).T
+    return normal(1, width).expand(tokens, width) if layout == "expanded" else normal(tokens, width)
+
+
+@contextlib.contextmanager
+def num_threads(number: int) -> Iterator[None]:
+    """Of torch, and so of the native kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def make_case(
     tokens: int = 37,
     rows: int = 3,
@@ -85,25 +113,13 @@ def make_case(
     layout: str = "contiguous",
     seed: int = 0,
 ) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def activation(width: int) -> Tensor:
-        """(tokens, width); `expanded` is one row for all tokens, as the gradient of a sum is one number for all."""
-        if layout == "strided":
-            return normal(2 * tokens, width + 3)[::2, 1 : width + 1]
-        if layout == "transposed":
-            return normal(width, tokens).T
-        return normal(1, width).expand(tokens, width) if layout == "expanded" else normal(tokens, width)
-
+    normal = normal_source(dtype, seed)
     return Case(
-        x=activation(columns * size),
+        x=activation(normal, tokens, columns * size, layout),
         weight=normal(num_tiles, size, size),
         bias=normal(rows * size) if bias else None,
         columns=blocks.random_columns(rows, columns, num_tiles, seed),
-        grad=activation(rows * size),
+        grad=activation(normal, tokens, rows * size, layout),
         num_rows=rows,
         num_columns=columns,
     )

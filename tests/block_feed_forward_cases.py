@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
 from sparseift_llm.ops.block_reference import dense_weight
 from sparseift_llm.topology import blocks
-from tests.block_cases import SUM_DTYPE
+from tests.block_cases import SUM_DTYPE, activation, normal_source
 
 GRADIENTS = ("x", "up", "up_bias", "down", "down_bias")
 STEEPEST, MOST_CURVED = 1.13, 0.8  # the largest first and second derivative of GELU
@@ -134,27 +134,20 @@ def make_case(
     size: int = 16,
     dtype: torch.dtype = torch.float32,
     bias: bool = True,
-    strided: bool = False,
+    layout: str = "contiguous",
     seed: int = 0,
 ) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def activation(width: int) -> Tensor:
-        return normal(2 * tokens, width + 3)[::2, 1 : width + 1] if strided else normal(tokens, width)
-
+    normal = normal_source(dtype, seed)
     inputs, hidden, outputs = block_counts
     return Case(
-        x=activation(inputs * size),
+        x=activation(normal, tokens, inputs * size, layout),
         up=normal(tiles[0], size, size) / size**0.5,
         up_bias=normal(hidden * size) if bias else None,
         up_columns=blocks.random_columns(hidden, inputs, tiles[0], seed),
         down=normal(tiles[1], size, size) / size**0.5,
         down_bias=normal(outputs * size) if bias else None,
         down_columns=blocks.random_columns(outputs, hidden, tiles[1], seed + 1),
-        grad=activation(outputs * size),
+        grad=activation(normal, tokens, outputs * size, layout),
         block_counts=block_counts,
     )
 

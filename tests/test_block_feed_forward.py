@@ -17,7 +17,7 @@ from torch.autograd.gradcheck import GradcheckError
 from sparseift_llm.ops import block_feed_forward, block_native
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
 from sparseift_llm.ops.block_kernels import use_block_kernel
-from tests.block_cases import NEEDS_COMPILER
+from tests.block_cases import LAYOUTS, NEEDS_COMPILER, num_threads
 from tests.block_feed_forward_cases import GRADIENTS, Case, check, errors, make_case
 
 KERNELS = ["reference", "blas", pytest.param("native", marks=NEEDS_COMPILER)]
@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn) -> Case:
         size=draw(st.sampled_from([4, 8, 16, 32])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
         bias=draw(st.booleans()),
-        strided=draw(st.booleans()),
+        layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**20)),
     )
 
@@ -62,8 +62,8 @@ def test_equals_the_dense_one(name: str, case: Case, keep_hidden: bool) -> None:
 def test_equals_the_dense_one_on_triton(dtype: torch.dtype, keep_hidden: bool) -> None:
     use_block_kernel("triton")
     try:
-        for bias, strided in ((True, False), (False, True)):
-            check(make_case(dtype=dtype, bias=bias, strided=strided), keep_hidden)
+        for bias, layout in ((True, "contiguous"), (False, "strided")):
+            check(make_case(dtype=dtype, bias=bias, layout=layout), keep_hidden)
         if dtype == torch.float32:
             torch.library.opcheck(block_feed_forward_op, (*leaves(make_case(tokens=5))[:-1], keep_hidden))
     finally:
@@ -111,13 +111,10 @@ def test_faults_are_caught(kernel: str, fault: str, monkeypatch: pytest.MonkeyPa
 @NEEDS_COMPILER
 def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
     case = make_case(tokens=700, block_counts=(5, 7, 4), tiles=(12, 11), size=32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2):
+        with num_threads(threads):
             results.append(case.computed())
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 

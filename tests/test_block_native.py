@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 
 from sparseift_llm.ops import block_native
 from sparseift_llm.ops.block_kernels import kernel_name
-from tests.block_cases import NEEDS_COMPILER, check, make_case
+from tests.block_cases import NEEDS_COMPILER, check, make_case, num_threads
 
 
 @NEEDS_COMPILER
@@ -28,27 +27,13 @@ def test_native_bfloat16_keeps_special_values(value: float) -> None:
     assert output[:3].isfinite().all()
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @NEEDS_COMPILER
 def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
     case = make_case(tokens=700, rows=5, columns=5, num_tiles=12, size=32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2):
+        with num_threads(threads):
             results.append(case.computed(block_native))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
@@ -84,7 +69,7 @@ def test_what_lay_in_scratch_memory_before_costs_no_time() -> None:
     """Denormal numbers take many processors tens of times as long: rows that only fill up must not hold them."""
     few, many = make_case(tokens=13, rows=8, columns=8, num_tiles=32), make_case(tokens=480, rows=8, columns=8)
     seconds: dict[float, list[float]] = {1.0: [], 1e-40: []}
-    with one_thread():  # waiting for another one would count
+    with num_threads(1):  # waiting for another one would count
         for _ in range(9):
             for value, times in seconds.items():
                 for tensor in (many.x, many.grad):

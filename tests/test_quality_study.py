@@ -94,6 +94,31 @@ def test_the_default_tile_follows_from_the_study(study: ModuleType) -> None:
             assert best[large] - best[small] < gain_of_time * math.log(seconds[small] / seconds[large])
 
 
+def test_the_prose_about_tiles_has_the_figures_of_the_study(study: ModuleType) -> None:
+    text = " ".join((ROOT / "docs" / "block.md").read_text(encoding="utf-8").split())
+    best, short = best_losses(study, "tiles"), best_losses(study, "families")
+    seconds = json.loads((study.RESULTS / "tiles" / "times.json").read_text())["step_seconds"]
+    slope = (short["dense"] - best["dense"]) / math.log(1920 / 640)
+    times, gains = {}, {}
+    for tile in (16, 8):
+        pairs = [(f"tile{tile}-{kind}", f"tile{2 * tile}-{kind}") for kind in ("static", "rigl")]
+        gains[tile] = sorted(best[large] - best[small] for small, large in pairs)
+        times[tile] = sum(seconds[small] / seconds[large] for small, large in pairs) / 2
+    assert f"{gains[16][0]:.3f} to {gains[16][1]:.3f} nats for {times[16]:.2f} times the step time" in text
+    assert f"halving again {gains[8][0]:.3f} to {gains[8][1]:.3f} for {times[8]:.2f} times" in text
+    assert f"gains {slope:.3f} nats per e-fold of tokens (640 steps: {short['dense']:.3f}" in text
+    assert f"which is {slope * math.log(times[16]):.2f} and {slope * math.log(times[8]):.2f}." in text
+    flops = {
+        row.name: value["forward_flops_per_token"]
+        for (row, _), value in study.read_results("tiles", study.RESULTS).items()
+    }
+    more = flops["tile32-static"] / flops["dense"]
+    slower = (seconds["tile32-static"] + seconds["tile32-rigl"]) / 2 / seconds["dense"]
+    same_flops, same_time = (best["dense"] - slope * math.log(factor) for factor in (more, slower))
+    assert f"{more:.2f} times the tokens would take the dense model to {same_flops:.2f}" in text
+    assert f"the {slower:.2f} times that a step with tiles of 32 takes to {same_time:.2f}" in text
+
+
 def test_what_the_docs_say_of_rigl_holds_for_every_seed(study: ModuleType) -> None:
     losses = {
         row.name: summary["eval_loss"] for (row, _), summary in study.read_results("seeds", study.RESULTS).items()
