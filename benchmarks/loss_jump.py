@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from sparseift_llm import SparseIFTConfig, sparsify
-from sparseift_llm.corpora import Source, builtin_source, hold_out
-from sparseift_llm.run_record import commit, machine, versions, write_json
+from sparseift_llm.data.corpora import Source, builtin_source, hold_out
+from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.provenance import commit, machine, versions
 
 HIDDEN, NUM_LAYERS, NUM_HEADS, SEQ_LEN, TILE = 64, 2, 4, 64, 8
 NUM_STEPS, BATCH, LEARNING_RATE = 1000, 16, 4e-3

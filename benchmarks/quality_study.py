@@ -29,11 +29,12 @@ from typing import Any
 import torch
 
 from sparseift_llm import sparsify
-from sparseift_llm.architectures import build_model
-from sparseift_llm.measure import take_turns
-from sparseift_llm.presets import load_config
-from sparseift_llm.recipe import Recipe, load_recipe
-from sparseift_llm.run_record import commit, machine, versions, write_json
+from sparseift_llm.bench.measure import take_turns
+from sparseift_llm.models.architectures import build_model
+from sparseift_llm.models.presets import load_config
+from sparseift_llm.runs.recipe import Recipe, load_recipe
+from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.provenance import commit, machine, versions
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "quality_study.yaml"

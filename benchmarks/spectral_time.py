@@ -17,8 +17,9 @@ import scipy
 import torch
 
 from sparseift_llm import SparseIFTConfig, sparsify, spectral_report
-from sparseift_llm.presets import preset_config
-from sparseift_llm.run_record import commit, machine, versions, write_json
+from sparseift_llm.models.presets import preset_config
+from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.provenance import commit, machine, versions
 
 
 def measure(**storage: Any) -> dict[str, Any]:

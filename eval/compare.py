@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 from sparseift_llm.evaluation.comparison import COMPARISON_BEGINNING, compare, markdown, read_arm
-from sparseift_llm.outputs import in_words, refuse_foreign
-from sparseift_llm.run_record import write_json
+from sparseift_llm.utils.outputs import in_words, refuse_foreign, write_json
 
 
 def main(words: list[str]) -> None:

@@ -11,7 +11,7 @@ import sys
 
 from sparseift_llm.evaluation.harness import named_suite, requirements_of
 from sparseift_llm.evaluation.hub import fetch, fetch_sentence_splitter
-from sparseift_llm.outputs import in_words
+from sparseift_llm.utils.outputs import in_words
 
 logger = logging.getLogger("fetch_data")
 

@@ -25,7 +25,7 @@ from sparseift_llm.evaluation.harness import evaluate_task, load_suite, named_su
 from sparseift_llm.evaluation.language_model import SplitLM, load_model
 from sparseift_llm.evaluation.results import ResultFile, check_held_out, describe_model, table
 from sparseift_llm.evaluation.suites import select
-from sparseift_llm.outputs import in_words
+from sparseift_llm.utils.outputs import in_words
 
 logger = logging.getLogger("leaderboard")
 

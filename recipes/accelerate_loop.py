@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config
 
 from sparseift_llm import SparseIFTConfig, SparseTrainingController, sparsify
-from sparseift_llm.data import DataConfig, load_data
+from sparseift_llm.data.options import DataConfig, load_data
 
 STEPS, BATCH, SEQ_LEN = 200, 16, 128
 

@@ -28,24 +28,17 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm import SparseTrainingCallback, optimizer_param_groups, sparsify
-from sparseift_llm.architectures import build_model, set_tokenizer_fields
-from sparseift_llm.checkpoint import is_complete, last_complete_checkpoint
-from sparseift_llm.data import LoadedData, load_data
-from sparseift_llm.packing import RepeatedStream
-from sparseift_llm.planning import cost_of
-from sparseift_llm.presets import load_config, load_trained
-from sparseift_llm.recipe import Recipe, load_recipe, recorded_recipe
-from sparseift_llm.run_record import (
-    METRICS_NAME,
-    RECIPE_NAME,
-    SUMMARY_NAME,
-    RunRecord,
-    commit,
-    machine,
-    versions,
-    write_json,
-)
-from sparseift_llm.scaling import cosine_to_plateau, truncate_weights
+from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_checkpoint
+from sparseift_llm.conversion.scaling import cosine_to_plateau, truncate_weights
+from sparseift_llm.data.options import LoadedData, load_data
+from sparseift_llm.data.packing import RepeatedStream
+from sparseift_llm.models.architectures import build_model, set_tokenizer_fields
+from sparseift_llm.models.presets import load_config, load_trained
+from sparseift_llm.planning.planner import cost_of
+from sparseift_llm.runs.recipe import Recipe, load_recipe, recorded_recipe
+from sparseift_llm.runs.record import METRICS_NAME, RECIPE_NAME, SUMMARY_NAME, RunRecord
+from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.provenance import commit, machine, versions
 
 logger = logging.getLogger("pretrain")
 

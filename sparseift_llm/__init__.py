@@ -7,15 +7,15 @@ or active weights alone.
 
 __version__ = "0.1.0"
 
-from sparseift_llm.checkpoint import load_pretrained
-from sparseift_llm.config import DSTConfig, SparseIFTConfig
-from sparseift_llm.dst.callback import SparseTrainingCallback
-from sparseift_llm.dst.controller import SparseTrainingController
-from sparseift_llm.export import save_export
-from sparseift_llm.planning import count_flops, plan
-from sparseift_llm.scaling import optimizer_param_groups
-from sparseift_llm.spectral import spectral_report
-from sparseift_llm.surgery import sparsify, to_dense
+from sparseift_llm.analysis.spectral import spectral_report
+from sparseift_llm.checkpoints.export import save_export
+from sparseift_llm.checkpoints.loading import load_pretrained
+from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
+from sparseift_llm.conversion.install import sparsify, to_dense
+from sparseift_llm.conversion.scaling import optimizer_param_groups
+from sparseift_llm.planning.planner import count_flops, plan
+from sparseift_llm.trainer.callback import SparseTrainingCallback
+from sparseift_llm.training.controller import SparseTrainingController
 
 __all__ = [
     "DSTConfig",

@@ -30,10 +30,10 @@ def default_compiler_stance() -> Iterator[None]:
 @contextmanager
 def tiny_models_of(structure: str) -> Iterator[str]:
     """`tiny_runs.sparse_gpt2` builds models of this structure, also in processes that are started meanwhile."""
-    from sparseift_llm.ops import block_native
+    from sparseift_llm.ops.kernels import native as block_native
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.tiny_runs.STRUCTURE", structure)
+        patch.setattr("tests.helpers.tiny_runs.STRUCTURE", structure)
         patch.setenv("SPARSEIFT_TEST_STRUCTURE", structure)
         # forced, so that it does not warn of small tiles in processes that turn warnings into errors
         patch.setenv("SPARSEIFT_BLOCK_KERNEL", "native" if block_native.is_available() else "blas")
@@ -42,7 +42,7 @@ def tiny_models_of(structure: str) -> Iterator[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per structure, or per structure named in its `structures` mark."""
-    from tests.tiny_runs import STRUCTURES
+    from tests.helpers.tiny_runs import STRUCTURES
 
     mark = metafunc.definition.get_closest_marker("structures")
     chosen = mark.args if mark else STRUCTURES

@@ -19,7 +19,7 @@ from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparseift_llm.checkpoint import load_pretrained
+from sparseift_llm.checkpoints.loading import load_pretrained
 from sparseift_llm.evaluation.hub import hub_fault
 
 T = TypeVar("T")

@@ -29,9 +29,11 @@ from sparseift_llm.evaluation.suites import (
     is_ratio,
 )
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.planning import cost_of
-from sparseift_llm.projections import find_projections
-from sparseift_llm.run_record import RECIPE_NAME, SUMMARY_NAME, commit, machine, versions, write_json
+from sparseift_llm.models.projections import find_projections
+from sparseift_llm.planning.planner import cost_of
+from sparseift_llm.runs.record import RECIPE_NAME, SUMMARY_NAME
+from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.provenance import commit, machine, versions
 
 Leaves = Mapping[str, Mapping[str, Any]]
 

@@ -7,8 +7,8 @@ import math
 from torch import Tensor, nn
 
 from sparseift_llm import isoflop
-from sparseift_llm.config import FamilyRule
-from sparseift_llm.families.start import (
+from sparseift_llm.config.transform import FamilyRule
+from sparseift_llm.families.trained_start import (
     Start,
     singular_factors,
     start_of_inputs,

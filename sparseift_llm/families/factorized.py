@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseift_llm import isoflop
-from sparseift_llm.config import FamilyRule
-from sparseift_llm.families.pass_through import pass_through
-from sparseift_llm.families.start import Start, singular_factors, start_of_inputs, start_of_outputs
+from sparseift_llm.config.transform import FamilyRule
+from sparseift_llm.families.sparse_factors import pass_through
+from sparseift_llm.families.trained_start import Start, singular_factors, start_of_inputs, start_of_outputs
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
 from sparseift_llm.topology.distributions import round_to_total
 from sparseift_llm.topology.masks import derive_seed

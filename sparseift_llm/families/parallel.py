@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseift_llm import isoflop
-from sparseift_llm.config import FamilyRule
-from sparseift_llm.families.start import Start, counts_per_row, largest_units, places, spread
+from sparseift_llm.config.transform import FamilyRule
+from sparseift_llm.families.trained_start import Start, counts_per_row, largest_units, places, spread
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
 from sparseift_llm.topology.blocks import tile_sums
 from sparseift_llm.topology.distributions import round_to_total

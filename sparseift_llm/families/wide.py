@@ -13,7 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
-from sparseift_llm.architectures import (
+from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.families.trained_start import Start, start_of_inputs, start_of_outputs
+from sparseift_llm.layers.composite import Part
+from sparseift_llm.models.architectures import (
     build_model,
     head_dim_is_free,
     num_kv_heads,
@@ -21,10 +24,7 @@ from sparseift_llm.architectures import (
     valid_head_dim,
     with_sizes,
 )
-from sparseift_llm.config import SparseIFTConfig
-from sparseift_llm.families.start import Start, start_of_inputs, start_of_outputs
-from sparseift_llm.layers.composite import Part
-from sparseift_llm.projections import Projection
+from sparseift_llm.models.projections import Projection
 
 _OTHERWISE = "use scope='ffn', or a family that changes no width (parallel, factorized, doped)"
 

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import SparseProjection
-from sparseift_llm.layers.shards import local, part_of, whole
+from sparseift_llm.layers.sharding import local, part_of, whole
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
 from sparseift_llm.ops.block_linear import block_linear_op
-from sparseift_llm.ops.block_reference import dense_weight, tiles_of
 from sparseift_llm.ops.dense_gradient import capture_dense_gradient
+from sparseift_llm.ops.kernels.reference import dense_weight, tiles_of
 from sparseift_llm.topology import blocks
 
 

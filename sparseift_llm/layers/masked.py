@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import SparseProjection
-from sparseift_llm.layers.shards import local, part_of, whole
+from sparseift_llm.layers.sharding import local, part_of, whole
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.topology.heads import HeadGroups, drop_and_grow_per_head
 from sparseift_llm.topology.masks import drop_and_grow

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseift_llm.ops import block_native
-from sparseift_llm.ops.block_kernels import check_operands, kernel_for
+from sparseift_llm.ops.kernels import native as block_native
+from sparseift_llm.ops.kernels.base import check_operands, kernel_for
 
 
 @torch.library.custom_op("sparseift::block_feed_forward", mutates_args=())

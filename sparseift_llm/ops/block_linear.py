@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseift_llm.ops.block_kernels import check_operands, kernel_for
+from sparseift_llm.ops.kernels.base import check_operands, kernel_for
 
 
 @torch.library.custom_op("sparseift::block_linear", mutates_args=())

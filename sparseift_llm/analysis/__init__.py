@@ -1,0 +1,1 @@
+"""Spectral quantities of masks and weights, and how they go with the final loss of runs."""

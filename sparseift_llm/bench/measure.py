@@ -1,0 +1,63 @@
+"""How time and memory are measured: contestants take turns, medians count, and peaks are what allocators count.
+
+What is measured is in bench.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from sparseift_llm.ops.kernels import native as block_native
+
+
+def take_turns(
+    contestants: Mapping[str, Mapping[str, Callable[[], Any]]], device: str, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each part of each contestant, one round after the other; two rounds warm up."""
+    times: dict[str, dict[str, list[float]]] = {
+        name: {part: [] for part in parts} for name, parts in contestants.items()
+    }
+    for turn in range(repeats + 2):
+        for name, parts in contestants.items():
+            for part, run in parts.items():
+                seconds = seconds_of(run, device)
+                if turn >= 2:
+                    times[name][part].append(seconds)
+    return times
+
+
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """Seconds that `run` takes, work queued on a GPU included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Most bytes that torch's allocator held during `run` beyond what it held before.
+
+    On a CPU what native block kernels hold of their own counts, too: they keep it for the next layer.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    block_native.release_scratch()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak + block_native.scratch_bytes()

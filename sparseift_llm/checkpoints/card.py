@@ -1,0 +1,108 @@
+"""The model card (README.md) that goes to the hub with a model: what it is, what it costs, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from transformers import PreTrainedModel
+
+from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.models.architectures import sizes_of
+from sparseift_llm.models.layout import has_own_layout
+from sparseift_llm.planning.planner import cost_of, plan_of, read_record
+
+CARD_NAME = "README.md"
+_MARK = "<!-- Written by sparseift_llm: delete this line, and the card is yours and stays as it is. -->"
+_PAPER = "[arXiv 2303.11525](https://arxiv.org/abs/2303.11525)"
+_STOCK = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")  # a stock model with zeros in its weights
+
+import sparseift_llm
+
+model = sparseift_llm.load_pretrained("{name}")  # with its masks, to train on
+```
+"""
+_OWN = """```python
+import sparseift_llm  # teaches transformers this layout; without it, loading is an error
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+"""
+
+
+def model_card(model: PreTrainedModel, name: str, tags: Iterable[str] = ()) -> ModelCard:
+    """The card of a Sparse-IFT model.
+
+    Args:
+        model: on any device; its masks as they are now are what is described.
+        name: the model's name on the hub.
+        tags: further tags.
+    """
+    config, dense_sizes = read_record(model.config)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["sparse-ift", model.config.model_type, *tags])),
+    )
+    rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(model, config, dense_sizes))
+    loading = (_OWN if has_own_layout(config) else _STOCK).format(name=name)
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n{_MARK}\n\n# {name.rpartition('/')[2]}\n\nA {model.config.model_type} language "
+        f"model made by a Sparse Iso-FLOP Transformation ({_PAPER}).\n\n|  |  |\n| --- | --- |\n{rows}\n\n"
+        "FLOPs are those of the forward pass at the sequence length named, with attention in full; norms and "
+        f"elementwise work are left out. Zeros are not counted.\n\n## Loading\n\n{loading}"
+    )
+
+
+def write_card(
+    model: PreTrainedModel, folder: Path, name: str, tags: Iterable[str] = (), token: str | bool | None = None
+) -> bool:
+    """Write `folder`'s README.md, unless the user wrote one: there, or on the hub.
+
+    Returns:
+        Whether the hub should get the README.md that is now in `folder`.
+    """
+    try:
+        published = ModelCard.load(name, token=token if isinstance(token, str) else None)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        published = None
+    if published is not None and _MARK not in published.content:
+        return False
+    path = folder / CARD_NAME
+    if not path.is_file() or _MARK in path.read_text(encoding="utf-8"):
+        model_card(model, name, tags).save(path)
+    return True
+
+
+def _facts(
+    model: PreTrainedModel, config: SparseIFTConfig, dense_sizes: dict[str, int]
+) -> Iterable[tuple[str, object]]:
+    plan = plan_of(model)
+    layers = sparse_layers(model).values()
+    inactive = sum(layer.mask.numel() * layer.unit_size - layer.count_active() for layer in layers)
+    size = sum(layer.mask.numel() * layer.unit_size for layer in layers)
+    cost = cost_of(model, plan.seq_len)
+    sizes = sizes_of(model.config)
+    yield "family", config.family + (f", scope `{config.scope}`" if config.family == "wide" else "")
+    if config.rules:
+        yield "rules, the first that covers a projection", "; ".join(rule.family for rule in config.rules)
+    yield "structure", config.structure + (f", tiles {plan.config.block_size}" if plan.config.block_size else "")
+    yield "masks", config.dst.algorithm
+    yield "sparsity asked for", f"{config.sparsity:g}"
+    yield "sparsity of the sparse matrices", f"{inactive / size:.6f}"
+    yield "linear parameters, active", f"{cost.linear_active_params:,} (dense: {plan.dense.linear_active_params:,})"
+    yield "parameters, stored", f"{cost.stored_params:,} (dense: {plan.dense.stored_params:,})"
+    for key, ours, theirs in (
+        ("linear", cost.flops.linear, plan.dense.flops.linear),
+        (f"whole-model (T={plan.seq_len})", cost.flops.forward, plan.dense.flops.forward),
+    ):
+        yield f"{key} FLOPs per token", f"{ours:,} (dense: {theirs:,}; {ours / theirs:.3f}x)"
+    dense = {**dense_sizes, "heads": sizes.num_heads, "layers": sizes.num_layers, "vocabulary": sizes.vocab}
+    yield "the dense model's sizes", ", ".join(f"{key} {value}" for key, value in dense.items())

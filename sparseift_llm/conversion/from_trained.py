@@ -1,0 +1,114 @@
+"""`init="pretrained"`: the sparse twin begins with the weights of a trained dense model, for continued pretraining.
+
+What each family makes of a weight is beside the family: families/parallel.py, factorized.py, doped.py and wide.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparseift_llm.families import base as drop_in
+from sparseift_llm.families import wide
+from sparseift_llm.families.trained_start import Start
+from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.masked import MaskedConv1D
+from sparseift_llm.layers.sharding import is_sharded
+from sparseift_llm.models.architectures import sizes_of
+from sparseift_llm.ops.kernels.reference import tiles_of
+from sparseift_llm.planning.planner import LayerPlan, Plan
+from sparseift_llm.topology.masks import derive_seed
+
+
+def check_has_weights(model: PreTrainedModel | PreTrainedConfig) -> None:
+    """Raise ValueError unless `model` holds weights to start from, whole and on a real device."""
+    if isinstance(model, PreTrainedConfig):
+        raise ValueError(
+            f"init='pretrained' needs a model with weights, got {type(model).__name__}; load it with "
+            "AutoModelForCausalLM.from_pretrained, or use init='preserve'"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("init='pretrained' needs a model with weights, got one on the meta device; load it first")
+    if is_sharded(model):
+        raise ValueError("init='pretrained' needs whole weights, got sharded ones; sparsify before fully_shard")
+
+
+@torch.no_grad()
+def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, plan: Plan) -> None:
+    """Put the weights of `dense` into its fresh twin, whose parameters of unchanged shape have theirs already.
+
+    The projections of Parallel compute what the dense ones did, to rounding. Factorized and Doped come as near as the
+    truncated singular value decomposition and their active weights let them. A wider FFN keeps the largest
+    weights of the dense units; new units have random weights before and zeros, some of them active, behind them.
+    Under `gmp`, which starts with every weight active, nothing is left out yet.
+
+    Args:
+        dense: the trained model.
+        sparse: what `sparsify` built of it, sparse layers installed; its weights and masks change.
+        plan: of `sparse`.
+
+    Raises:
+        ValueError: a parameter of another shape for which there is no start.
+    """
+    started, num_units = [], (sizes_of(dense.config).ffn, sizes_of(sparse.config).ffn)
+    for index, layer in enumerate(plan.layers):
+        seed = derive_seed(plan.config.seed, "pretrained start", index)
+        old, new = dense.get_submodule(layer.name), sparse.get_submodule(layer.name)
+        starts = _starts(old, layer, plan, num_units, seed)
+        for name, start in starts.items():
+            _store(new.get_submodule(name), start)
+        if starts and layer.rule is None:
+            _adopt(old, new, num_units)
+        started += [f"{layer.name}."] if starts else []
+    values = dict(dense.named_parameters())
+    for name, parameter in sparse.named_parameters():
+        if not name.startswith(tuple(started)) and parameter.shape != values[name].shape:
+            raise ValueError(f"init='pretrained' knows no start for {name} of shape {tuple(parameter.shape)}")
+
+
+def _starts(old: nn.Module, layer: LayerPlan, plan: Plan, num_units: tuple[int, int], seed: int) -> dict[str, Start]:
+    """The matrices of a projection by path inside its module; none where it is copied as it is."""
+    tile, weight = plan.config.block_size or 1, _matrix(old)
+    starts_dense = plan.config.dst.algorithm == "gmp"
+    parts = layer.parts or layer.matrices
+    parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts)
+    if layer.rule is not None:
+        return drop_in.start(weight, layer.rule, parts, tile, seed)
+    if layer.kind not in ("mlp_in", "mlp_out"):
+        return {}
+    return {"": wide.start(weight, parts[0], layer.kind == "mlp_in", num_units, tile, seed)}
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The (out, in) weight of a stock projection."""
+    weight: Any = module.weight
+    matrix: Tensor = weight.detach()
+    return matrix.T if isinstance(module, Conv1D) else matrix
+
+
+def _store(layer: nn.Module, start: Start) -> None:
+    """Give `layer` the weights and, if it is sparse, the mask of `start`."""
+    weight: Any = layer.weight
+    mask, values = start.mask, start.values
+    if isinstance(layer, MaskedConv1D | Conv1D):
+        mask, values = None if mask is None else mask.T, values.T
+    if isinstance(layer, SparseProjection) and mask is not None:
+        layer.set_mask(mask.to(weight.device))
+    if isinstance(layer, BlockSparseLinear):
+        values = tiles_of(values, layer.columns, layer.block_size)
+    weight.copy_(values)
+
+
+def _adopt(old: nn.Module, new: nn.Module, num_units: tuple[int, int]) -> None:
+    """Give a widened projection the bias, with zeros for new hidden units, and what is frozen."""
+    for name, target in new.named_parameters(recurse=False):
+        source: Any = getattr(old, name)
+        target.requires_grad_(source.requires_grad)
+        if name == "bias" and source.shape != target.shape:
+            target.copy_(wide.widen(source, num_units))

@@ -1,0 +1,1 @@
+"""From documents to windows of tokens: corpora, packing, the token cache, and the data options."""

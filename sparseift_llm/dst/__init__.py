@@ -1,1 +1,0 @@
-"""Dynamic sparse training: what changes in a mask, when, and what else has to change with it."""

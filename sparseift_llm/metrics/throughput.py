@@ -1,0 +1,100 @@
+"""How fast a run trains: its FLOPs so far, the seconds spent training, and what the device could do at best."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from sparseift_llm import isoflop
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.planning.planner import count_flops
+from sparseift_llm.training.controller import SparseTrainingController
+
+
+class TrainingFlops:
+    """Training FLOPs of a sparse run: active weights as they were, dense-gradient steps added.
+
+    Args:
+        model: a Sparse-IFT model; what masks do not change is counted here, once.
+        tokens_per_step: tokens of one optimizer step on all ranks.
+        seq_len: tokens per sequence, for attention FLOPs.
+        controller: the run's controller, whose counters are read.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokens_per_step: int, seq_len: int, controller: SparseTrainingController
+    ) -> None:
+        flops = count_flops(model, seq_len)
+        layers = sparse_layers(model).values()
+        active = sum(layer.count_active() for layer in layers)
+        self._size = sum(layer.mask.numel() * layer.unit_size for layer in layers)
+        self._around = isoflop.FlopCount(flops.linear - isoflop.linear_flops(active), flops.attention, flops.logit)
+        self._tokens_per_step = tokens_per_step
+        self._controller = controller
+
+    def total(self, num_steps: int) -> int:
+        """FLOPs of the run's first `num_steps` steps, which the controller has just seen."""
+        dense_gradient_weights = self._size * self._controller.num_dense_gradient_steps
+        active = self._controller.active_weight_steps
+        return isoflop.run_flops(self._tokens_per_step, num_steps, self._around, active, dense_gradient_weights)
+
+
+class Stopwatch:
+    """Seconds spent in training since the last reading: waiting for data counts, evaluation and saving do not."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None  # of the first step, or the last reading
+        self._step_ended = 0.0
+        self._num_steps = 0
+        self._is_interrupted = False
+
+    def begin_step(self) -> None:
+        """Before a step's first micro-batch."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = now
+        elif self._is_interrupted:
+            self._started += now - self._step_ended
+        self._is_interrupted = False
+
+    def end_step(self) -> None:
+        """After the optimizer."""
+        self._num_steps += 1
+        self._step_ended = time.perf_counter()
+
+    def interrupt(self) -> None:
+        """Something else than training was done since the last step ended."""
+        self._is_interrupted = True
+
+    def read(self) -> tuple[int, float]:
+        """Steps and seconds since the last reading; call it once the device has nothing left to do."""
+        now = time.perf_counter()
+        result = self._num_steps, 0.0 if self._started is None else now - self._started
+        if self._started is not None:  # anew from now, not from the next step: its batch may have to be waited for
+            self._started = self._step_ended = now
+        self._num_steps, self._is_interrupted = 0, False
+        return result
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """FLOPs per second of the fastest of a few square matrix products: what training on `device` can hope for.
+
+    Takes a fraction of a second and no random numbers.
+    """
+    side = 768 if device.type == "cpu" else 8192
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        matrix @ matrix
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,1 @@
+"""What the library knows about transformers models: widths, projections, norms, presets."""

@@ -1,0 +1,123 @@
+"""Named dense models, and finding the transformers config behind a name, a file, a folder or a hub id; its weights."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from sparseift_llm.config.parsing import nearest
+from sparseift_llm.models.architectures import sizes_of
+
+_GPT3 = {  # hidden, layers, heads: arXiv 2005.14165, table 2.1 (XL with 16 heads, so that they divide the width)
+    "gpt3-small": (768, 12, 12),
+    "gpt3-medium": (1024, 24, 16),
+    "gpt3-large": (1536, 24, 16),
+    "gpt3-xl": (2048, 24, 16),
+}
+PRESETS = (*_GPT3, "llama-160m")
+
+
+def preset_config(name: str) -> PreTrainedConfig:
+    """The config of a preset. Raises KeyError for a name not in `PRESETS`."""
+    if name == "llama-160m":
+        return LlamaConfig(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            max_position_embeddings=2048,
+        )
+    hidden, num_layers, num_heads = _GPT3[name]
+    return GPT2Config(
+        n_embd=hidden, n_layer=num_layers, n_head=num_heads, n_positions=2048, vocab_size=50257, use_cache=False
+    )
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """The dense config that `model` names.
+
+    Args:
+        model: a preset, a path to a config.json, a model folder, or a hub id.
+
+    Raises:
+        ValueError: none of these can be read; the message says what was tried.
+    """
+    if model in PRESETS:
+        return preset_config(model)
+    path = Path(model)
+    if model and path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise ValueError(f"{model} is a folder without config.json")
+    if path.is_file():
+        return _config_from_file(path)
+    likely = difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.8)
+    if likely and "/" not in model:  # do not wait for the hub over a slip of the pen
+        raise ValueError(f"{model!r} is no preset; did you mean {likely[0]!r}? (presets: {', '.join(PRESETS)})")
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model!r} is no preset ({', '.join(PRESETS)}){nearest(model, PRESETS)}, no config.json, "
+            f"no model folder, and could not be loaded as a hub id: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_trained(model: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A trained dense model with float32 weights.
+
+    Args:
+        model: a model folder, or a hub id.
+        config: its config, with the same sizes.
+
+    Raises:
+        ValueError: a Sparse-IFT model, other sizes, or weights that are missing or damaged.
+    """
+    if getattr(config, "sparse_ift", None):
+        raise ValueError(f"{model!r} is a Sparse-IFT model; start from a dense one, e.g. what to_dense gives")
+    if sizes_of(config) != sizes_of(load_config(model)):
+        raise ValueError(
+            f"model.config changes sizes of {model!r}, whose weights have theirs: {sizes_of(load_config(model))}, now "
+            f"{sizes_of(config)}; leave them as they are"
+        )
+    loader: Any = AutoModelForCausalLM
+    try:
+        trained, info = loader.from_pretrained(
+            model, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model!r}: no weights could be loaded: {str(error).splitlines()[0]}") from error
+    wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"the weights of {model!r} are missing or damaged: no {min(wrong)} of the model's shape")
+    result: PreTrainedModel = trained
+    return result
+
+
+def _config_from_file(path: Path) -> PreTrainedConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"{path} is not a transformers config: it has no model_type")
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(f"{path} has model_type {values['model_type']!r}, which transformers does not know")
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception as error:  # transformers validates each field with exceptions of its own
+        raise ValueError(f"{path} is not a valid config: {error}") from error

@@ -1,0 +1,1 @@
+"""The implementations of the block-sparse products, one file per kind of kernel."""

@@ -1,0 +1,1 @@
+"""What a transformation makes of a model, in numbers, before anything is built."""

@@ -1,0 +1,143 @@
+"""How many active weights each projection gets: the iso-FLOP total, shared among layers, in whole tiles where asked,
+and evenly among heads.
+
+Formulas are in isoflop.py; what else a plan holds is in planning.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sparseift_llm import isoflop
+from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.models.architectures import sizes_of
+from sparseift_llm.models.projections import Projection, attention_widths, is_low_rank
+from sparseift_llm.topology import distributions
+
+
+def model_flops(
+    model: PreTrainedModel,
+    projections: Sequence[Projection],
+    num_active: int,
+    seq_len: int,
+    vocab_size: int | None = None,
+) -> isoflop.FlopCount:
+    """Forward FLOPs per token of a model with `num_active` active weights in its projections.
+
+    `vocab_size` stands in for that of the model's config.
+    """
+    sizes = sizes_of(model.config)
+    widths = attention_widths(projections)  # of queries and of values; layers may differ
+    return isoflop.forward_flops(num_active, seq_len, sum(widths) // 2, 1, sizes.hidden, vocab_size or sizes.vocab)
+
+
+def active_counts(
+    dense: Sequence[Projection],
+    sparse: Sequence[Projection],
+    chosen: Sequence[bool],
+    config: SparseIFTConfig,
+    dense_model: PreTrainedModel,
+    widened_model: PreTrainedModel,
+    vocab_size: int | None = None,
+) -> list[int]:
+    """Active weights of every projection, those that stay dense included; the models are those of the projections.
+
+    `accounting="whole_model"` counts logits of `vocab_size` words; default: the models' own.
+    """
+    counts = [projection.num_weights for projection in sparse]
+    picked = [index for index, is_chosen in enumerate(chosen) if is_chosen]
+    twins = [dense[index].num_weights for index in picked]
+    total = sum(twins)
+    if config.accounting == "whole_model":
+        seq_len = config.seq_len or 0
+        num_dense = sum(projection.num_weights for projection in dense)
+        dense_flops = model_flops(dense_model, dense, num_dense, seq_len, vocab_size)
+        available = sum(counts[index] for index in picked)
+        around = model_flops(widened_model, sparse, sum(counts) - available, seq_len, vocab_size)
+        total = _whole_model_total(len(picked), available, dense_flops, around, config)
+    size = config.block_size or 1
+    for index in picked:
+        _check_sides(sparse[index], size)
+    shapes = [(sparse[index].out_features // size, sparse[index].in_features // size) for index in picked]
+    shared = _share_units(shapes, twins, total, config)
+    for index, (num_rows, _), units in zip(picked, shapes, shared, strict=True):
+        if size > 1 and units < num_rows:
+            raise ValueError(
+                f"{sparse[index].name}: {units} active tiles for {num_rows} block-rows would leave outputs without any "
+                f"input; use a block_size below {size} or a lower sparsity"
+            )
+        counts[index] = units * size**2
+    return counts
+
+
+def _share_units(shapes: list[tuple[int, int]], twins: list[int], total: int, config: SparseIFTConfig) -> list[int]:
+    """`total` active weights in units (tiles or weights), shared among layers of `shapes` units."""
+    unit_size = (config.block_size or 1) ** 2
+    sizes = [rows * columns for rows, columns in shapes]
+    num_units = round(Fraction(total, unit_size))
+    if config.distribution == "erk":
+        return distributions.erdos_renyi_kernel(shapes, num_units)
+    if config.accounting == "whole_model":
+        return distributions.uniform(sizes, num_units)
+    ideal = [Fraction(twin * num_units, total) for twin in twins]
+    return distributions.round_to_total(ideal, sizes, num_units)
+
+
+def _check_sides(projection: Projection, block_size: int) -> None:
+    for side in projection.shape:
+        if side % block_size:
+            raise ValueError(
+                f"{projection.name} is {projection.out_features} x {projection.in_features}, and {side} is not a "
+                f"multiple of block_size={block_size}; choose a block_size that divides it, another scope, or leave "
+                f"{', '.join(projection.kinds)} dense with exclude"
+            )
+
+
+def _whole_model_total(
+    num_layers: int, available: int, dense_flops: isoflop.FlopCount, around: isoflop.FlopCount, config: SparseIFTConfig
+) -> int:
+    total = isoflop.num_active_for_whole_model(dense_flops.forward, around)
+    if total < num_layers:
+        raise ValueError(
+            f"accounting='whole_model' cannot be met: attention, logits and dense projections of the widened model "
+            f"alone cost {around.forward / 1e6:.1f} of the dense model's {dense_flops.forward / 1e6:.1f} MFLOP per "
+            f"token; lower sparsity={config.sparsity}, use scope='ffn' or a smaller vocabulary"
+        )
+    assert total <= available, "a widened model never costs less than the dense one"
+    return total
+
+
+def head_groups(
+    projections: Sequence[Projection], hf_config: PreTrainedConfig, config: SparseIFTConfig
+) -> dict[str, tuple[int, int]]:
+    """For `balance_heads`: name of an attention projection -> the side along which heads lie (0, 1), and their number.
+
+    Outputs of q, k and v are divided by the head size: where they are fused, each head's queries, keys and values are
+    a group each, however the matrix orders them. Of o the inputs are.
+
+    Raises:
+        ValueError: sides are no multiples of the head size, or, with tiles, a head is not whole block-rows.
+    """
+    groups, num_heads = {}, sizes_of(hf_config).num_heads
+    widths = {p.layer_index: p.in_features for p in projections if p.kinds == ("o",)}
+    for projection in projections:
+        if projection.kinds[0] not in ("q", "k", "v", "o"):
+            continue
+        width, side = widths[projection.layer_index], 1 if projection.kinds == ("o",) else 0
+        size = max(1, width // num_heads)
+        if width % num_heads or projection.shape[side] % size or is_low_rank(projection.name):
+            raise ValueError(
+                f"balance_heads: {projection.name} is {projection.out_features} x {projection.in_features} and does "
+                f"not divide into heads of {size} ({num_heads} heads); leave balance_heads out, or exclude "
+                f"{', '.join(projection.kinds)}"
+            )
+        if config.block_size is not None and side == 0 and size % config.block_size:
+            raise ValueError(
+                f"balance_heads: a head of {projection.name} has {size} rows, not whole block-rows of "
+                f"block_size={config.block_size}; choose a block_size that divides {size}, or structure='unstructured'"
+            )
+        groups[projection.name] = (side, projection.shape[side] // size)
+    return groups

@@ -1,0 +1,1 @@
+"""Tables, pictures and pages made from the files of finished runs; never from a model."""

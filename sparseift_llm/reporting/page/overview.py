@@ -1,0 +1,159 @@
+"""Tables that put runs side by side: headline numbers, evaluations, configurations; and the notes below them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseift_llm.evaluation.comparison import Arm, check_comparable
+from sparseift_llm.evaluation.suites import is_ratio
+from sparseift_llm.reporting.comparison import HEADLINES, MASKED_NOTE, NOTES, WITH_RATIO, differing_data
+from sparseift_llm.reporting.page.markup import NONE, Body, Table, formatted, short
+from sparseift_llm.reporting.page.reading import finite, flattened, mapping, text
+from sparseift_llm.reporting.page.runs import Run
+
+_RECORD = ("machine", "versions", "commit", "command", "device", "num_ranks", "data_fingerprint")
+_FROM_LOG = ("eval_loss", "train_flops", "train_tokens", "tokens_per_second")  # what a log line has, too
+
+
+def headline_table(runs: Sequence[Run]) -> Table:
+    """The headline numbers of every run; of an unfinished one, what its log has last. With two, their ratios."""
+    rows = []
+    for title, key, form in (("optimizer steps", "step", "{:,}"), *HEADLINES):
+        rows.append([title, *(_headline(run, key, form) for run in runs)])
+        if len(runs) == 2:
+            first, second = (finite(run.summary.get(key)) for run in runs)
+            rows[-1].append(f"{second / first:.3f}" if key in WITH_RATIO and first and second is not None else "")
+    ratio = [f"{runs[1].name} / {runs[0].name}"] if len(runs) == 2 else []
+    return Table("Headline numbers", ["", *(run.name for run in runs), *ratio], [Body(rows)])
+
+
+def _headline(run: Run, key: str, form: str) -> str:
+    if key in run.summary:
+        return formatted(run.summary[key], form)
+    if key == "step":
+        return formatted(run.last_step, form)
+    lines = [line for line in run.metrics if key in line] if key in _FROM_LOG and not run.summary else []
+    return f"{formatted(lines[-1][key], form)} at step {lines[-1]['step']:,}" if lines else NONE
+
+
+def evaluation_tables(runs: Sequence[Run]) -> list[Table]:
+    """A table for every result file's name: tasks by runs, in percent where a score is a share of items."""
+    tables = []
+    for name in dict.fromkeys(name for run in runs for name in run.evaluations):
+        results = {run.name: run.evaluations[name] for run in runs if name in run.evaluations}
+        tasks = dict.fromkeys(task for result in results.values() for task in mapping(result["results"]))
+        bodies = [Body([_task_row(task, list(results.values())) for task in tasks], "tasks")]
+        averages = dict.fromkeys(key for result in results.values() for key in mapping(result.get("averages")))
+        if averages:
+            rows = [[key, "mean", "", "", *(_average(result, key) for result in results.values())] for key in averages]
+            bodies.append(Body(rows, "averages"))
+        suites = dict.fromkeys(text(result.get("suite", "unknown")) for result in results.values())
+        header = ["task", "metric", "shots", "chance", *(f"{run}: score ± standard error, items" for run in results)]
+        tables.append(Table(f"{name}: suite {', '.join(suites)}", header, bodies))
+    return tables
+
+
+def _task_row(task: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [mapping(mapping(result["results"]).get(task)) for result in results]
+    columns = [_agreed(lines, key) for key in ("metric", "num_fewshot")]
+    metric = text(next((line["metric"] for line in lines if "metric" in line), ""))
+    chances = dict.fromkeys(_score(line.get("chance"), metric) for line in lines if line)
+    return [task, *columns, " / ".join(chances), *(_scored(line, metric) for line in lines)]
+
+
+def _agreed(lines: Sequence[Mapping[str, Any]], key: str) -> str:
+    return " / ".join(dict.fromkeys(NONE if line.get(key) is None else text(line[key]) for line in lines if line))
+
+
+def _scored(line: Mapping[str, Any], metric: str) -> str:
+    if not line:
+        return NONE
+    words = _score(line.get("value"), metric)
+    if finite(line.get("stderr")) is not None:
+        words += f" ± {_score(line['stderr'], metric)}"
+    if "normalized" in line:
+        words += f", {formatted(line['normalized'], '{:.2f}')} normalised"
+    return f"{words}, {formatted(line.get('num_items'), '{:,}')} items"
+
+
+def _score(value: Any, metric: str) -> str:
+    """Accuracies in percent, everything else as it is."""
+    if finite(value) is None:
+        return short(value)
+    return formatted(value, "{:.4f}") if is_ratio(metric) else formatted(value, "{:.2%}")
+
+
+def _average(result: Mapping[str, Any], key: str) -> str:
+    return formatted(result.get(key), "{:.2f}" if result.get("average_of") == "normalized" else "{:.2%}")
+
+
+def difference_table(runs: Sequence[Run]) -> Table | None:
+    """Settings, versions and machines that are not the same in all runs; None for a single run or if all agree."""
+    values = [settings(run) for run in runs]
+    keys = dict.fromkeys(key for found in values for key in found)
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    rows = [
+        [key, *(_setting(found, key) for found in values)]
+        for key in sorted(keys, key=lambda key: sections.index(key.partition(".")[0]))
+        if len({found.get(key) for found in values}) > 1
+    ]
+    header = ["setting", *(run.name for run in runs)]
+    return Table("Settings that differ", header, [Body(rows)], is_words=True) if rows else None
+
+
+def _setting(found: Mapping[str, str], key: str) -> str:
+    if key in found:
+        return found[key]
+    return "options below" if any(name.startswith(f"{key}.") for name in found) else NONE
+
+
+def setting_tables(runs: Sequence[Run]) -> list[tuple[str, Table]]:
+    """Every run's whole configuration."""
+    tables = []
+    for run in runs:
+        rows = [list(pair) for pair in settings(run).items()]
+        if rows:
+            table = Table(f"Configuration of {run.name}", ["setting", "value"], [Body(rows)], is_words=True)
+            tables.append((run.name, table))
+    return tables
+
+
+def settings(run: Run) -> dict[str, str]:
+    """A run's configuration with dotted keys, and what it ran on."""
+    record = {key: source[key] for source in (run.recipe, run.summary) for key in _RECORD if key in source}
+    return dict(flattened({**run.config, **record}))
+
+
+def comparison_warnings(runs: Sequence[Run]) -> list[str]:
+    """Why numbers of these runs do not belong side by side."""
+    warnings = []
+    for run in runs[1:]:
+        data, first = (mapping(one.config.get("data")) for one in (run, runs[0]))
+        for key, mine, theirs in differing_data(first, data) if data and first else ():
+            warnings.append(
+                f"The losses of {runs[0].name} and {run.name} cannot be compared: data.{key} is {text(mine)} and "
+                f"{text(theirs)}."
+            )
+    for name in dict.fromkeys(name for run in runs for name in run.evaluations):
+        having = [run for run in runs if name in run.evaluations]
+        arms = [Arm(run.name, (Path(f"{run.name}/{name}"),), (run.evaluations[name],)) for run in having]
+        try:
+            check_comparable(arms)
+        except ValueError as error:
+            warnings.append(f"{error}.")
+        except (KeyError, TypeError, AttributeError) as error:
+            warnings.append(
+                f"{name}: whether the same questions were asked is not known, a file is damaged ({error!r})."
+            )
+    return warnings
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What to keep in mind when reading the numbers."""
+    found = list(NOTES)
+    sparse = [mapping(run.config.get("sparse_ift")) for run in runs]
+    if any(values and values.get("structure") != "block" for values in sparse):
+        found.append(MASKED_NOTE)
+    return found

@@ -1,0 +1,226 @@
+"""`SparseTrainingCallback`: the controller as a transformers Trainer callback, with automatic resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
+
+from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
+from sparseift_llm.checkpoints.trainer_folder import find_resumed_checkpoint, set_aside_incomplete
+from sparseift_llm.trainer.log import MaskReport, ReportOptions, go_first
+from sparseift_llm.training.controller import SparseTrainingController
+
+logger = logging.getLogger(__name__)
+
+
+class SparseTrainingCallback(TrainerCallback, ExportableState):
+    """Dynamic sparse training in a Trainer: `Trainer(model=sparsify(...), callbacks=[SparseTrainingCallback()])`.
+
+    What to do is read from the model (`SparseIFTConfig.dst`). Checkpoints hold the masks
+    (`sparse_masks.safetensors`) and, in `trainer_state.json`, the rest of the state;
+    `trainer.train(resume_from_checkpoint=True)` goes on from them, and half-written checkpoints are set aside when the
+    Trainer is created (so do not create one for the `output_dir` of a run that is still going on). It becomes the first
+    of the Trainer's callbacks, so that every tracker gets what it adds to the log.
+
+    Args:
+        metrics: log the mask metrics of docs/metrics.md and write `layers.jsonl`; training is the same without.
+        tokens_per_step, seq_len, peak_flops_per_second: for metrics of speed, see `ReportOptions`.
+
+    Raises:
+        ValueError: an argument out of range. At the start of training: the model has no sparse layers, DeepSpeed,
+            FSDP1 or DataParallel is in use, or the resumed checkpoint's masks are missing, damaged or another model's.
+    """
+
+    def __init__(
+        self,
+        metrics: bool = True,
+        tokens_per_step: int | None = None,
+        seq_len: int | None = None,
+        peak_flops_per_second: float | str | None = None,
+    ) -> None:
+        self.options = ReportOptions(tokens_per_step, seq_len, peak_flops_per_second)
+        self.metrics = metrics
+        self.report: MaskReport | None = None
+        self.controller: SparseTrainingController | None = None
+        self.saved: dict[str, Any] = {}
+        self._output_dir = "."
+        self._step = 0
+        self._rank_files: list[str] = []
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._output_dir = args.output_dir or "."
+        with args.main_process_first(local=False, desc="checking checkpoints"):
+            if args.process_index == 0:
+                set_aside_incomplete(self._output_dir)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._output_dir = args.output_dir or "."  # also when restored from a checkpoint, without on_init_end
+        fsdp: Any = args.fsdp_config if args.fsdp else None
+        if args.deepspeed or (fsdp and fsdp.get("xla")):
+            raise ValueError(
+                "SparseTrainingCallback does not support DeepSpeed or XLA's FSDP; use DistributedDataParallel, or "
+                'FSDP2 with TrainingArguments(fsdp=True, fsdp_config={"version": 2}), or DeepSpeed ZeRO in a loop of '
+                "your own with SparseTrainingController(engine, engine.optimizer, ...)"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (torch.nn.DataParallel) are not supported: start one process "
+                "per GPU with accelerate launch or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
+            )
+        assert model is not None
+        go_first(self)
+        self._rank_files = _rank_files(args)
+        self._close()  # what an earlier train() left that ended in an exception
+        self.controller = SparseTrainingController(model, optimizer, state.max_steps, args.gradient_accumulation_steps)
+        scaler = getattr(optimizer, "scaler", None)
+        self.report = MaskReport(self.controller, model, args, scaler, self.options) if self.metrics else None
+        if state.global_step > 0:
+            self._resume(args, state, model)
+        if self.report is not None:
+            self.report.begin(state)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
+        assert self.controller is not None
+        name = type(self).__name__
+        exported: Any = state.stateful_callbacks  # a mapping once it was loaded from a checkpoint
+        if isinstance(exported.get(name), list):
+            raise ValueError(f"the checkpoint was written with several {name}; pass the Trainer just one")
+        saved = exported.get(name, {}).get("attributes", {}).get("saved", {})
+        if not saved:
+            raise ValueError(
+                f"the checkpoint at step {state.global_step} was not written with {name}, so it holds no masks; "
+                "start a new run from its weights instead of resuming"
+            )
+        folder = find_resumed_checkpoint(
+            (
+                args.resume_from_checkpoint,
+                Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
+                saved["checkpoint"],
+            ),
+            name,
+            saved["masks_digest"],
+        )
+        masks = read_masks(folder)
+        if digest(masks) != saved["masks_digest"]:  # before a weight is set to 0
+            raise ValueError(
+                f"the masks in {folder} are not those its trainer_state.json speaks of; restore the folder"
+            )
+        apply_masks(model, masks, folder, check_weights=True)
+        if state.is_world_process_zero:
+            _warn_of_changes(folder, model)
+        self.controller.load_counters(saved)
+        if self.report is not None:
+            self.report.restore(folder, saved.get("metrics"))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.controller is not None:
+            self.controller.begin_step()
+        if self.report is not None:
+            self.report.begin_step(args, state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.report is not None:
+            self.report.before_optimizer_step()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step
+        if self.report is not None:
+            self.report.end_step()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.report is not None:
+            self.report.interrupt()
+
+    on_save = on_evaluate
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Add masks to the files of the checkpoint just written that the Trainer, by name, uploads to the hub."""
+        if args.process_index == 0 and self.controller is not None:
+            save_masks(self.controller.model, Path(args.output_dir or "."))
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the cost of mask updates since the start of this process, and the mask metrics, to what is logged."""
+        if self.controller is None or logs is None or "loss" not in logs:
+            return
+        cost = self.controller.cost
+        logs.update(mask_update_seconds=cost.seconds, mask_update_bytes=cost.num_bytes)
+        if self.report is not None:
+            self.report.log(logs, state)
+        state.log_history[-1].update(logs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._close()
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            apply_masks(model, read_masks(state.best_model_checkpoint), state.best_model_checkpoint)
+
+    def state(self) -> dict[str, Any]:
+        """What a Trainer stores of this callback in `trainer_state.json`."""
+        arguments = {"metrics": self.metrics, **asdict(self.options)}
+        if self.controller is None:
+            return {"args": arguments, "attributes": {"saved": {}}}
+        checkpoint = Path(self._output_dir).absolute() / f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
+        if checkpoint.is_dir() and not (checkpoint / MASKS_NAME).exists():
+            save_masks(self.controller.model, checkpoint)  # sharded weights are saved without save_pretrained
+        masks_digest = self.controller.masks_digest()
+        saved = {
+            **self.controller.counters(),
+            "masks_digest": masks_digest,
+            "checkpoint": str(checkpoint),
+            "rank_files": self._rank_files,
+        }
+        if self.report is not None:
+            saved["metrics"] = self.report.save(checkpoint, masks_digest)
+        return {"args": arguments, "attributes": {"saved": saved}}
+
+    def _close(self) -> None:
+        for part in (self.controller, self.report):
+            if part is not None:
+                part.close()
+
+
+def _warn_of_changes(folder: Path, model: PreTrainedModel) -> None:
+    """Log a warning if the resumed checkpoint was written with other mask updates than are coming."""
+    if not (folder / CONFIG_NAME).is_file():  # so it is beside sharded weights
+        return
+    try:
+        before = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["sparse_ift"]["dst"]
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("whether %s was written with other mask updates cannot be read (%r)", folder, error)
+        return
+    now = model.config.sparse_ift["dst"]
+    if before != now:
+        logger.warning("%s was written with dst=%s, and the run goes on with dst=%s", folder, before, now)
+
+
+def _rank_files(args: TrainingArguments) -> list[str]:
+    """Names of the random states that the ranks beside this one write to every checkpoint."""
+    if args.save_only_model:
+        return []
+    if args.world_size == 1:
+        return ["rng_state.pth"]
+    ranks = range(args.world_size)
+    if args.save_on_each_node:
+        first = args.process_index - args.local_process_index
+        ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)))
+    return [f"rng_state_{rank}.pth" for rank in ranks]

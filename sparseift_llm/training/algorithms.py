@@ -1,0 +1,94 @@
+"""The mask-update rules: static, SET, RigL and gradual magnitude pruning (GMP).
+
+An algorithm looks at one layer at a time and returns its next mask. When to ask it, and what happens to
+weights and optimizer state, is the controller's business.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparseift_llm.config.transform import DSTConfig
+from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.topology.masks import derive_seed, magnitude_mask, random_phase, random_scores
+from sparseift_llm.training import schedules
+
+
+class Static:
+    """Masks never change. Base of the others.
+
+    Args:
+        config: the schedule.
+        total_steps: optimizer steps of the whole run.
+        seed: seeds random growth.
+    """
+
+    needs_dense_gradient = False
+
+    def __init__(self, config: DSTConfig, total_steps: int, seed: int) -> None:
+        self.config = config
+        self.stop = schedules.stop_step(total_steps, config.stop_fraction)
+        self.seed = seed
+
+    def is_update_step(self, step: int) -> bool:
+        """Whether masks change right after optimizer step `step`."""
+        return False
+
+    def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
+        """The layer's mask after `step`.
+
+        Args:
+            layer: a sparse projection, weights already updated by the optimizer.
+            step: optimizer step, from 1.
+            index: the layer's place in the model.
+            growth: L1 norm of the global batch's gradient of every unit, if `needs_dense_gradient`.
+
+        Returns:
+            Bool mask, of the shape and on the device of the layer's.
+        """
+        return layer.mask
+
+
+class SET(Static):
+    """Drop the smallest weights, grow at random. Source: arXiv 1707.04780."""
+
+    def is_update_step(self, step: int) -> bool:
+        return schedules.is_update_step(step, self.config.update_every_steps, self.stop)
+
+    def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
+        fraction = schedules.cosine_drop_fraction(step, self.stop, self.config.drop_fraction)
+        phase = random_phase(derive_seed(self.seed, "phase", step, index))
+        return layer.exchange(fraction, self.growth_scores(layer, step, index, growth), phase)
+
+    def growth_scores(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
+        """Scores of the mask's shape; the largest among the inactive ones grow."""
+        seed = derive_seed(self.seed, "growth", step, index)
+        return random_scores(layer.mask.shape, seed).to(layer.weight.device)
+
+
+class RigL(SET):
+    """SET that grows where the dense gradient is largest. Source: arXiv 1911.11134."""
+
+    needs_dense_gradient = True
+
+    def growth_scores(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
+        assert growth is not None
+        return growth
+
+
+class GMP(Static):
+    """Start dense, prune the smallest weights along a cubic ramp. Source: arXiv 1710.01878."""
+
+    def is_update_step(self, step: int) -> bool:
+        return schedules.is_pruning_step(step, self.config.update_every_steps, self.stop)
+
+    def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
+        size = layer.mask.numel()
+        final_sparsity = 1 - layer.num_active / size
+        num_active = size - int(size * schedules.cubic_sparsity(step, self.stop, final_sparsity))
+        if step >= self.stop:
+            num_active = layer.num_active
+        return magnitude_mask(layer.mask, layer.magnitude(), min(num_active, int(layer.mask.sum())))
+
+
+ALGORITHMS: dict[str, type[Static]] = {"static": Static, "set": SET, "rigl": RigL, "gmp": GMP}

@@ -1,0 +1,126 @@
+"""What sparse training is refused on, before the first step, with an error that says what to use instead."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DataParallel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from sparseift_llm.conversion.scaling import learning_rate_factors
+from sparseift_llm.layers.base import SparseProjection, plain_name
+
+logger = logging.getLogger(__name__)
+DISTRIBUTED = "DistributedDataParallel or FSDP2 (torch.distributed.fsdp.fully_shard)"
+NO_ZERO = (
+    "of DeepSpeed only ZeRO stages 1 to 3 are supported: give the controller engine and engine.optimizer of a "
+    f'"zero_optimization" config; or use {DISTRIBUTED}'
+)
+_QUANTISING = ("bitsandbytes", "torchao")
+
+
+def pretrained_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside one that may be wrapped (DistributedDataParallel, torch.compile).
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no transformers model, so its sparse_ift record cannot be read")
+
+
+def check_model(model: nn.Module, is_zero: bool = False) -> None:
+    """Refuse wrappers and adapters that mask updates would not reach.
+
+    Args:
+        model: what the controller is given.
+        is_zero: whether the optimizer is DeepSpeed ZeRO's.
+
+    Raises:
+        ValueError: DeepSpeed without ZeRO, FSDP1, DataParallel, or PEFT adapters.
+    """
+    for module in model.modules():
+        package = type(module).__module__.partition(".")[0]
+        if package == "deepspeed" and not is_zero:
+            raise ValueError(NO_ZERO)
+        if package == "peft":
+            raise ValueError(
+                "PEFT adapters on a Sparse-IFT model are not supported: merging them would fill in the zeros. Adapt "
+                "to_dense(model) instead, or fine-tune the sparse model itself"
+            )
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(f"FSDP1 (FullyShardedDataParallel) flattens weights; use {DISTRIBUTED}")
+        if isinstance(module, DataParallel):
+            raise ValueError(f"torch.nn.DataParallel is not supported: start one process per GPU and use {DISTRIBUTED}")
+
+
+def check_optimizer(optimizer: Any, model: nn.Module, layers: Mapping[str, SparseProjection]) -> None:
+    """Refuse optimizers whose state cannot be reset, and weights that they do not own.
+
+    Raises:
+        ValueError: no torch optimizer, a quantised or paged one, sharding other than FSDP2's, a sparse weight that
+            takes gradients but is not in the optimizer, or no sparse weight that takes gradients.
+    """
+    package = type(optimizer).__module__.partition(".")[0]
+    if package == "deepspeed":
+        raise ValueError(NO_ZERO)
+    if package in _QUANTISING:
+        raise ValueError(
+            f"{type(optimizer).__name__} of {package} (8-bit or paged state) is not supported: state of single weights "
+            "cannot be reset there; use torch.optim.AdamW or another optimizer with floating-point state"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer, so it cannot be followed")
+    if all(layer.is_frozen for layer in layers.values()):
+        raise ValueError(
+            "all sparse weights are frozen (requires_grad=False), so no mask can change; unfreeze some, or train "
+            "without the callback or controller"
+        )
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    is_sharded_by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    for name, layer in layers.items():
+        if isinstance(layer.weight, DTensor):
+            _check_sharding(name, layer.weight, is_sharded_by_fsdp)
+        if id(layer.weight) not in owned and not layer.is_frozen:
+            raise ValueError(
+                f"{name}.weight is not in the optimizer; create the optimizer after sparsify (and after fully_shard), "
+                "from model.parameters(), or leave the projection dense with SparseIFTConfig(exclude=...)"
+            )
+
+
+def warn_of_learning_rates(optimizer: Optimizer, model: PreTrainedModel) -> None:
+    """Log a warning unless, under `init="supar"`, learning rates are in the proportions that it asks for."""
+    if not (factors := learning_rate_factors(model)):
+        return
+    rates = {
+        id(parameter): float(group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    base_rates = [
+        rates[id(parameter)] / math.prod(factors.get(plain_name(name), (1.0, 1.0)))
+        for name, parameter in model.named_parameters()
+        if id(parameter) in rates
+    ]
+    if max(base_rates) > 1.01 * min(base_rates):
+        logger.warning(
+            "init='supar' has a learning rate of its own for every width and sparsity, and the optimizer's are others: "
+            "build it with optimizer_param_groups(model, lr)"
+        )
+
+
+def _check_sharding(name: str, weight: DTensor, is_sharded_by_fsdp: bool) -> None:
+    kinds = {type(placement) for placement in weight.placements}
+    if not is_sharded_by_fsdp or not kinds <= {Shard, Replicate}:
+        raise ValueError(
+            f"{name}: weights sharded as {weight.placements} (tensor parallelism) are not supported; use {DISTRIBUTED}"
+        )

@@ -1,0 +1,1 @@
+"""Files written whole or not at all, and files of JSON lines. Knows nothing of models."""

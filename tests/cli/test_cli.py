@@ -1,0 +1,285 @@
+"""The `sparseift` command: printed figures, exit codes, and messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseift_llm.cli.main import main
+from sparseift_llm.models.presets import PRESETS, load_config
+from tests.helpers.pretrain_runs import ENVIRONMENT
+from tests.reporting.test_comparison import DENSE, SPARSE, write_metrics, write_run
+
+SMALL = ["plan", "--model", "gpt3-small", "--family", "wide", "--sparsity", "0.75", "--seq-len", "1024"]
+
+
+def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(output(capsys, *words, "--json"))
+    return values
+
+
+# ---- figures of GPT-3 Small
+
+
+def test_wide_75_percent_of_gpt3_small(capsys: pytest.CaptureFixture[str]) -> None:
+    values = plan(capsys, *SMALL, "--scope", "model")
+    assert values.keys() >= {"dense", "sparse", "ratio_linear", "ratio_whole_model", "layers", "config", "seq_len"}
+    costs = {
+        "linear_active_params",
+        "stored_params",
+        "linear_flops_per_token",
+        "attention_flops_per_token",
+        "logit_flops_per_token",
+        "forward_flops_per_token",
+        "train_state_bytes",
+    }
+    assert values["dense"].keys() == values["sparse"].keys() == costs
+    assert round(values["dense"]["forward_flops_per_token"] / 1e6, 1) == 284.8
+    assert round(values["sparse"]["forward_flops_per_token"] / 1e6, 1) == 399.8
+    assert round(values["ratio_whole_model"], 2) == 1.40
+    assert values["ratio_linear"] == 1.0
+    assert values["dense"]["linear_active_params"] == values["sparse"]["linear_active_params"] == 84_934_656
+    assert values["dense"]["attention_flops_per_token"] == 4 * 1024 * 768 * 12
+    assert values["sparse"]["logit_flops_per_token"] == 2 * 1536 * 50257
+    assert len(values["layers"]) == 48
+    first = values["layers"][0]
+    assert (first["kind"], first["dense_shape"], first["sparse_shape"]) == ("qkv", [2304, 768], [4608, 1536])
+    assert (first["num_active"], first["sparsity"]) == (2304 * 768, 0.75)
+
+
+def test_wide_50_percent_of_gpt3_small(capsys: pytest.CaptureFixture[str]) -> None:
+    values = plan(capsys, *SMALL, "--sparsity", "0.5")
+    assert {tuple(layer["sparse_shape"]) for layer in values["layers"]} == {
+        (3276, 1092), (1092, 1092), (4368, 1092), (1092, 4368)
+    }  # fmt: skip
+    # 169.87 (projections, as dense) + 53.67 (attention) + 109.76 (logits) MFLOP over 284.81
+    assert round(values["ratio_whole_model"], 4) == 1.1703
+    assert values["ratio_linear"] == 1.0
+    assert round(values["layers"][0]["sparsity"], 5) == 0.50537
+
+
+def test_scope_ffn_is_iso_flop_as_a_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    values = plan(capsys, *SMALL, "--scope", "ffn")
+    assert values["ratio_linear"] == values["ratio_whole_model"] == 1.0
+
+
+def test_whole_model_accounting(capsys: pytest.CaptureFixture[str]) -> None:
+    values = plan(capsys, *SMALL, "--accounting", "whole_model")
+    assert values["ratio_whole_model"] == pytest.approx(1.0, abs=0.001)
+    assert values["sparse"]["forward_flops_per_token"] <= values["dense"]["forward_flops_per_token"]
+    assert 1 - values["layers"][0]["sparsity"] == pytest.approx(0.081, abs=0.0005)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset(capsys: pytest.CaptureFixture[str], preset: str) -> None:
+    values = plan(capsys, "plan", "--model", preset, "--sparsity", "0.75", "--seq-len", "512")
+    assert values["ratio_linear"] == 1.0
+    assert values["seq_len"] == 512
+    assert values["model_type"] == load_config(preset).model_type
+
+
+def test_all_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--targets", "q", "k", "mlp_in", "mlp_out", "--exclude", "q", "--width-multiple", "64", "--distribution"]
+    values = plan(capsys, "plan", "--model", "llama-160m", "--sparsity", "0.6", "--seq-len", "64", *words, "erk")
+    config = values["config"]
+    assert config["targets"] == ["q", "k", "mlp_in", "mlp_out"]
+    assert config["exclude"] == ["q"]
+    assert (config["width_multiple"], config["distribution"], config["sparsity"]) == (64, "erk", 0.6)
+    assert {layer["kind"] for layer in values["layers"] if layer["sparsity"] > 0} == {"k", "mlp_in", "mlp_out"}
+    assert all(size % 64 == 0 for layer in values["layers"] for size in layer["sparse_shape"])
+
+
+def test_a_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 100}))
+    for model in (path, tmp_path):
+        values = plan(capsys, "plan", "--model", str(model), "--sparsity", "0.75", "--seq-len", "16")
+        assert values["dense"]["linear_active_params"] == 12 * 32**2
+
+
+def test_the_table_has_every_kind_and_the_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.split() for line in output(capsys, *SMALL, "--targets", "mlp_in", "mlp_out").splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line}
+    assert rows["qkv"] == ["12", "2304", "x", "768", "4608", "x", "1536", "dense", "4.0000"]
+    assert rows["o"] == ["12", "768", "x", "768", "1536", "x", "1536", "dense", "4.0000"]
+    assert rows["mlp_in"] == ["12", "3072", "x", "768", "6144", "x", "1536", "0.75000", "1.0000"]
+    assert rows["mlp_out"] == ["12", "768", "x", "3072", "1536", "x", "6144", "0.75000", "1.0000"]
+    assert rows["attention_flops_per_token"] == ["37.75", "MFLOP", "75.50", "MFLOP", "2.0000"]
+    assert rows["stored_params"][1] == "M"
+    assert rows["train_state_bytes"][1] == "MB"
+
+
+def test_the_table_of_the_whole_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = output(capsys, *SMALL)
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
+    assert rows["forward_flops_per_token"] == ["284.81", "MFLOP", "399.76", "MFLOP", "1.4036"]
+    assert rows["linear_flops_per_token"] == ["169.87", "MFLOP", "169.87", "MFLOP", "1.0000"]
+    assert "per token, T=1024" in printed
+    assert "norms and elementwise work are left out" in printed
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sparsity", "1.0"], "sparsity must be in [0, 1), got 1.0"),
+        (["--family", "serial"], "family='serial' is not one of 'wide'"),
+        (["--scope", "modle"], "scope='modle' is not one of 'model', 'ffn'; did you mean 'model'?"),
+        (["--structure", "blok"], "structure='blok' is not one of 'unstructured', 'block'; did you mean 'block'?"),
+        (["--structure", "block", "--block-size", "7"], "block_size must be one of 4, 8, 16, 32, 64, 128, 256, got 7"),
+        (["--targets", "qq"], "targets/exclude='qq' is not one of 'q', 'k', 'v', 'o'"),
+        (["--targets", "q"], "holds q, k, v in one matrix"),
+        (["--exclude", "q", "k", "v", "o", "mlp_in", "mlp_out"], "no projection of gpt2 is of the kinds ()"),
+        (["--accounting", "whole_model", "--sparsity", "0.95"], "accounting='whole_model' cannot be met"),
+        (["--seq-len", "0"], "seq_len must be at least 1, got 0"),
+        (["--seq-len", "-5"], "seq_len must be at least 1, got -5"),
+        (["--width-multiple", "0"], "width_multiple must be at least 1, got 0"),
+        (
+            ["--model", "gpt3-smal"],
+            "'gpt3-smal' is no preset; did you mean 'gpt3-small'? (presets: gpt3-small, ",
+        ),
+        (["--model", "{folder}"], "is a folder without config.json"),
+        (["--model", "{folder}/broken.json"], "broken.json is not valid JSON"),
+        (["--model", "{folder}/empty.json"], "empty.json is not a transformers config: it has no model_type"),
+        (["--model", "{folder}/bert.json"], "bert"),
+        (["--model", "{folder}/unheard_of.json"], "unheard_of"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_status_2(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", _offline)
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "unheard_of.json").write_text('{"model_type": "unheard_of"}')
+    assert main([*SMALL, *(word.replace("{folder}", str(tmp_path)) for word in words)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("sparseift: ")
+    assert message in printed.err
+
+
+def _offline(name: str, **_: Any) -> Any:
+    raise OSError(f"{name} cannot be reached")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["plan"],
+        ["paln"],
+        ["plan", "--model", "gpt3-small", "--sparsity", "much", "--seq-len", "8"],
+        ["compare", "a"],
+    ],
+)
+def test_argparse_refuses_the_rest(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: sparseift" in capsys.readouterr().err
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """The one line printed by a command that fails."""
+    assert main(list(map(str, words))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    return line.removeprefix("sparseift: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["compare", "{run}", "--output"], "afile"),
+        (["compare", "{run}", "--output"], "afile/x"),
+        (["report", "{run}", "-o"], "afile/report.html"),
+        (["analyze", "{run}", "--output"], "afile"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str], output: str
+) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    (tmp_path / "afile").write_text("mine")
+    said = refusal(capsys, *(word.format(run=run) for word in command), tmp_path / output)
+    assert said.startswith(f"cannot read or write {tmp_path / 'afile'}")
+    assert said.endswith((": File exists", ": Not a directory"))
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder that nobody can write to")
+def test_errors_name_the_output_that_was_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    assert refusal(capsys, "report", run, "-o", "/proc/page.html").startswith("cannot read or write /proc/page.html: ")
+
+
+# ---- compare
+
+
+def test_compare_writes_a_table_and_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    runs = [str(write_metrics(write_run(tmp_path / name, of))) for name, of in (("dense", DENSE), ("sparse", SPARSE))]
+    folder = tmp_path / "new" / "comparison"
+    printed = output(capsys, "compare", *runs, "--output", str(folder))
+    table = (folder / "comparison.md").read_text()
+    assert table in printed
+    assert "| held-out loss (nats/token) | 2.0000 | 1.9000 | 0.950 |" in table
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {folder / 'comparison.md'} and {folder / 'loss.png'}" in printed
+
+
+@pytest.mark.parametrize("name", ["comparison.md", "loss.png"])
+def test_compare_overwrites_its_own_files_only(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    run = write_metrics(write_run(tmp_path / "run", DENSE))
+    folder = tmp_path / "comparison"
+    words = ("compare", run, "--output", folder)
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    assert refusal(capsys, *words).startswith(f"{folder / name} is there already, and not from sparseift compare; ")
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == "mine"
+    (folder / name).unlink()
+    for _ in range(2):
+        output(capsys, *map(str, words))
+    output(capsys, "compare", *map(str, [run, run, run]), "--output", str(folder))
+    assert (folder / "comparison.md").read_text().startswith("|  | run | run | run |\n")
+
+
+def test_compare_of_a_missing_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = str(write_run(tmp_path / "dense", DENSE))
+    assert main(["compare", run, str(tmp_path / "nowhere"), "--output", str(tmp_path / "comparison")]) == 2
+    assert "nowhere is not a finished run of recipes/pretrain.py" in capsys.readouterr().err
+    assert not (tmp_path / "comparison").exists()
+
+
+# ---- as a program
+
+
+def test_the_console_script() -> None:
+    program = str(Path(sys.executable).with_name("sparseift"))
+    words = ["plan", "--model", "nobody/nothing", "--sparsity", "0.75", "--seq-len", "8"]
+    done = subprocess.run([program, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "sparseift: 'nobody/nothing' is no preset" in done.stderr
+    assert "Traceback" not in done.stderr

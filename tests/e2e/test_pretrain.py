@@ -1,0 +1,337 @@
+"""recipes/pretrain.py on a tiny corpus: what it leaves behind, hand-counted FLOPs, refusals, and the plain loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+from sparseift_llm import load_pretrained
+from sparseift_llm.data import options as data_module
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.runs.recipe import load_recipe
+from tests.helpers.paths import ROOT
+from tests.helpers.pretrain_runs import (
+    ENVIRONMENT,
+    RIGL,
+    TOKENS_PER_STEP,
+    VOCAB,
+    curve,
+    read_json,
+    tiny_recipe,
+    write_corpus,
+)
+from tests.helpers.scripts import load_script
+
+ACTIVE = 2 * 12 * 16**2  # weights of the dense model's projections, and active ones of its twin
+DENSE_FLOPS = 2 * ACTIVE + 4 * 16 * 16 * 2 + 2 * 16 * VOCAB  # linear + attention + logits, per token
+WIDE_FLOPS = 2 * ACTIVE + 4 * 16 * 32 * 2 + 2 * 32 * VOCAB  # hidden 32
+WIDE_LINEAR_PARAMS = 2 * 12 * 32**2
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> ModuleType:
+    return load_script("recipes/pretrain.py")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A RigL run started as the README says, and what it printed."""
+    folder = tmp_path_factory.mktemp("launched")
+    recipe = tiny_recipe(folder, RIGL, max_steps=8)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "recipes/pretrain.py", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory: pytest.TempPathFactory, pretrain: ModuleType) -> Path:
+    """The recipe file of a finished dense run, beside its output folder `run`."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("dense"), max_steps=4)
+    pretrain.main([str(recipe)])
+    return recipe
+
+
+# ---- what a run leaves behind
+
+
+def test_summary_of_a_launched_run(launched: tuple[Path, str]) -> None:
+    run, printed = launched
+    summary = read_json(run / "summary.json")
+    assert f"wrote {run / 'summary.json'}" in printed
+    assert 0 < summary["eval_loss"] < math.log(VOCAB)  # better than chance
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
+    held_out = run.parent / "held_out.txt"
+    assert summary["num_eval_tokens"] == 8 * 16
+    tokens = len(AutoTokenizer.from_pretrained(run)(held_out.read_text())["input_ids"]) + 1  # end of text
+    bits = summary["eval_loss"] / math.log(2) * tokens / held_out.stat().st_size
+    assert summary["bits_per_byte"] == pytest.approx(bits)
+    assert summary["step"] == 8
+    assert summary["train_tokens"] == 8 * TOKENS_PER_STEP
+    assert summary["linear_active_params"] == ACTIVE
+    assert summary["linear_sparsity"] == 0.75
+    assert summary["stored_params"] == WIDE_LINEAR_PARAMS + VOCAB * 32 + 16 * 32 + 2 * 32 * (4 + 9) + 2 * 32
+    assert summary["num_ranks"] == 1
+    assert 0 < summary["step_seconds"] < summary["wall_seconds"] < 200
+    assert summary["tokens_per_second"] == pytest.approx(summary["train_tokens"] / summary["step_seconds"])
+    assert summary["config"]["training"]["max_steps"] == 8
+    assert summary["config"]["sparse_ift"]["dst"]["algorithm"] == "rigl"
+    assert {"python", "sparseift_llm", "torch", "transformers", "accelerate"} <= summary["versions"].keys()
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_metrics_of_a_launched_run(launched: tuple[Path, str]) -> None:
+    lines = curve(launched[0])
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert {line["step"] for line in lines if "eval_loss" in line} == {4, 8}
+    assert [line["train_tokens"] for line in lines if "loss" in line] == [n * TOKENS_PER_STEP for n in (2, 4, 6, 8)]
+    for line in lines:
+        assert line.keys() >= ({"eval_loss"} if "eval_loss" in line else {"loss", "grad_norm", "learning_rate"})
+    # linear warmup to 0.01 in two steps, then a cosine to 0.001 at step 8; the rate logged is the last step's
+    cosine = [0.001 + 0.009 * (1 + math.cos(math.pi * done / 6)) / 2 for done in (1, 3, 5)]
+    assert [line["learning_rate"] for line in lines if "loss" in line] == pytest.approx([0.005, *cosine])
+    summary = read_json(launched[0] / "summary.json")
+    assert lines[-1]["eval_loss"] == summary["eval_loss"]
+    assert lines[-1]["train_flops"] == summary["train_flops"]
+
+
+def test_the_model_of_a_launched_run_loads_as_stock_and_as_sparse(launched: tuple[Path, str]) -> None:
+    run = launched[0]
+    stock, sparse = AutoModelForCausalLM.from_pretrained(run), load_pretrained(run)
+    assert type(stock) is GPT2LMHeadModel
+    assert not sparse_layers(stock)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert len(tokenizer) == VOCAB == stock.config.vocab_size
+    assert stock.config.eos_token_id == tokenizer.eos_token_id
+    ids = tokenizer("the sparse weight", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(stock(ids).logits, sparse(ids).logits, rtol=0, atol=0)
+    layers = sparse_layers(sparse)
+    assert len(layers) == 8
+    for name, layer in layers.items():
+        assert int(layer.mask.sum()) == layer.mask.numel() // 4, name
+        assert not layer.weight[~layer.mask].any(), name
+    assert tokenizer.decode(tokenizer("a sparse weight grows")["input_ids"]) == "a sparse weight grows"
+
+
+def test_training_flops_of_a_rigl_run(launched: tuple[Path, str]) -> None:
+    # masks change at steps 2 and 4 (stop: 0.75 x 8 = 6); each adds 2 x all weights of the widened projections
+    by_hand = TOKENS_PER_STEP * (8 * 3 * WIDE_FLOPS + 2 * 2 * WIDE_LINEAR_PARAMS)
+    assert by_hand == 114_032_640
+    assert read_json(launched[0] / "summary.json")["train_flops"] == by_hand
+    first = curve(launched[0])[0]
+    assert first["train_flops"] == TOKENS_PER_STEP * (2 * 3 * WIDE_FLOPS + 2 * WIDE_LINEAR_PARAMS)
+
+
+def test_training_flops_of_a_dense_run(dense_run: Path) -> None:
+    summary = read_json(dense_run.parent / "run" / "summary.json")
+    assert summary["train_flops"] == TOKENS_PER_STEP * 4 * 3 * DENSE_FLOPS == 34_799_616
+    assert summary["linear_sparsity"] == 0
+    assert summary["linear_active_params"] == ACTIVE
+    assert not list((dense_run.parent / "run").glob("**/sparse_masks*"))
+
+
+def test_training_tokens_are_those_the_model_has_seen(tmp_path: Path, pretrain: ModuleType, monkeypatch: Any) -> None:
+    """Epochs are cut to whole steps, so that no batch at their end is smaller and none is counted twice."""
+    seen = []
+
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(inputs["input_ids"].numel())
+        return original(self, model, inputs, *args, **kwargs)
+
+    original = pretrain.Pretrainer.training_step
+    monkeypatch.setattr(pretrain.Pretrainer, "training_step", training_step)
+    pretrain.main([str(tiny_recipe(tmp_path, num_train_epochs=1, max_steps=12, save_strategy="no"))])
+    assert len(set(seen)) == 1, "every step is of the same size, also across epochs"
+    assert read_json(tmp_path / "run" / "summary.json")["train_tokens"] == sum(seen)
+
+
+def test_activation_checkpointing_and_bf16(tmp_path: Path, pretrain: ModuleType) -> None:
+    run = tmp_path / "run"
+    recipe = tiny_recipe(tmp_path, RIGL, bf16=True, activation_checkpointing=True, save_strategy="no")
+    pretrain.main([str(recipe), "--max_steps", "3", "--logging_steps", "1", "--stop_fraction", "1.0"])
+    losses = [line["loss"] for line in curve(run) if "loss" in line]
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+    # one update, at step 2
+    by_hand = TOKENS_PER_STEP * (3 * 3 * WIDE_FLOPS + 2 * WIDE_LINEAR_PARAMS)
+    assert read_json(run / "summary.json")["train_flops"] == by_hand
+
+
+# ---- refusals
+
+
+def refusal(pretrain: ModuleType, *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(list(words))
+    assert isinstance(caught.value.code, str)
+    assert caught.value.code.startswith("pretrain: ")
+    return caught.value.code
+
+
+def test_an_existing_run_is_not_overwritten(pretrain: ModuleType, dense_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (dense_run.parent / "run").rglob("*")}
+    message = refusal(pretrain, str(dense_run))
+    assert f"{dense_run.parent / 'run'} already holds a run; continue it with --resume_from_checkpoint true" in message
+    assert {path: path.stat().st_mtime_ns for path in (dense_run.parent / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("section", "override"),
+    [
+        ("model", ["--model.config.n_layer", "1"]),
+        ("model", ["--init_truncation", "2.0"]),
+        ("data", ["--max_eval_sequences", "4"]),
+        ("sparse_ift", ["--sparse_ift", "{sparsity: 0.5}"]),
+    ],
+)
+def test_another_model_data_or_sparsity_is_not_resumed(
+    pretrain: ModuleType, dense_run: Path, section: str, override: list[str]
+) -> None:
+    record = (dense_run.parent / "run" / "recipe.json").read_text()
+    message = refusal(pretrain, str(dense_run), "--resume_from_checkpoint", "true", *override)
+    assert f"was begun with another {section}: " in message
+    assert (dense_run.parent / "run" / "recipe.json").read_text() == record
+
+
+def check_record(pretrain: ModuleType, recipe: Path, record: dict[str, Any] | str) -> None:
+    """What pretrain.py does about the record of a run that is to go on."""
+    path = recipe.parent / "run" / "recipe.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    args, data = SimpleNamespace(process_index=0), SimpleNamespace(fingerprint="f00")
+    pretrain.check_recipe(load_recipe(recipe), data, args)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path, pretrain: ModuleType) -> None:
+    recipe = tiny_recipe(tmp_path, RIGL)
+    record = {**load_recipe(recipe).to_dict(), "data_fingerprint": "f00"}
+    for section, option in (("model", "from_pretrained"), ("sparse_ift", "balance_heads")):
+        del record[section][option]  # which it did not have
+    check_record(pretrain, recipe, record)
+    assert read_json(tmp_path / "run" / "recipe.json")["sparse_ift"]["balance_heads"] is False
+    record["training"] = {"an_argument_that_transformers_dropped": 1}
+    check_record(pretrain, recipe, record)
+    record["sparse_ift"]["sparsity"] = 0.5
+    with pytest.raises(ValueError, match="begun with another sparse_ift"):
+        check_record(pretrain, recipe, record)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model": 1, "data": {}, "sparse_ift": null}',
+        '{"model": {"nme": "a"}, "data": {}, "sparse_ift": null}',
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, pretrain: ModuleType, damage: str) -> None:
+    with pytest.raises(ValueError, match=r"recipe\.json is damaged, or of another version"):
+        check_record(pretrain, tiny_recipe(tmp_path), damage)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.config.n_lyer", "1"], "gpt2 has no field 'n_lyer'"),
+        (["--data.seq_len", "17"], "data.seq_len=17 is above the model's 16 positions"),
+        (["--model.name", "gpt3-smal"], "'gpt3-smal' is no preset"),
+        (["--lr_scheduler_type", "cosin"], "cosin"),
+        (["--eval_strategy", "sometimes"], "sometimes"),
+        (["--learning_rte", "1"], "unknown option --learning_rte; did you mean 'learning_rate'?"),
+        (["--data.eval_corpus", "{folder}/train.txt"], "train.txt is in both corpus and eval_corpus"),
+        (["--sparse_ift", "{scope: ffn, targets: [q]}"], "widens only mlp_in and mlp_out"),
+        (["--resume_from_checkpoint", "{folder}/checkpoint-3"], "checkpoint-3"),
+        (["--output_dir", "null"], "output_dir"),
+    ],
+)
+def test_mistakes_end_without_a_traceback(
+    tmp_path: Path, pretrain: ModuleType, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", _offline)
+    recipe = tiny_recipe(tmp_path)
+    assert message in refusal(pretrain, str(recipe), *(word.replace("{folder}", str(tmp_path)) for word in words))
+
+
+def _offline(name: str, **_: Any) -> Any:
+    raise OSError(f"{name} cannot be reached")
+
+
+@pytest.mark.parametrize("words", [[], ["--learning_rate", "1"]])
+def test_a_recipe_must_come_first(pretrain: ModuleType, words: list[str]) -> None:
+    assert "usage: accelerate launch recipes/pretrain.py RECIPE.yaml" in refusal(pretrain, *words)
+
+
+def test_a_missing_recipe_file(pretrain: ModuleType, tmp_path: Path) -> None:
+    assert "none.yaml" in refusal(pretrain, str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("resume", ["null", "true"])
+@pytest.mark.parametrize("mistake", [["--corpus", "{folder}/short.txt"], ["--model.config.n_lyer", "2"]])
+def test_a_start_that_failed_is_not_a_run(
+    tmp_path: Path, pretrain: ModuleType, mistake: list[str], resume: str
+) -> None:
+    """A typing error in a first command must not stand in the way of the corrected one."""
+    words = [str(tiny_recipe(tmp_path)), "--resume_from_checkpoint", resume]
+    (tmp_path / "short.txt").write_text("a")
+    refusal(pretrain, *words, *(word.replace("{folder}", str(tmp_path)) for word in mistake))
+    _, _, resume_from, _ = pretrain.prepare(words)
+    assert resume_from is None
+
+
+def test_a_run_is_not_resumed_on_other_text_of_the_same_name(tmp_path: Path, pretrain: ModuleType) -> None:
+    words = [str(tiny_recipe(tmp_path)), "--resume_from_checkpoint", "true"]
+    pretrain.main([*words, "--max_steps", "4"])
+    with (tmp_path / "train.txt").open("a") as file:
+        file.write(" and more")
+    assert "resume with the same recipe and text" in refusal(pretrain, *words)
+
+
+# ---- without the Trainer
+
+
+@pytest.fixture
+def _fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps mixed precision and accumulation of the process's first Accelerator."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_the_plain_accelerate_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    loop = load_script("recipes/accelerate_loop.py")
+    train_file, held_out = write_corpus(tmp_path)
+    tiny = data_module.DataConfig(str(train_file), eval_corpus=str(held_out), vocab_size=VOCAB, seq_len=16)
+    monkeypatch.setattr(loop, "load_data", lambda _, folder: data_module.load_data(tiny, folder))
+    monkeypatch.setattr(loop, "BATCH", 4)
+    loss = loop.main(str(tmp_path / "out"), steps=20)
+    assert 0 < loss < math.log(VOCAB)
+    assert "step 20: loss" in capsys.readouterr().out
+    model = load_pretrained(tmp_path / "out")
+    layers = sparse_layers(model)
+    assert layers
+    for name, layer in layers.items():
+        assert int(layer.mask.sum()) == layer.num_active, name
+        assert not layer.weight[~layer.mask].any(), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["sparse_ift"]["sparsity"] == 0.75

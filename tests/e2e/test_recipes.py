@@ -1,0 +1,224 @@
+"""Every recipes/*.yaml: it parses, plans iso-FLOP at full size, says what the paper says, and trains two tiny steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from sparseift_llm import DSTConfig, plan, sparsify
+from sparseift_llm.conversion.scaling import cosine_to_plateau
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.models.architectures import build_model
+from sparseift_llm.runs.recipe import Recipe, load_recipe
+from tests.helpers.pretrain_runs import RECIPES, VOCAB, curve, read_json, write_corpus
+from tests.helpers.scripts import load_script
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+PAPER = [name for name in NAMES if name.startswith("gpt3_small")]
+PAIRS = [
+    ("gpt3_small_dense", "gpt3_small_wide50_static"),
+    ("gpt3_small_dense", "gpt3_small_wide75_rigl"),
+    ("small_cpu_dense", "small_cpu_wide75_rigl"),
+    ("small_gpu_dense", "small_gpu_wide75_rigl"),
+]
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> ModuleType:
+    return load_script("recipes/pretrain.py")
+
+
+def recipe_of(name: str) -> Recipe:
+    return load_recipe(RECIPES / f"{name}.yaml")
+
+
+def test_all_recipes_are_known_here() -> None:
+    assert set(NAMES) == {"demo"} | {name for pair in PAIRS for name in pair}
+    assert len(PAPER) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_parses_and_its_arguments_hold(name: str, pretrain: ModuleType) -> None:
+    recipe = recipe_of(name)
+    args = pretrain.training_arguments(load_recipe(RECIPES / f"{name}.yaml", ["--use_cpu", "true"]))
+    assert args.max_steps == recipe.training["max_steps"] > 0
+    assert (args.lr_scheduler_type, args.eval_strategy, args.save_strategy) == ("cosine_with_min_lr", "steps", "steps")
+    assert args.save_steps % args.eval_steps == 0 or args.eval_steps % args.save_steps == 0
+    assert args.max_steps % args.logging_steps == 0 or name in PAPER  # the curve ends at the last step
+    assert recipe.training["output_dir"] == ("runs/demo/sparse" if name == "demo" else f"runs/{name}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_size_on_the_meta_device(name: str, pretrain: ModuleType) -> None:
+    recipe = recipe_of(name)
+    config = pretrain.model_config(recipe)
+    assert recipe.data.seq_len <= config.max_position_embeddings
+    dense = build_model(config, meta=True)
+    assert {parameter.device.type for parameter in dense.parameters()} == {"meta"}
+    if recipe.sparse_ift is None:
+        return
+    result = plan(config, recipe.sparse_ift)
+    assert result.seq_len == recipe.data.seq_len
+    assert result.ratio_linear == 1.0
+    assert result.ratio_whole_model == 1.0 if recipe.sparse_ift.scope == "ffn" else result.ratio_whole_model > 1.0
+    with torch.device("meta"):
+        sparse = sparsify(dense, recipe.sparse_ift)
+    layers = sparse_layers(sparse)
+    assert sum(layer.num_active for layer in layers.values()) == sum(
+        math.prod(layer.dense_shape) for layer in result.layers if layer.is_sparse
+    )
+    assert {layer.weight.device.type for layer in layers.values()} == {"meta"}
+
+
+# ---- the paper's recipes
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_settings(name: str, pretrain: ModuleType) -> None:
+    """Source: the authors' GPT-3 125M configurations."""
+    recipe, training = recipe_of(name), recipe_of(name).training
+    assert (training["learning_rate"], training["weight_decay"]) == (6e-4, 0.1)
+    assert (training["adam_beta1"], training["adam_beta2"], training["adam_epsilon"]) == (0.9, 0.95, 1e-8)
+    assert training["max_grad_norm"] == 1.0
+    assert (training["warmup_steps"], recipe.lr_decay_steps, training["max_steps"]) == (2151, 19360, 21511)
+    rates = training["lr_scheduler_kwargs"]
+    schedule = cosine_to_plateau(2151, 19360, rates["min_lr_rate"])
+    assert [6e-4 * schedule(step) for step in (0, 2151, 19360, 21511)] == pytest.approx([0, 6e-4, 6e-5, 6e-5])
+    assert recipe.data.seq_len == 1024
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 512
+    assert training["bf16"] is True
+    assert recipe.model.init_truncation == 2.0
+    config = pretrain.model_config(recipe)
+    assert (config.n_embd, config.n_layer, config.n_head, config.n_inner) == (768, 12, 12, None)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.1, 0.1, 0.1)
+    assert (config.initializer_range, config.n_positions) == (0.02, 1024)
+    assert (recipe.data.corpus, recipe.data.corpus_config) == ("Salesforce/wikitext", "wikitext-103-raw-v1")
+    assert recipe.data.tokenizer == "openai-community/gpt2"
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "dst"),
+    [
+        ("gpt3_small_wide50_static", 1092, DSTConfig("static")),
+        (
+            "gpt3_small_wide75_rigl",
+            1536,
+            DSTConfig("rigl", update_every_steps=500, drop_fraction=0.3, stop_fraction=0.8),
+        ),
+    ],
+)
+def test_paper_widths_and_mask_updates(name: str, hidden: int, dst: DSTConfig, pretrain: ModuleType) -> None:
+    recipe = recipe_of(name)
+    assert recipe.sparse_ift is not None
+    assert (recipe.sparse_ift.family, recipe.sparse_ift.scope, recipe.sparse_ift.init) == ("wide", "model", "paper")
+    assert recipe.sparse_ift.dst == dst
+    result = plan(pretrain.model_config(recipe), recipe.sparse_ift)
+    shapes = {layer.kind: layer.sparse_shape for layer in result.layers}
+    assert shapes == {
+        "qkv": (3 * hidden, hidden),
+        "o": (hidden, hidden),
+        "mlp_in": (4 * hidden, hidden),
+        "mlp_out": (hidden, 4 * hidden),
+    }
+    assert all(layer.is_sparse for layer in result.layers)
+    assert result.hf_config.n_head == 12
+
+
+def test_weights_are_truncated_at_two_deviations(pretrain: ModuleType, tmp_path: Path) -> None:
+    """Of the paper's initialisation, at a width where a few thousand of the weights would lie beyond."""
+    _, _, _, data = pretrain.prepare(tiny_words("gpt3_small_dense", tmp_path))
+    words = ["--model.config", "{n_embd: 128, n_layer: 2, n_head: 2, n_positions: 1024}"]
+    model = pretrain.make_model(load_recipe(RECIPES / "gpt3_small_dense.yaml", words), data)
+    assert model.transformer.wte.weight.abs().max() <= 2 * 0.0202
+    assert model.transformer.h[0].mlp.c_fc.weight.abs().max() <= 2 * 0.0202
+    output = model.transformer.h[0].mlp.c_proj.weight
+    assert output.abs().max() <= 2 * 0.0202 / math.sqrt(2 * 2)
+    assert output.abs().max() > 1.9 * 0.02 / math.sqrt(2 * 2)  # cut, not shrunk
+
+
+# ---- pairs
+
+
+@pytest.mark.parametrize(("dense", "sparse"), PAIRS)
+def test_a_pair_differs_in_sparsity_and_output_folder_only(dense: str, sparse: str) -> None:
+    first, second = recipe_of(dense).to_dict(), recipe_of(sparse).to_dict()
+    assert first.pop("sparse_ift") is None
+    assert second.pop("sparse_ift") is not None
+    assert first["training"].pop("output_dir") != second["training"].pop("output_dir")
+    assert first == second
+
+
+@pytest.mark.parametrize(("dense", "sparse"), PAIRS)
+def test_a_pair_is_written_alike(dense: str, sparse: str) -> None:
+    """Not only equal after defaults are filled in: a reader may diff the files."""
+    first, second = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in (dense, sparse))
+    del second["sparse_ift"], first["training"]["output_dir"], second["training"]["output_dir"]
+    assert first == second
+
+
+# ---- two real steps
+
+
+def tiny_words(name: str, folder: Path) -> list[str]:
+    """The recipe with everything that takes time or a network made small."""
+    files = []
+    for text in write_corpus(folder):
+        files.append(text.with_suffix(".jsonl"))  # it has rows, as WikiText has
+        files[-1].write_text(json.dumps({"text": text.read_text()}) + "\n")
+    small = {
+        "model.config.n_embd": 16,
+        "model.config.n_layer": 2,
+        "model.config.n_head": 2,
+        "model.config.n_positions": 16,
+        "data.corpus": files[0],
+        "data.corpus_config": "null",
+        "data.eval_corpus": files[1],
+        "data.tokenizer": "bpe",
+        "data.vocab_size": VOCAB,
+        "data.seq_len": 16,
+        "data.max_eval_sequences": 4,
+        "data.cache_dir": folder / "data",
+        "training.output_dir": folder / "run",
+        "training.max_steps": 2,
+        "training.per_device_train_batch_size": 2,
+        "training.per_device_eval_batch_size": 2,
+        "training.gradient_accumulation_steps": 2,
+        "training.logging_steps": 1,
+        "training.eval_steps": 1,
+        "training.save_steps": 2,
+        "training.use_cpu": "true",
+        "training.disable_tqdm": "true",
+    }
+    config = recipe_of(name).sparse_ift
+    if config is not None and config.structure == "block":
+        small["sparse_ift.block_size"] = 4  # 16 is half of the small model's width
+    return [str(RECIPES / f"{name}.yaml"), *(f"--{key}={value}" for key, value in small.items())]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_tiny_steps(name: str, pretrain: ModuleType, tmp_path: Path) -> None:
+    words = tiny_words(name, tmp_path)
+    recipe, args, resume_from, data = pretrain.prepare(words)
+    assert resume_from is None
+    assert args.bf16 == ("cpu" not in name and name != "demo")
+    assert (args.learning_rate, args.weight_decay) == (recipe_of(name).training["learning_rate"], 0.1)
+    model = pretrain.make_model(recipe, data)
+    pretrain.check_recipe(recipe, data, args)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    summary = pretrain.train(recipe, args, model, data, resume_from)
+    assert math.isfinite(summary["eval_loss"])
+    assert summary["step"] == 2
+    assert summary["linear_active_params"] == 2 * 12 * 16**2  # the dense model's, whatever the width
+    moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert any(key.endswith("mlp.c_fc.weight") for key in moved)
+    lines = curve(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    masks = tmp_path / "run" / "checkpoint-2" / "sparse_masks.safetensors"
+    assert masks.is_file() == (recipe.sparse_ift is not None)
+    assert read_json(tmp_path / "run" / "recipe.json")["training"]["learning_rate"] == args.learning_rate

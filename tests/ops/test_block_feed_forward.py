@@ -1,0 +1,192 @@
+"""gelu(x U^T + b) D^T + b in tiles, as one operator: against a float64 dense reference, with faults it must catch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from sparseift_llm.ops import block_feed_forward
+from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
+from sparseift_llm.ops.kernels import native as block_native
+from sparseift_llm.ops.kernels.base import use_block_kernel
+from tests.helpers.block_cases import LAYOUTS, NEEDS_COMPILER, num_threads
+from tests.helpers.block_feed_forward_cases import GRADIENTS, Case, check, errors, make_case
+
+KERNELS = ["reference", "blas", pytest.param("native", marks=NEEDS_COMPILER)]
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    use_block_kernel(request.param)
+    yield request.param
+    use_block_kernel(None)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    inputs, hidden, outputs = counts = (draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.integers(1, 4)))
+    return make_case(
+        tokens=draw(st.sampled_from([0, 1, 5, 12, 13, 23, 25, 239, 241, 481, 613])),
+        block_counts=counts,
+        tiles=(draw(st.integers(1, inputs * hidden)), draw(st.integers(1, hidden * outputs))),
+        size=draw(st.sampled_from([4, 8, 16, 32])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
+        bias=draw(st.booleans()),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@settings(max_examples=40)
+@given(case=cases(), keep_hidden=st.booleans())
+def test_equals_the_dense_one(name: str, case: Case, keep_hidden: bool) -> None:
+    use_block_kernel(name)
+    try:
+        check(case, keep_hidden)
+    finally:
+        use_block_kernel(None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep_hidden", [False, True])
+def test_equals_the_dense_one_on_triton(dtype: torch.dtype, keep_hidden: bool) -> None:
+    use_block_kernel("triton")
+    try:
+        for bias, layout in ((True, "contiguous"), (False, "strided")):
+            check(make_case(dtype=dtype, bias=bias, layout=layout), keep_hidden)
+        if dtype == torch.float32:
+            torch.library.opcheck(block_feed_forward_op, (*leaves(make_case(tokens=5))[:-1], keep_hidden))
+    finally:
+        use_block_kernel(None)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_large_tiles(kernel: str, size: int, dtype: torch.dtype) -> None:
+    check(make_case(tokens=530, block_counts=(2, 4, 1), tiles=(4, 2), size=size, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_memory_may_hold_anything_before(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    check(make_case(dtype=dtype, tiles=(2, 2)))  # fewer tiles than block-rows: some outputs have none
+
+
+@pytest.mark.parametrize("fault", ["up column", "down slot", "bias", "gelu", "last token", "bfloat16 weights"])
+def test_faults_are_caught(kernel: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    computed = case.computed()
+    if fault == "up column":
+        computed = replace(case, up_columns=1 - case.up_columns).computed()
+    elif fault == "down slot":
+        computed = replace(case, down=case.down.roll(1, 0)).computed()
+    elif fault == "bias":
+        assert case.up_bias is not None
+        computed = replace(case, up_bias=torch.zeros_like(case.up_bias)).computed()
+    elif fault == "bfloat16 weights":
+        computed = replace(case, up=case.up.bfloat16().float()).computed()
+    elif fault == "gelu":
+        monkeypatch.setattr(F, "gelu", lambda x, approximate: torch.relu(x))
+        wrong = case.expected()
+        monkeypatch.undo()
+        computed = {name: value.float() for name, value in wrong.items()}
+    else:
+        computed["x"][-1] = 0
+    assert max(errors(case, computed).values()) > 100
+
+
+@NEEDS_COMPILER
+def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
+    case = make_case(tokens=700, block_counts=(5, 7, 4), tiles=(12, 11), size=32)
+    results = []
+    for threads in (1, 2):
+        with num_threads(threads):
+            results.append(case.computed())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", block_native.DTYPES)
+def test_native_gelu_does_not_overflow(dtype: torch.dtype) -> None:
+    """The cube of an activation may be too large for a float although its GELU is not."""
+    x = torch.tensor([[-1e30, -1e13, -100.0, -3.0, 3.0, 100.0, 1e13, 1e30]], dtype=dtype)
+    eye, zero = torch.eye(8, dtype=dtype)[None], torch.zeros(1, dtype=torch.int32)
+    case = Case(x, eye, None, zero, eye, None, zero, torch.ones_like(x), (1, 1, 1))
+    found = case.computed()
+    assert all(value.isfinite().all() for name, value in found.items() if name in ("y", "x"))
+    torch.testing.assert_close(found["y"].double(), x.double().clamp(min=0), rtol=1e-2, atol=5e-3)
+    torch.testing.assert_close(found["x"][0, [0, 1, 2, 5, 6, 7]].double(), torch.tensor([0.0, 0, 0, 1, 1, 1]).double())
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_special_values_stay_with_their_token(kernel: str, value: float) -> None:
+    case = make_case(bias=False)
+    case.x[3, :] = value
+    y = case.computed()["y"]
+    assert not y[3].isfinite().all()
+    assert y[:3].isfinite().all()
+    assert y[4:].isfinite().all()
+
+
+# ---- the operator
+
+
+def leaves(case: Case) -> tuple[Any, ...]:
+    return tuple(
+        argument.clone().requires_grad_() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+        for argument in case.arguments(keep_hidden=False)
+    )
+
+
+def test_gradcheck(kernel: str) -> None:
+    arguments = leaves(make_case(tokens=5, size=4, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda *given: block_feed_forward_op(*given)[0], arguments)
+
+
+def test_gradcheck_notices_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = leaves(make_case(tokens=5, size=4, dtype=torch.float64))
+    monkeypatch.setattr(
+        block_feed_forward, "block_feed_forward_gradient_op",
+        lambda grad, x, hidden, up, up_bias, *rest: [torch.ones_like(v) for v in (x, up, up_bias, rest[3])],
+    )  # fmt: skip
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(lambda *given: block_feed_forward_op(*given)[0], arguments)
+
+
+@pytest.mark.parametrize("keep_hidden", [False, True])
+def test_opcheck(kernel: str, keep_hidden: bool) -> None:
+    torch.library.opcheck(block_feed_forward_op, (*leaves(make_case(tokens=5, size=4))[:-1], keep_hidden))
+
+
+def test_only_the_gradients_asked_for_are_computed(kernel: str) -> None:
+    expected = make_case().expected()
+    for wanted in GRADIENTS:
+        case = make_case()
+        getattr(case, wanted).requires_grad_()
+        block_feed_forward_op(*case.arguments(keep_hidden=False))[0].backward(case.grad)
+        for name in GRADIENTS:
+            found = getattr(case, name).grad
+            assert (found is not None) == (name == wanted)
+            if found is not None:
+                assert float((found - expected[name]).abs().max() / expected[name].abs().max()) < 5e-6
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    case = make_case()
+    with pytest.raises(ValueError, match="must have one dtype"):
+        block_feed_forward_op(*replace(case, down=case.down.double()).arguments(keep_hidden=False))

@@ -1,0 +1,204 @@
+"""The comparison table, on summaries written by hand, and the loss picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseift_llm.reporting.comparison import comparison_table, loss_picture, read_summary
+
+DATA = {
+    "corpus": "builtin",
+    "eval_corpus": None,
+    "tokenizer": "bpe",
+    "vocab_size": 512,
+    "seq_len": 128,
+    "max_eval_sequences": 64,
+}
+DENSE = {
+    "eval_loss": 2.0,
+    "perplexity": 7.389,
+    "bits_per_byte": 1.5,
+    "linear_active_params": 1_000_000,
+    "stored_params": 1_200_000,
+    "linear_sparsity": 0.0,
+    "linear_flops_per_token": 2_000_000,
+    "forward_flops_per_token": 2_500_000,
+    "train_flops": 4_000_000_000,
+    "train_tokens": 1000,
+    "tokens_per_second": 2000.4,
+}
+SPARSE = {
+    **DENSE,
+    "eval_loss": 1.9,
+    "perplexity": 6.686,
+    "stored_params": 4_800_000,
+    "linear_sparsity": 0.75,
+    "forward_flops_per_token": 3_500_000,
+    "train_flops": 6_000_000_000,
+    "tokens_per_second": 500.1,
+}
+
+
+def write_run(folder: Path, summary: dict[str, Any], **data: Any) -> Path:
+    folder.mkdir(parents=True)
+    values = {"config": {"data": {**DATA, **data}}, **summary}
+    (folder / "summary.json").write_text(json.dumps(values))
+    return folder
+
+
+def write_metrics(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"step": 1, "train_tokens": 128, "train_flops": 10**9, "loss": 3.0},
+        {"step": 2, "train_tokens": 256, "train_flops": 2 * 10**9, "loss": 2.5},
+        {"step": 2, "train_tokens": 256, "train_flops": 2 * 10**9, "eval_loss": 2.6},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """Title -> cells of the markdown table at the start of `table`."""
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def test_two_runs_have_a_column_of_ratios(tmp_path: Path) -> None:
+    table = comparison_table([write_run(tmp_path / "dense", DENSE), write_run(tmp_path / "sparse", SPARSE)])
+    assert table.startswith("|  | dense | sparse | ratio |\n| --- | ---: | ---: | ---: |\n")
+    cells = rows(table)
+    assert cells["held-out loss (nats/token)"] == ["2.0000", "1.9000", "0.950"]
+    assert cells["held-out perplexity"] == ["7.39", "6.69", "0.905"]
+    assert cells["held-out bits per byte"] == ["1.5000", "1.5000", "1.000"]
+    assert cells["active linear parameters"] == ["1,000,000", "1,000,000", "1.000"]
+    assert cells["stored parameters"] == ["1,200,000", "4,800,000", "4.000"]
+    assert cells["linear FLOPs/token (forward)"] == ["2,000,000", "2,000,000", "1.000"]
+    assert cells["whole-model FLOPs/token (forward)"] == ["2,500,000", "3,500,000", "1.400"]
+    assert cells["training FLOPs, whole model"] == ["4e+09", "6e+09", "1.500"]
+    assert cells["training tokens"] == ["1,000", "1,000", "1.000"]
+    assert cells["tokens/s"] == ["2,000", "500", "0.250"]
+    assert cells["linear sparsity"][:2] == ["0.0000", "0.7500"]  # no ratio: a zero stands below
+    widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+    assert widths == {5}
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_other_numbers_of_runs_have_no_ratios(tmp_path: Path, number: int) -> None:
+    runs = [write_run(tmp_path / f"run{index}", SPARSE) for index in range(number)]
+    table = comparison_table(runs)
+    assert "ratio" not in table
+    assert rows(table)["held-out loss (nats/token)"] == ["1.9000"] * number
+
+
+def test_notes_say_what_flops_leave_out_and_when_masks_cost_time(tmp_path: Path) -> None:
+    dense = write_run(tmp_path / "dense", DENSE)
+    sparse, tiles = (
+        write_run(tmp_path / structure, {**SPARSE, "config": {"data": DATA, "sparse_ift": {"structure": structure}}})
+        for structure in ("unstructured", "block")
+    )
+    masked = "Unstructured masks are multiplied at the cost of the stored, dense matrix"
+    assert masked in comparison_table([dense, sparse])
+    assert masked not in comparison_table([dense, tiles])
+    assert "norms and elementwise work are left out" in comparison_table([dense])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("corpus", "my text"),
+        ("eval_corpus", "held_out.txt"),
+        ("tokenizer", "openai-community/gpt2"),
+        ("vocab_size", 1024),
+        ("seq_len", 256),
+        ("max_eval_sequences", None),
+        ("eval_fraction", 0.5),
+        ("corpus_config", "wikitext-103-raw-v1"),
+        ("eval_split", "test"),
+        ("text_field", "body"),
+        ("rows_are_documents", False),
+    ],
+)
+def test_runs_on_other_text_are_not_compared(tmp_path: Path, key: str, value: Any) -> None:
+    common = {"eval_fraction": 0.05, "corpus_config": None, "eval_split": "validation", "text_field": "text"}
+    common |= {"rows_are_documents": True}
+    first = write_run(tmp_path / "first", DENSE, **common)
+    second = write_run(tmp_path / "second", SPARSE, **{**common, key: value})
+    with pytest.raises(ValueError, match=f"cannot be compared: data.{key} is ") as caught:
+        comparison_table([first, second])
+    assert repr(value) in str(caught.value)
+    assert str(first) in str(caught.value)
+    assert str(second) in str(caught.value)
+
+
+def test_where_tokens_are_cached_does_not_matter(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, DENSE, cache_dir=name) for name in ("first", "second")]
+    assert "first" in comparison_table(runs)
+
+
+# ---- runs that are not there
+
+
+def test_a_missing_or_unfinished_run(tmp_path: Path) -> None:
+    finished = write_run(tmp_path / "finished", DENSE)
+    with pytest.raises(ValueError, match=r"is missing: .*nowhere is not a finished run"):
+        comparison_table([finished, tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match=r"is missing: .*unfinished is not a finished run"):
+        read_summary(write_metrics(tmp_path / "unfinished"))
+
+
+@pytest.mark.parametrize("text", ["", '{"eval_loss": 2.0', "null\n{}"])
+def test_a_broken_summary(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path / "run", DENSE)
+    (run / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary\.json is not valid JSON"):
+        read_summary(run)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}"])
+def test_a_summary_of_something_else(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path / "run", DENSE)
+    (run / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary\.json"):
+        comparison_table([run])
+
+
+# ---- the picture
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    path = tmp_path / "loss.png"
+    loss_picture([write_metrics(tmp_path / "dense"), write_metrics(tmp_path / "sparse")], path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(path)
+    height, width = pixels.shape[:2]
+    assert height >= 400
+    assert width >= 1000
+    assert pixels[..., :3].min() < 0.2  # something is drawn
+    assert pixels[..., :3].max() == 1.0
+
+
+def test_runs_without_evaluation_can_be_drawn(tmp_path: Path) -> None:
+    run = write_metrics(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(text[:2]))
+    loss_picture([run], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere has no metrics to draw"):
+        loss_picture([tmp_path / "nowhere"], tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"drawing needs matplotlib: pip install 'sparseift_llm\[plot\]'"):
+        loss_picture([write_metrics(tmp_path / "run")], tmp_path / "loss.png")
