@@ -21,6 +21,7 @@ from sparseift_llm import SparseIFTConfig, sparsify
 from sparseift_llm.data.corpora import Source, builtin_source, hold_out
 from sparseift_llm.utils.outputs import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
+from sparseift_llm.utils.tables import markdown_table
 
 HIDDEN, NUM_LAYERS, NUM_HEADS, SEQ_LEN, TILE = 64, 2, 4, 64, 8
 NUM_STEPS, BATCH, LEARNING_RATE = 1000, 16, 4e-3
@@ -92,12 +93,12 @@ def table(result: dict[str, Any]) -> str:
     """Held-out loss at step 0 as a Markdown table: from the dense weights, and in brackets with random projections."""
     columns = [(sparsity, structure) for sparsity in SPARSITIES for structure in STRUCTURES]
     losses = {(row["family"], (row["sparsity"], row["structure"])): row for row in result["rows"]}
-    lines = ["| family | " + " | ".join(f"{sparsity:.0%}, {structure}" for sparsity, structure in columns) + " |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
+    header = ["family", *(f"{sparsity:.0%}, {structure}" for sparsity, structure in columns)]
+    lines = []
     for family in FAMILIES:
         cells = [losses[family, column] for column in columns]
-        lines.append(f"| {family} | " + " | ".join(f"{row['start']:.3f} ({row['random']:.2f})" for row in cells) + " |")
-    return "\n".join(lines)
+        lines.append([family, *(f"{row['start']:.3f} ({row['random']:.2f})" for row in cells)])
+    return markdown_table(header, lines, "l" + "r" * len(columns))
 
 
 def main(output: str) -> None:

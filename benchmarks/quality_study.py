@@ -35,6 +35,7 @@ from sparseift_llm.models.presets import load_config
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.utils.outputs import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
+from sparseift_llm.utils.tables import markdown_table
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "quality_study.yaml"
@@ -255,8 +256,8 @@ def table(study: str, results: Path) -> str:
     summaries, times_path = read_results(study, results), results / STUDIES[study].folder / TIMES_NAME
     times = json.loads(times_path.read_text("utf-8"))["step_seconds"] if times_path.is_file() else {}
     rates = sorted(STUDIES[study].rates)
-    header = [f"lr {rate:g}" for rate in rates] + ["whole-model FLOPs", "step time"]
-    lines = ["| held-out loss (nats/token) | " + " | ".join(header) + " |", "| --- |" + " ---: |" * len(header)]
+    header = ["held-out loss (nats/token)", *(f"lr {rate:g}" for rate in rates), "whole-model FLOPs", "step time"]
+    lines = []
     for row in STUDIES[study].rows:
         found = {rate: summaries[row, rate] for rate in rates if (row, rate) in summaries}
         best = min((summary["eval_loss"] for summary in found.values()), default=None)
@@ -264,8 +265,8 @@ def table(study: str, results: Path) -> str:
         dense = next((summary for (other, _), summary in summaries.items() if other == DENSE), None)
         cells.append(ratio(next(iter(found.values()), None), dense, "forward_flops_per_token"))
         cells.append(f"{times[row.name] / times[DENSE.name]:.2f}x" if row.name in times else "")
-        lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row.title, *cells])
+    return markdown_table(header, lines, "l" + "r" * (len(header) - 1))
 
 
 def seed_table(study: str, results: Path) -> str:
@@ -273,15 +274,13 @@ def seed_table(study: str, results: Path) -> str:
     losses: dict[str, dict[int, float]] = {row.title: {} for row in STUDIES[study].rows}
     for (row, _), summary in read_results(study, results).items():
         losses[row.title][row.seed] = summary["eval_loss"]
-    lines = [
-        "| held-out loss (nats/token) | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean |",
-        "| --- |" + " ---: |" * (len(SEEDS) + 1),
-    ]
+    header = ["held-out loss (nats/token)", *(f"seed {seed}" for seed in SEEDS), "mean"]
+    lines = []
     for title, found in losses.items():
         cells = [f"{found[seed]:.4f}" if seed in found else "" for seed in SEEDS]
         cells.append(f"{statistics.mean(found.values()):.4f}" if len(found) == len(SEEDS) else "")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([title, *cells])
+    return markdown_table(header, lines, "l" + "r" * (len(header) - 1))
 
 
 def cell(loss: float, best: float | None) -> str:

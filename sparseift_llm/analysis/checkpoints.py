@@ -28,6 +28,7 @@ from sparseift_llm.checkpoints.trainer_folder import is_complete, numbered_check
 from sparseift_llm.reporting.comparison import check_same_data, read_summary
 from sparseift_llm.runs.record import SUMMARY_NAME
 from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.tables import markdown_table
 
 logger = logging.getLogger(__name__)
 SPECTRAL_NAME = "spectral.json"
@@ -294,23 +295,12 @@ def labels(runs: Sequence[RunAnalysis]) -> list[str]:
 
 def render(analysis: Analysis) -> str:
     """The last models and the correlations as markdown, and what was left out."""
-    lines = ["| run | step | " + " | ".join((*QUANTITIES, LOSS)) + " |", "| --- " + "| ---: " * 6 + "|"]
-    for label, run in zip(labels(analysis.runs), analysis.runs, strict=True):
-        for entry in run.checkpoints[-1:]:
-            cells = [_number(value) for value in (*(entry["model"][key] for key in QUANTITIES), run.eval_loss)]
-            lines.append(f"| {label} | {entry['step']} | {' | '.join(cells)} |")
-    lines += ["", "Last models, means over layers.", ""]
+    lines = [_table_of_models(analysis), "", "Last models, means over layers.", ""]
     found = [pair for pair in analysis.correlations if pair.excluded is None]
     if found:
-        lines.append("| correlation of | and | runs | Pearson (95%) | p | Spearman (95%) | p |")
-        lines.append("| --- | --- | ---: | --- | ---: | --- | ---: |")
-    for pair in found:
-        cells = [_number(pair.pearson, pair.pearson_interval), _number(pair.pearson_p),
-                 _number(pair.spearman, pair.spearman_interval), _number(pair.spearman_p)]  # fmt: skip
-        lines.append(f"| {pair.first} | {pair.second} | {pair.num_runs} | {' | '.join(cells)} |")
-    if found:
         count = len(analysis.correlations)
-        lines += ["", f"{count} pairs are tested at once, and nothing is controlled for: no sign of a cause.", ""]
+        caution = f"{count} pairs are tested at once, and nothing is controlled for: no sign of a cause."
+        lines += [_table_of_correlations(found), "", caution, ""]
     for reason in dict.fromkeys(pair.excluded for pair in analysis.correlations if pair.excluded):
         pairs = [f"{pair.first} and {pair.second}" for pair in analysis.correlations if pair.excluded == reason]
         which = "any pair" if len(pairs) == len(analysis.correlations) else ", ".join(pairs)
@@ -319,6 +309,33 @@ def render(analysis: Analysis) -> str:
         lines += [f"left out: {run.run} ({where}): {reason}" for where, reason in run.excluded.items()]
         lines += [f"no {LOSS} of {run.run}: {run.no_loss}"] if run.checkpoints and run.no_loss else []
     return "\n".join(lines)
+
+
+def _table_of_models(analysis: Analysis) -> str:
+    """The quantities of the last model of each run."""
+    rows = []
+    for label, run in zip(labels(analysis.runs), analysis.runs, strict=True):
+        for entry in run.checkpoints[-1:]:
+            values = (*(entry["model"][key] for key in QUANTITIES), run.eval_loss)
+            rows.append((label, entry["step"], *map(_number, values)))
+    return markdown_table(("run", "step", *QUANTITIES, LOSS), rows, "l" + "r" * (len(QUANTITIES) + 2))
+
+
+def _table_of_correlations(pairs: Iterable[Correlation]) -> str:
+    header = ("correlation of", "and", "runs", "Pearson (95%)", "p", "Spearman (95%)", "p")
+    rows = (
+        (
+            pair.first,
+            pair.second,
+            pair.num_runs,
+            _number(pair.pearson, pair.pearson_interval),
+            _number(pair.pearson_p),
+            _number(pair.spearman, pair.spearman_interval),
+            _number(pair.spearman_p),
+        )
+        for pair in pairs
+    )
+    return markdown_table(header, rows, "llrlrlr")
 
 
 def _number(value: float | None, interval: tuple[float, float] | None = None) -> str:

@@ -30,6 +30,7 @@ from sparseift_llm.planning.planner import count_flops
 from sparseift_llm.topology.blocks import random_columns, tile_mask
 from sparseift_llm.training.controller import SparseTrainingController
 from sparseift_llm.utils.provenance import commit, machine, versions
+from sparseift_llm.utils.tables import markdown_table
 
 SPARSITY = 0.75
 UPDATE_EVERY_STEPS = 100
@@ -112,12 +113,9 @@ def bench(rows: list[Row], repeats: int = 9) -> dict[str, Any]:
 
 def render(result: Mapping[str, Any]) -> str:
     """The result as a Markdown table."""
-    lines = [
-        "| what | device, dtype | tile | tokens | dense | masked | block | floor |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in result["rows"]:
-        cells = (
+    header = ("what", "device, dtype", "tile", "tokens", "dense", "masked", "block", "floor")
+    cells = [
+        (
             row["name"],
             f"{row['device']}, {row['dtype']}",
             row["tile"],
@@ -127,21 +125,21 @@ def render(result: Mapping[str, Any]) -> str:
             f"{row['ratio_block']:.2f}x",
             f"{row['floor_s'] / row['dense_s']:.2f}x",
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        for row in result["rows"]
+    ]
+    return markdown_table(header, cells, "llrrrrrr")
 
 
 def render_crossover(result: Mapping[str, Any]) -> str:
     """A result of `CROSSOVER` as a Markdown table: block over dense, and masked over dense, by width and tile."""
     ratios = {(row["hidden"], row["tile"]): row for row in result["rows"]}
     hiddens, tiles = (sorted({key[index] for key in ratios}) for index in (0, 1))
-    lines = ["| dense hidden size | masked | " + " | ".join(f"tile {tile}" for tile in tiles) + " |"]
-    lines.append("| ---: | ---: |" + " ---: |" * len(tiles))
+    header = ["dense hidden size", "masked", *(f"tile {tile}" for tile in tiles)]
+    rows = []
     for hidden in hiddens:
         masked = statistics.median(ratios[hidden, tile]["ratio_masked"] for tile in tiles)
-        cells = [f"{ratios[hidden, tile]['ratio_block']:.2f}x" for tile in tiles]
-        lines.append(f"| {hidden} | {masked:.2f}x | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([hidden, f"{masked:.2f}x", *(f"{ratios[hidden, tile]['ratio_block']:.2f}x" for tile in tiles)])
+    return markdown_table(header, rows, "r" * len(header))
 
 
 class FeedForward(nn.Module):

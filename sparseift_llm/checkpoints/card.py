@@ -14,6 +14,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.layout import has_own_layout
 from sparseift_llm.planning.planner import cost_of, plan_of, read_record
+from sparseift_llm.utils.tables import markdown_table
 
 CARD_NAME = "README.md"
 _MARK = "<!-- Written by sparseift_llm: delete this line, and the card is yours and stays as it is. -->"
@@ -51,11 +52,11 @@ def model_card(model: PreTrainedModel, name: str, tags: Iterable[str] = ()) -> M
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["sparse-ift", model.config.model_type, *tags])),
     )
-    rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(model, config, dense_sizes))
+    facts = markdown_table(("", ""), _facts(model, config, dense_sizes), "ll")
     loading = (_OWN if has_own_layout(config) else _STOCK).format(name=name)
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n{_MARK}\n\n# {name.rpartition('/')[2]}\n\nA {model.config.model_type} language "
-        f"model made by a Sparse Iso-FLOP Transformation ({_PAPER}).\n\n|  |  |\n| --- | --- |\n{rows}\n\n"
+        f"model made by a Sparse Iso-FLOP Transformation ({_PAPER}).\n\n{facts}\n\n"
         "FLOPs are those of the forward pass at the sequence length named, with attention in full; norms and "
         f"elementwise work are left out. Zeros are not counted.\n\n## Loading\n\n{loading}"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.planning.planner import LayerPlan, Plan
 from sparseift_llm.utils.outputs import in_words, refuse_foreign
+from sparseift_llm.utils.tables import terminal_table
 
 _BENCH_BEGINNING = r'\{\s*"rows": \[\s*\{\s*"name": "\w+",\s*"level": "'  # a pattern, see refuse_foreign
 
@@ -181,7 +182,8 @@ def _bench(arguments: argparse.Namespace) -> str:
 def render_plan(plan: Plan) -> str:
     """The plan as a table per kind of layer and whole-model totals, for a terminal."""
     count = Counter((layer.kind, layer.dense_shape, _matrices(layer), layer.is_sparse) for layer in plan.layers)
-    rows = [("kind", "layers", "dense (out x in)", "sparse (out x in)", "sparsity", "active / dense weights")]
+    header = ("kind", "layers", "dense (out x in)", "sparse (out x in)", "sparsity", "active / dense weights")
+    rows = []
     for (kind, dense_shape, matrices, is_sparse), number in count.items():
         group = [layer for layer in plan.layers if (layer.kind, _matrices(layer)) == (kind, matrices)]
         active = sum(layer.num_active for layer in group)
@@ -196,14 +198,15 @@ def render_plan(plan: Plan) -> str:
                 f"{active / (number * dense_shape[0] * dense_shape[1]):.4f}",
             )
         )
-    totals = [("per token, T=" + str(plan.seq_len), "dense", "sparse", "ratio")]
+    totals = []
     dense, sparse = plan.dense.to_dict(), plan.sparse.to_dict()
     for key in dense:
         unit, scale = ("MFLOP", 1e6) if "flops" in key else ("MB", 1e6) if "bytes" in key else ("M", 1e6)
         values = (f"{dense[key] / scale:.2f} {unit}", f"{sparse[key] / scale:.2f} {unit}")
         totals.append((key, *values, f"{sparse[key] / dense[key]:.4f}"))
     note = "FLOPs: multiply-adds of projections, attention and logits; norms and elementwise work are left out."
-    return "\n".join([*_aligned(rows), "", *_aligned(totals), "", note])
+    totals_table = terminal_table((f"per token, T={plan.seq_len}", "dense", "sparse", "ratio"), totals)
+    return "\n".join([terminal_table(header, rows), "", totals_table, "", note])
 
 
 def _matrices(layer: LayerPlan) -> str:
@@ -214,8 +217,3 @@ def _matrices(layer: LayerPlan) -> str:
 
 def _mark(layer: LayerPlan, part: Part) -> str:
     return " (dense)" if layer.is_sparse and not part.is_sparse else ""
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -24,6 +24,7 @@ from sparseift_llm.evaluation.suites import (
     headline_value,
     is_ratio,
 )
+from sparseift_llm.utils.tables import markdown_table
 
 Floats = NDArray[np.float64]
 COMPARISON_BEGINNING = r'\{\s*"suite": "[^"]*",\s*"arms": \['  # a pattern, see refuse_foreign
@@ -269,7 +270,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     names = [arm["name"] for arm in comparison["arms"]]
     percent = f"{100 * comparison['confidence']:g}%"
     heads = [heading for name in names[1:] for heading in (f"{name} - {names[0]}", f"{percent} interval")]
-    lines = [["task", "metric", *names, *heads], ["---", "---", *["---:"] * (len(names) + len(heads))]]
+    header = ["task", "metric", *names, *heads]
+    lines = []
     for row in comparison["rows"]:
         cells = [_shown(row, value) for value in row["values"]]
         for entry in row["differences"]:
@@ -283,7 +285,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         if any(value is not None for value in values):
             shown_values = ["-" if value is None else form.format(value) for value in values]
             lines.append([title, "", *shown_values, *[""] * len(heads)])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = markdown_table(header, lines, "ll" + "r" * (len(header) - 2))
     return f"{text}\n\n{_note(comparison, percent)}\n"
 
 

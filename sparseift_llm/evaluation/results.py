@@ -34,6 +34,7 @@ from sparseift_llm.planning.planner import cost_of
 from sparseift_llm.runs.record import RECIPE_NAME, SUMMARY_NAME
 from sparseift_llm.utils.outputs import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
+from sparseift_llm.utils.tables import markdown_table
 
 Leaves = Mapping[str, Mapping[str, Any]]
 
@@ -249,8 +250,8 @@ def read_items(items_dir: Path, task: str) -> list[dict[str, Any]]:
 
 def table(result: Mapping[str, Any]) -> str:
     """The headlines of a result file as markdown."""
-    rows = [["task", "metric", "shots", "items", "score", "stderr", "chance"]]
-    rows.append(["---", "---", *["---:"] * 5])
+    header = ("task", "metric", "shots", "items", "score", "stderr", "chance")
+    rows = []
     for name, line in result["results"].items():
         cells = [shown(line[key], line["metric"]) for key in ("value", "stderr", "chance")]
         if "normalized" in line:
@@ -259,7 +260,7 @@ def table(result: Mapping[str, Any]) -> str:
     for name in result["averages"]:
         average = result[name] if result["average_of"] == "normalized" else 100 * result[name]
         rows.append([f"**{name}**", "", "", "", f"{average:.2f}", "", ""])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown_table(header, rows, "llrrrrr") + "\n"
 
 
 def shown(value: float | None, metric: str) -> str:

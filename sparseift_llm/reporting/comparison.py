@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseift_llm.runs.record import SUMMARY_NAME, read_metrics
+from sparseift_llm.utils.tables import markdown_table
 
 COMPARISON_NAME = "comparison.md"
 PICTURE_NAME = "loss.png"
@@ -69,13 +70,13 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
     summaries = [read_summary(run) for run in runs]
     check_same_data(runs, summaries)
     header = ["", *(Path(run).name for run in runs), *(["ratio"] if len(runs) == 2 else [])]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines = []
     for title, key, form in HEADLINES:
         cells = [title, *(form.format(summary[key]) for summary in summaries)]
         if len(runs) == 2:
             cells.append(f"{summaries[1][key] / summaries[0][key]:.3f}" if key in WITH_RATIO else "")
         lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + _notes(summaries)
+    return markdown_table(header, lines, "l" + "r" * (len(header) - 1)) + "\n\n" + _notes(summaries)
 
 
 def check_same_data(runs: Sequence[str | Path], summaries: Sequence[dict[str, Any]]) -> None:

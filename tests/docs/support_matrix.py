@@ -150,21 +150,20 @@ def page(rows: dict[str, Row]) -> str:
     Raises:
         ValueError: a marked row is not in GROUPS, or a row in GROUPS has no test.
     """
+    # Imported here, because pytest's plugins must be imported by pytest first, and the package imports one of them.
+    from sparseift_llm.utils.tables import markdown_table
+
     expected = [name for names in GROUPS.values() for name in names]
     if different := sorted(set(expected) ^ set(rows)):
         raise ValueError(f"in GROUPS or in the tests' marks, but not in both: {different}")
     lines = [HEAD]
     for title, names in GROUPS.items():
-        lines += [
-            f"## {title}",
-            "",
-            f"| feature | {' | '.join(COLUMNS)} | tests |",
-            f"|{' --- |' * (len(COLUMNS) + 2)}",
-        ]
+        header = ("feature", *COLUMNS, "tests")
+        cells = []
         for name in names:
-            cells = [rows[name].cell(column) for column in COLUMNS]
-            lines.append(f"| {' | '.join([name, *cells, ', '.join(f'`{test}`' for test in rows[name].tests)])} |")
-        lines.append("")
+            tests = ", ".join(f"`{test}`" for test in rows[name].tests)
+            cells.append((name, *(rows[name].cell(column) for column in COLUMNS), tests))
+        lines += [f"## {title}", "", markdown_table(header, cells, "l" * len(header)), ""]
     return "\n".join(lines)
 
 
