@@ -69,8 +69,9 @@ def check_fields(config: Any) -> None:
     Raises:
         ValueError: a value of the wrong type, naming the field.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
-        object.__setattr__(config, name, convert(getattr(config, name), hint, name))
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, convert(getattr(config, field.name), hints[field.name], field.name))
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

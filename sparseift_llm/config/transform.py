@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparseift_llm.config.families import Doped, Factorized, FamilyOptions, Parallel, Wide
 from sparseift_llm.config.parsing import check_choice, check_fields, from_dict, load_yaml
 from sparseift_llm.isoflop import BLOCK_SIZES
 
@@ -89,11 +90,25 @@ class FamilyRule:
             raise ValueError(f"sparsity must be in (0, 1), got {self.sparsity}")
         check_family_options(self.family, self.nonlinearity, self.sparse_u_only)
 
+    @property
+    def options(self) -> FamilyOptions | None:
+        """The family with its options; None for `dense`."""
+        return None if self.family == "dense" else family_options(self.family, self.nonlinearity, self.sparse_u_only)
+
     def covers(self, kind: str, layer_index: int) -> bool:
         """Whether this rule is for a projection of `kind` in decoder layer `layer_index`."""
         ranges = [part.partition("-") for part in self.layers.split(",")] if self.layers else []
         in_range = not ranges or any(int(low) <= layer_index <= int(high or low) for low, _, high in ranges)
         return in_range and (self.targets is None or kind in self.targets)
+
+
+def family_options(family: str, nonlinearity: str | None, sparse_u_only: bool, scope: str = "model") -> FamilyOptions:
+    """The options of a family from the flat keys, of which None means the default."""
+    if family == "wide":
+        return Wide(scope)
+    if family == "parallel":
+        return Parallel(nonlinearity or "layernorm")
+    return Factorized(nonlinearity or "none", sparse_u_only) if family == "factorized" else Doped()
 
 
 def check_family_options(family: str, nonlinearity: str | None, sparse_u_only: bool) -> None:
@@ -286,6 +301,21 @@ class SparseIFTConfig:
         values["exclude"] = list(self.exclude)
         values["rules"] = [{**rule, "targets": rule["targets"] and list(rule["targets"])} for rule in values["rules"]]
         return values
+
+    @property
+    def options(self) -> FamilyOptions:
+        """The family with its options."""
+        return family_options(self.family, self.nonlinearity, self.sparse_u_only, self.scope)
+
+    @property
+    def all_rules(self) -> tuple[FamilyRule, ...]:
+        """The rules, and a last one that gives the config's own family to what they leave; Wide needs none."""
+        if self.family == "wide":
+            return self.rules
+        own = FamilyRule(
+            self.family, self.target_kinds, nonlinearity=self.nonlinearity, sparse_u_only=self.sparse_u_only
+        )
+        return (*self.rules, own)
 
     @property
     def target_kinds(self) -> tuple[str, ...]:

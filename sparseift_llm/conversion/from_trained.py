@@ -1,6 +1,6 @@
 """`init="pretrained"`: the sparse twin begins with the weights of a trained dense model, for continued pretraining.
 
-What each family makes of a weight is beside the family: families/parallel.py, factorized.py, doped.py and wide.py.
+What each family makes of a weight is the family's `start`, in families/.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparseift_llm.families import base as drop_in
-from sparseift_llm.families import wide
+from sparseift_llm.families.base import TrainedProjection
+from sparseift_llm.families.registry import drop_in_of, family_of
 from sparseift_llm.families.trained_start import Start
+from sparseift_llm.families.wide import widen
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.masked import MaskedConv1D
@@ -74,15 +75,14 @@ def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, plan: Plan) -> N
 
 def _starts(old: nn.Module, layer: LayerPlan, plan: Plan, num_units: tuple[int, int], seed: int) -> dict[str, Start]:
     """The matrices of a projection by path inside its module; none where it is copied as it is."""
-    tile, weight = plan.config.block_size or 1, _matrix(old)
-    starts_dense = plan.config.dst.algorithm == "gmp"
-    parts = layer.parts or layer.matrices
-    parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts)
-    if layer.rule is not None:
-        return drop_in.start(weight, layer.rule, parts, tile, seed)
-    if layer.kind not in ("mlp_in", "mlp_out"):
+    if layer.rule is None and plan.config.family != "wide":  # a rule leaves it dense, with its own sides
         return {}
-    return {"": wide.start(weight, parts[0], layer.kind == "mlp_in", num_units, tile, seed)}
+    starts_dense = plan.config.dst.algorithm == "gmp"
+    parts = layer.parts or (replace(layer.matrices[0], name=""),)
+    parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts)
+    family = family_of(plan.config.options) if layer.rule is None else drop_in_of(layer.rule)
+    trained = TrainedProjection(_matrix(old), layer.kind, num_units)
+    return family.start(trained, parts, plan.config.block_size or 1, seed)
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -111,4 +111,4 @@ def _adopt(old: nn.Module, new: nn.Module, num_units: tuple[int, int]) -> None:
         source: Any = getattr(old, name)
         target.requires_grad_(source.requires_grad)
         if name == "bias" and source.shape != target.shape:
-            target.copy_(wide.widen(source, num_units))
+            target.copy_(widen(source, num_units))

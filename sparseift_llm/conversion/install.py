@@ -17,7 +17,7 @@ from sparseift_llm.checkpoints.saving import GATHER, install_saving, restore_sav
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.conversion.from_trained import check_has_weights, start_from
 from sparseift_llm.conversion.scaling import scale_initial_weights
-from sparseift_llm.families.base import build
+from sparseift_llm.families.registry import drop_in_of
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection, Part
@@ -134,7 +134,8 @@ def install_sparse_layers(model: PreTrainedModel, plan: Plan, columns: Mapping[s
         dense = model.get_submodule(layer.name)
         if layer.rule is not None:
             make = partial(_make_part, dense, layer, sparse_layer)
-            _replace(model, layer.name, build(dense, layer.rule, layer.parts, make, plan.config.init == "preserve"))
+            preserve = plan.config.init == "preserve"
+            _replace(model, layer.name, drop_in_of(layer.rule).build(dense, layer.parts, make, preserve))
         elif layer.is_sparse:
             sparse = sparse_layer(dense, layer.matrices[0], layer.dense_shape)
             if layer.heads is not None and isinstance(sparse, MaskedProjection):

@@ -1,1 +1,1 @@
-"""One file per family of Sparse-IFT: how a dense model's shape becomes the sparse one's."""
+"""One file per family of Sparse-IFT: how a dense model becomes sparse at the same number of multiply-adds."""

@@ -1,102 +1,144 @@
-"""Which projections another family than Wide replaces, by what, and the module itself."""
+"""What every family offers: `Family`, and `DropInFamily` for those that put a module in the place of a projection.
+
+The families themselves are in a file each, and know nothing of each other; registry.py finds them by name.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from types import ModuleType
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from sparseift_llm.config.transform import FamilyRule, SparseIFTConfig
-from sparseift_llm.families import doped, factorized, parallel
+from sparseift_llm.config.families import FamilyOptions
+from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.families.trained_start import Start
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part
+from sparseift_llm.models.architectures import sizes_of, with_sizes
 
-_FAMILIES: dict[str, tuple[ModuleType, type]] = {
-    "parallel": (parallel, parallel.ParallelProjection),
-    "factorized": (factorized, factorized.FactorizedProjection),
-    "doped": (doped, doped.DopedProjection),
-}
+Options = TypeVar("Options", bound=FamilyOptions)
 
 
-def rule_for(config: SparseIFTConfig, name: str, kinds: tuple[str, ...], layer_index: int) -> FamilyRule | None:
-    """What becomes of a projection: a drop-in family, `dense`, or None where it is Wide's or not chosen.
+@dataclass(frozen=True)
+class TrainedProjection:
+    """A trained dense projection, from which a sparse model may start.
 
     Args:
-        config: the transformation.
-        name: of the projection, for errors.
-        kinds: what it computes.
-        layer_index: of its decoder layer.
-
-    Raises:
-        ValueError: a rule covers some of the kinds that are fused in one matrix, but not all.
+        weight: (out, in).
+        kind: what it computes, e.g. `mlp_in`; fused kinds are joined, e.g. `qkv`.
+        num_units: hidden units of the FFN in the dense and in the sparse model.
     """
-    rules = [*config.rules]
-    if config.family != "wide":
-        rules.append(
-            FamilyRule(
-                config.family,
-                config.target_kinds,
-                nonlinearity=config.nonlinearity,
-                sparse_u_only=config.sparse_u_only,
-            )
-        )
-    for rule in rules:
-        covered = [rule.covers(kind, layer_index) and kind not in config.exclude for kind in kinds]
-        if any(covered) and not all(covered):
-            raise ValueError(
-                f"{name} holds {', '.join(kinds)} in one matrix, so they are sparse together or not at all; name all "
-                "of them in targets/exclude"
-            )
-        if all(covered):
-            return dataclasses.replace(rule, sparsity=rule.sparsity or config.sparsity)
-    return None
+
+    weight: Tensor
+    kind: str
+    num_units: tuple[int, int]
 
 
-def parts_of(rule: FamilyRule, name: str, shape: tuple[int, int], config: SparseIFTConfig) -> tuple[Part, ...]:
-    """The matrices in place of a projection of `shape` (out, in).
+class Family(ABC, Generic[Options]):
+    """One way to make a dense model sparse at the same number of multiply-adds.
 
-    Raises:
-        ValueError: sides are no multiples of the tile, or no sizes meet the FLOPs; the message begins with `name`.
+    Wide changes the widths of the whole model, and keeps one matrix per projection. The other families change no
+    width; see `DropInFamily`.
+
+    Args:
+        options: the user's choices, an object of the family's own class in config/families.py.
+
+    Attributes:
+        name: how recipes and configs call the family.
     """
-    tile = config.block_size or 1
-    for side in shape:
-        if side % tile:
-            raise ValueError(
-                f"{name} is {shape[0]} x {shape[1]}, and {side} is not a multiple of block_size={tile}; choose a "
-                "block_size that divides it, or leave it dense with exclude"
-            )
-    try:
-        parts: tuple[Part, ...] = _FAMILIES[rule.family][0].parts(
-            shape, rule, tile, math.lcm(config.width_multiple, tile)
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}, family={rule.family!r}: {error}") from error
-    for part in parts:
-        if part.is_sparse and part.num_active < part.shape[0] * tile:
-            raise ValueError(
-                f"{name}, family={rule.family!r}: {part.num_active // tile**2:,} active weights or tiles for "
-                f"{part.shape[0] // tile:,} rows would leave outputs without any input; lower sparsity={rule.sparsity} "
-                "or block_size"
-            )
-    return parts
+
+    name: ClassVar[str]
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def sparse_config(self, dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedConfig:
+        """The transformers config of the sparse model: a new one, with the dense widths unless the family changes them.
+
+        Args:
+            dense: config of the dense model.
+            config: gives `sparsity`, `width_multiple`, `block_size` and the projections that become sparse.
+        """
+        sizes = sizes_of(dense)
+        return with_sizes(dense, sizes.hidden, sizes.ffn, sizes.head_dim)
+
+    @abstractmethod
+    def start(self, trained: TrainedProjection, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+        """The matrices in place of a trained projection, by name of the part.
+
+        Args:
+            trained: the dense projection.
+            parts: the matrices that take its place.
+            tile: side of a tile, 1 for single weights.
+            seed: of whatever is random.
+
+        Returns:
+            A start for every part; none at all where the projection is to be copied as it is.
+        """
 
 
-def num_norm_params(rule: FamilyRule, shape: tuple[int, int], parts: tuple[Part, ...]) -> int:
-    """Parameters of the non-linearities in place of a projection of `shape`."""
-    return int(_FAMILIES[rule.family][0].num_norm_params(shape, rule, parts))
+class DropInFamily(Family[Options]):
+    """A family that puts several matrices in the place of a projection, with its sides and its multiply-adds."""
 
+    @abstractmethod
+    def parts(self, shape: tuple[int, int], sparsity: float, tile: int, multiple: int) -> tuple[Part, ...]:
+        """The matrices in place of a projection, which together have as many multiply-adds as it.
 
-def build(
-    dense: nn.Module, rule: FamilyRule, parts: tuple[Part, ...], make: MakePart, preserve: bool
-) -> CompositeProjection:
-    """The module in place of `dense`, freshly initialised; arguments as `ParallelProjection`."""
-    module: CompositeProjection = _FAMILIES[rule.family][1](dense, rule, parts, make, preserve)
-    return module
+        Sizes are rounded first, then the sparsity is solved again (arXiv 2303.11525, section 3.2).
 
+        Args:
+            shape: sides (out, in) of the projection.
+            sparsity: zero fraction in (0, 1) that sets the sizes.
+            tile: side of a tile, 1 for single weights.
+            multiple: what inner sides are rounded to a multiple of.
 
-def start(weight: Tensor, rule: FamilyRule, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
-    """The matrices in place of a trained weight (out, in), by name of the part; arguments as `parallel.start`."""
-    starts: dict[str, Start] = _FAMILIES[rule.family][0].start(weight, parts, tile, seed)
-    return starts
+        Raises:
+            ValueError: no sizes meet the multiply-adds.
+        """
+
+    def num_norm_params(self, shape: tuple[int, int], parts: tuple[Part, ...]) -> int:
+        """Number of parameters of the non-linearities in place of a projection of `shape` (out, in)."""
+        return 0
+
+    @abstractmethod
+    def build(self, dense: nn.Module, parts: tuple[Part, ...], make: MakePart, preserve: bool) -> CompositeProjection:
+        """The module in place of a projection, freshly initialised. Its `to_dense` gives the stock layer back.
+
+        Args:
+            dense: the `Linear` or `Conv1D` to replace.
+            parts: as `parts` gives them.
+            make: builds the layer of one part.
+            preserve: start with about the output variance of `dense` (for inputs of variance 1, as after a norm).
+        """
+
+    def checked_parts(
+        self, name: str, shape: tuple[int, int], sparsity: float, config: SparseIFTConfig
+    ) -> tuple[Part, ...]:
+        """`parts` in the tiles and multiples of `config`, for the projection `name`.
+
+        Raises:
+            ValueError: sides are not multiples of the tile, no sizes meet the multiply-adds, or outputs would be left
+                without any input; the message begins with `name`.
+        """
+        tile = config.block_size or 1
+        for side in shape:
+            if side % tile:
+                raise ValueError(
+                    f"{name} is {shape[0]} x {shape[1]}, and {side} is not a multiple of block_size={tile}; choose a "
+                    "block_size that divides it, or leave it dense with exclude"
+                )
+        try:
+            parts = self.parts(shape, sparsity, tile, math.lcm(config.width_multiple, tile))
+        except ValueError as error:
+            raise ValueError(f"{name}, family={self.name!r}: {error}") from error
+        for part in parts:
+            if part.is_sparse and part.num_active < part.shape[0] * tile:
+                raise ValueError(
+                    f"{name}, family={self.name!r}: {part.num_active // tile**2:,} active weights or tiles for "
+                    f"{part.shape[0] // tile:,} rows would leave outputs without any input; lower sparsity={sparsity} "
+                    "or block_size"
+                )
+        return parts

@@ -7,7 +7,8 @@ import math
 from torch import Tensor, nn
 
 from sparseift_llm import isoflop
-from sparseift_llm.config.transform import FamilyRule
+from sparseift_llm.config.families import Doped
+from sparseift_llm.families.base import DropInFamily, TrainedProjection
 from sparseift_llm.families.trained_start import (
     Start,
     singular_factors,
@@ -19,62 +20,47 @@ from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, 
 from sparseift_llm.topology.masks import derive_seed
 
 
-def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
-    """W, U and V in place of a projection of `shape` (out, in): as many multiply-adds, in tiles of tile x tile.
+class DopedFamily(DropInFamily[Doped]):
+    """W (out, in), U (rank, in) and V (out, rank) in place of a projection."""
 
-    Args:
-        shape: sides of the projection.
-        rule: gives `sparsity`, about that of W.
-        tile: side of a tile of W, 1 for single weights.
-        multiple: what the rank is rounded to a multiple of.
+    name = Doped.name
 
-    Raises:
-        ValueError: no rank meets the FLOPs.
+    def parts(self, shape: tuple[int, int], sparsity: float, tile: int, multiple: int) -> tuple[Part, ...]:
+        outputs, inputs = shape
+        target = isoflop.doped_rank(inputs, outputs, sparsity)
 
-    Source: arXiv 2303.11525, section 3.2, with the rank rounded and the sparsity solved again.
-    """
-    assert rule.sparsity is not None
-    outputs, inputs = shape
-    target = isoflop.doped_rank(inputs, outputs, rule.sparsity)
+        def fits(rank: int) -> bool:
+            return outputs * inputs - rank * (inputs + outputs) >= outputs * tile
 
-    def fits(rank: int) -> bool:
-        return outputs * inputs - rank * (inputs + outputs) >= outputs * tile
+        rank = isoflop.round_size(target, multiple, fits)
+        return (
+            Part("w", shape, outputs * inputs - rank * (inputs + outputs)),
+            Part("u", (rank, inputs), rank * inputs, is_sparse=False),
+            Part("v", (outputs, rank), outputs * rank, is_sparse=False),
+        )
 
-    rank = isoflop.round_size(target, multiple, fits)
-    return (
-        Part("w", shape, outputs * inputs - rank * (inputs + outputs)),
-        Part("u", (rank, inputs), rank * inputs, is_sparse=False),
-        Part("v", (outputs, rank), outputs * rank, is_sparse=False),
-    )
+    def start(self, trained: TrainedProjection, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+        """U and V from the truncated singular value decomposition of the weight, W from the largest of what is left."""
+        weight, (w, u, v) = trained.weight, parts
+        inner, outer = singular_factors(weight, u.shape[0])
+        is_old = inner.any(1)
+        return {
+            w.name: start_of_largest(weight.to(inner) - outer @ inner, w, tile),
+            u.name: start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
+            v.name: start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
+        }
 
-
-def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
-    """Parameters of the non-linearities: there are none."""
-    return 0
-
-
-def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
-    """U and V from the truncated singular value decomposition of a trained weight, W from the largest of what is left.
-
-    Arguments as `parallel.start`.
-    """
-    w, u, v = parts
-    inner, outer = singular_factors(weight, u.shape[0])
-    is_old = inner.any(1)
-    return {
-        w.name: start_of_largest(weight.to(inner) - outer @ inner, w, tile),
-        u.name: start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
-        v.name: start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
-    }
+    def build(self, dense: nn.Module, parts: tuple[Part, ...], make: MakePart, preserve: bool) -> CompositeProjection:
+        return DopedProjection(dense, parts, make, preserve)
 
 
 class DopedProjection(CompositeProjection):
-    """See the module's text. Arguments as `ParallelProjection`; with `preserve`, W and VU share the output variance by
-    their FLOPs."""
+    """y = V (U x) + W x + bias. Arguments as `DropInFamily.build`.
 
-    def __init__(
-        self, dense: nn.Module, rule: FamilyRule, parts: tuple[Part, ...], make: MakePart, preserve: bool
-    ) -> None:
+    With `preserve`, W and the product VU share the output variance in the ratio of their FLOPs.
+    """
+
+    def __init__(self, dense: nn.Module, parts: tuple[Part, ...], make: MakePart, preserve: bool) -> None:
         super().__init__(dense)
         w, _, v = parts
         std = dict.fromkeys("wuv", root_mean_square(dense))

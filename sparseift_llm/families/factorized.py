@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseift_llm import isoflop
-from sparseift_llm.config.transform import FamilyRule
+from sparseift_llm.config.families import Factorized
+from sparseift_llm.families.base import DropInFamily, TrainedProjection
 from sparseift_llm.families.sparse_factors import pass_through
 from sparseift_llm.families.trained_start import Start, singular_factors, start_of_inputs, start_of_outputs
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
@@ -20,77 +21,69 @@ from sparseift_llm.topology.masks import derive_seed
 _MEAN_SQUARE = {"none": 1.0, "layernorm": 1.0, "gelu": 0.4252}
 
 
-def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
-    """U and V in place of a projection of `shape` (out, in): as many multiply-adds, in tiles of tile x tile.
+class FactorizedFamily(DropInFamily[Factorized]):
+    """The factors U (inner, in) and V (out, inner) in place of a projection."""
 
-    Args:
-        shape: sides of the projection.
-        rule: gives `sparsity` and `sparse_u_only`.
-        tile: side of a tile, 1 for single weights.
-        multiple: what the inner side is rounded to a multiple of.
+    name = Factorized.name
 
-    Raises:
-        ValueError: no inner side meets the FLOPs.
+    def parts(self, shape: tuple[int, int], sparsity: float, tile: int, multiple: int) -> tuple[Part, ...]:
+        (outputs, inputs), budget = shape, shape[0] * shape[1]
+        sparse_u_only = self.options.sparse_u_only
 
-    Source: arXiv 2303.11525, section 3.2, with the inner side rounded and the sparsity solved again.
-    """
-    assert rule.sparsity is not None
-    (outputs, inputs), budget = shape, shape[0] * shape[1]
+        def fits(inner: int) -> bool:
+            if not sparse_u_only:
+                return inner * (inputs + outputs) >= budget
+            return inner * tile <= budget - inner * outputs <= inner * inputs
 
-    def fits(inner: int) -> bool:
-        if not rule.sparse_u_only:
-            return inner * (inputs + outputs) >= budget
-        return inner * tile <= budget - inner * outputs <= inner * inputs
-
-    target = isoflop.factorized_inner(inputs, outputs, rule.sparsity, rule.sparse_u_only)
-    inner = isoflop.round_size(target, multiple, fits)
-    sizes = [inner * inputs // tile**2, inner * outputs // tile**2]
-    units = budget // tile**2
-    if rule.sparse_u_only:
-        counts = [units - sizes[1], sizes[1]]
-    else:
-        counts = round_to_total([Fraction(size * units, sum(sizes)) for size in sizes], sizes, units)
-    return (
-        Part("u", (inner, inputs), counts[0] * tile**2),
-        Part("v", (outputs, inner), counts[1] * tile**2, is_sparse=not rule.sparse_u_only),
-    )
-
-
-def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
-    """Parameters of the non-linearities."""
-    return 2 * parts[0].shape[0] if rule.nonlinearity == "layernorm" else 0
-
-
-def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
-    """U and V of a trained weight, by the nearer one of two ways; arguments as `parallel.start`.
-
-    One is the truncated singular value decomposition, singular values split evenly, of which the largest entries (or
-    tiles) of each factor stay; inner units beyond the weight's rank are new: random in U, 0 in V. The other is
-    `pass_through`, which comes nearer where few entries stay.
-    """
-    u, v = parts
-    inner, outer = singular_factors(weight, u.shape[0])
-    is_old = inner.any(1)
-    ways = [
-        (
-            start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
-            start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
+        target = isoflop.factorized_inner(inputs, outputs, sparsity, sparse_u_only)
+        inner = isoflop.round_size(target, multiple, fits)
+        sizes = [inner * inputs // tile**2, inner * outputs // tile**2]
+        units = budget // tile**2
+        if sparse_u_only:
+            counts = [units - sizes[1], sizes[1]]
+        else:
+            counts = round_to_total([Fraction(size * units, sum(sizes)) for size in sizes], sizes, units)
+        return (
+            Part("u", (inner, inputs), counts[0] * tile**2),
+            Part("v", (outputs, inner), counts[1] * tile**2, is_sparse=not sparse_u_only),
         )
-    ]
-    passing = pass_through(weight.to(inner), u, v, tile, seed)
-    ways += [passing] if passing else []
-    best = min(ways, key=lambda way: float((weight - way[1].values @ way[0].values).square().sum()))
-    return {u.name: best[0], v.name: best[1]}
+
+    def num_norm_params(self, shape: tuple[int, int], parts: tuple[Part, ...]) -> int:
+        return 2 * parts[0].shape[0] if self.options.nonlinearity == "layernorm" else 0
+
+    def start(self, trained: TrainedProjection, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+        """U and V of a trained weight, by whichever of two ways comes nearer to it.
+
+        One is the truncated singular value decomposition, singular values split evenly, of which the largest entries
+        (or tiles) of each factor stay; inner units beyond the weight's rank are new: random in U, 0 in V. The other is
+        `pass_through`, which comes nearer where few entries stay.
+        """
+        weight, (u, v) = trained.weight, parts
+        inner, outer = singular_factors(weight, u.shape[0])
+        is_old = inner.any(1)
+        ways = [
+            (
+                start_of_inputs(inner, is_old, u, tile, derive_seed(seed, "u")),
+                start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
+            )
+        ]
+        passing = pass_through(weight.to(inner), u, v, tile, seed)
+        ways += [passing] if passing else []
+        best = min(ways, key=lambda way: float((weight - way[1].values @ way[0].values).square().sum()))
+        return {u.name: best[0], v.name: best[1]}
+
+    def build(self, dense: nn.Module, parts: tuple[Part, ...], make: MakePart, preserve: bool) -> CompositeProjection:
+        return FactorizedProjection(dense, self.options, parts, make, preserve)
 
 
 class FactorizedProjection(CompositeProjection):
-    """See the module's text. Arguments as `ParallelProjection`."""
+    """y = V g(U x) + bias. Arguments as `DropInFamily.build`; `options` say which g."""
 
     def __init__(
-        self, dense: nn.Module, rule: FamilyRule, parts: tuple[Part, ...], make: MakePart, preserve: bool
+        self, dense: nn.Module, options: Factorized, parts: tuple[Part, ...], make: MakePart, preserve: bool
     ) -> None:
         super().__init__(dense)
-        self.nonlinearity = rule.nonlinearity or "none"
+        self.nonlinearity = options.nonlinearity
         u, v = parts
         std = {"u": root_mean_square(dense), "v": root_mean_square(dense)}
         if preserve:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseift_llm import isoflop
-from sparseift_llm.config.transform import FamilyRule
+from sparseift_llm.config.families import Parallel
+from sparseift_llm.families.base import DropInFamily, TrainedProjection
 from sparseift_llm.families.trained_start import Start, counts_per_row, largest_units, places, spread
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
 from sparseift_llm.topology.blocks import tile_sums
@@ -17,73 +18,60 @@ from sparseift_llm.topology.distributions import round_to_total
 from sparseift_llm.topology.masks import random_scores
 
 
-def parts(shape: tuple[int, int], rule: FamilyRule, tile: int, multiple: int) -> tuple[Part, ...]:
-    """The branches in place of a projection of `shape` (out, in): as many multiply-adds, in tiles of tile x tile.
+class ParallelFamily(DropInFamily[Parallel]):
+    """The branches in place of a projection. Their number is 1 / (1 - sparsity), rounded."""
 
-    Source: arXiv 2303.11525, section 3.2, with the number of branches rounded and the sparsity solved again.
-    """
-    assert rule.sparsity is not None
-    num_branches = isoflop.parallel_branches(rule.sparsity)
-    units = shape[0] * shape[1] // tile**2
-    counts = round_to_total([Fraction(units, num_branches)] * num_branches, [units] * num_branches, units)
-    return tuple(Part(f"branches.{index}", shape, count * tile**2) for index, count in enumerate(counts))
+    name = Parallel.name
 
+    def parts(self, shape: tuple[int, int], sparsity: float, tile: int, multiple: int) -> tuple[Part, ...]:
+        num_branches = isoflop.parallel_branches(sparsity)
+        units = shape[0] * shape[1] // tile**2
+        counts = round_to_total([Fraction(units, num_branches)] * num_branches, [units] * num_branches, units)
+        return tuple(Part(f"branches.{index}", shape, count * tile**2) for index, count in enumerate(counts))
 
-def num_norm_params(shape: tuple[int, int], rule: FamilyRule, parts: tuple[Part, ...]) -> int:
-    """Parameters of the non-linearities."""
-    return 0 if rule.nonlinearity == "none" else 2 * shape[0] * len(parts)
+    def num_norm_params(self, shape: tuple[int, int], parts: tuple[Part, ...]) -> int:
+        return 0 if self.options.nonlinearity == "none" else 2 * shape[0] * len(parts)
 
+    def start(self, trained: TrainedProjection, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+        """Deal the entries (or tiles) of a trained weight to the branches at random, so that they sum to it exactly.
 
-def start(weight: Tensor, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
-    """Deal the entries (or tiles) of a trained weight to the branches at random, so that they sum to it exactly.
+        With tiles a block-row holds a fixed number in every branch. Where these do not add up to all tiles of the row
+        (the number of branches does not divide it), the smallest ones are left out, or zeros fill the rest.
+        """
+        weight = trained.weight
+        scores = weight.abs() if tile == 1 else tile_sums(weight, tile)
+        counts = torch.stack([counts_per_row(part, tile) for part in parts]).to(weight.device)
+        rows = scores.reshape(counts.shape[1], -1)
+        everything = torch.ones_like(rows, dtype=torch.bool)
+        num_kept = counts.sum(0).clamp(max=rows.shape[1])
+        kept = largest_units(rows, everything, num_kept)
+        noise = random_scores(rows.shape, seed).to(weight.device)
+        place = places(noise.masked_fill(~kept, torch.inf))
+        starts, end = {}, torch.zeros_like(counts[0])
+        for part, count in zip(parts, counts, strict=True):
+            begin, end = end, end + count
+            dealt = kept & (place >= begin[:, None]) & (place < end[:, None])
+            mask = dealt | largest_units(noise, ~dealt, count - dealt.sum(1))
+            values = weight.masked_fill(~spread(dealt.view(scores.shape), tile, weight), 0)
+            starts[part.name] = Start(values, mask.view(scores.shape) if part.is_sparse else None)
+        return starts
 
-    With tiles a block-row holds a fixed number in every branch. Where these do not add up to all of the row's tiles
-    (the number of branches does not divide it), the smallest ones are left out, or zeros fill the rest.
-
-    Args:
-        weight: (out, in) of the dense projection.
-        parts: as `parts` gives them.
-        tile: side of a tile, 1 for single weights.
-        seed: of the deal.
-    """
-    scores = weight.abs() if tile == 1 else tile_sums(weight, tile)
-    counts = torch.stack([counts_per_row(part, tile) for part in parts]).to(weight.device)
-    rows = scores.reshape(counts.shape[1], -1)
-    everything = torch.ones_like(rows, dtype=torch.bool)
-    num_kept = counts.sum(0).clamp(max=rows.shape[1])
-    kept = largest_units(rows, everything, num_kept)
-    noise = random_scores(rows.shape, seed).to(weight.device)
-    place = places(noise.masked_fill(~kept, torch.inf))
-    starts, end = {}, torch.zeros_like(counts[0])
-    for part, count in zip(parts, counts, strict=True):
-        begin, end = end, end + count
-        dealt = kept & (place >= begin[:, None]) & (place < end[:, None])
-        mask = dealt | largest_units(noise, ~dealt, count - dealt.sum(1))
-        values = weight.masked_fill(~spread(dealt.view(scores.shape), tile, weight), 0)
-        starts[part.name] = Start(values, mask.view(scores.shape) if part.is_sparse else None)
-    return starts
+    def build(self, dense: nn.Module, parts: tuple[Part, ...], make: MakePart, preserve: bool) -> CompositeProjection:
+        return ParallelProjection(dense, self.options, parts, make, preserve)
 
 
 class ParallelProjection(CompositeProjection):
-    """See the module's text.
-
-    Args:
-        dense: the projection to replace.
-        rule: gives `nonlinearity`.
-        parts: as `parts` gives them.
-        make: builds the branches.
-        preserve: start with about the output variance of `dense` (for inputs of variance 1, as after a norm).
-    """
+    """y = sum over j of g_j(W_j x) + bias. Arguments as `DropInFamily.build`; `options` say which g."""
 
     def __init__(
-        self, dense: nn.Module, rule: FamilyRule, parts: tuple[Part, ...], make: MakePart, preserve: bool
+        self, dense: nn.Module, options: Parallel, parts: tuple[Part, ...], make: MakePart, preserve: bool
     ) -> None:
         super().__init__(dense)
         std = root_mean_square(dense)
         layers = make_parts(parts, {part.name: std for part in parts}, make)
         self.branches = nn.ModuleList(layers.values())
         self.norms = nn.ModuleList()
-        if rule.nonlinearity != "none":
+        if options.nonlinearity != "none":
             weight: Tensor = dense.weight  # type: ignore[assignment]
             for _ in parts:
                 norm = nn.LayerNorm(self.out_features, device=weight.device, dtype=weight.dtype)

@@ -1,5 +1,8 @@
 """Sparse Wide, the same decoder with wider sides: the widened transformers config and model, checked, and trained FFN
-matrices in it."""
+matrices in it.
+
+How many weights of a widened matrix are active is decided for all layers together, in planning/allocation.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
+from sparseift_llm.config.families import Wide
 from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.families.base import Family, TrainedProjection
 from sparseift_llm.families.trained_start import Start, start_of_inputs, start_of_outputs
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.models.architectures import (
@@ -29,30 +34,52 @@ from sparseift_llm.models.projections import Projection
 _OTHERWISE = "use scope='ffn', or a family that changes no width (parallel, factorized, doped)"
 
 
-def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedConfig:
-    """The config of the widened model, widths rounded to what the architecture accepts, never below the dense ones.
+class WideFamily(Family[Wide]):
+    """Wider sides for the whole model (scope `model`), or for the inner side of the FFN (scope `ffn`)."""
 
-    Scope `ffn` changes the FFN's inner size only. Scope `model` changes the hidden size, the head
-    size with it, and the FFN's inner size, and keeps the number of layers and heads. Other families change no width.
+    name = Wide.name
 
-    Args:
-        dense: config of the dense model.
-        config: gives `scope`, `sparsity`, `width_multiple` and, for tiles, a `block_size` (see `resolve_block_size`).
+    def sparse_config(self, dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedConfig:
+        """The config of the widened model, widths rounded to what the architecture accepts, never below the dense ones.
 
-    Returns:
-        A new stock config of the same type.
+        Scope `ffn` changes the FFN's inner size only. Scope `model` changes the hidden size, the head size with it, and
+        the FFN's inner size, and keeps the number of layers and heads.
 
-    Source: arXiv 2303.11525, section 3.2; the authors' GPT-3 configs (768 -> 1092 at 50%).
-    """
-    sizes = sizes_of(dense)
-    multiple = math.lcm(config.width_multiple, config.block_size or 1)
-    if config.sparsity == 0 or config.family != "wide":
-        return with_sizes(dense, sizes.hidden, sizes.ffn, sizes.head_dim)
-    if config.scope == "ffn":
-        target = sizes.ffn * isoflop.wide_ffn_factor(config.sparsity)
-        ffn = isoflop.round_size(target, multiple, lambda size: size >= sizes.ffn)
-        return with_sizes(dense, sizes.hidden, ffn, sizes.head_dim)
-    factor = isoflop.wide_model_factor(config.sparsity)
+        Source: arXiv 2303.11525, section 3.2; the authors' GPT-3 configs (768 -> 1092 at 50%).
+        """
+        if config.sparsity == 0:
+            return super().sparse_config(dense, config)
+        sizes = sizes_of(dense)
+        multiple = math.lcm(config.width_multiple, config.block_size or 1)
+        if self.options.scope == "ffn":
+            target = sizes.ffn * isoflop.wide_ffn_factor(config.sparsity)
+            ffn = isoflop.round_size(target, multiple, lambda size: size >= sizes.ffn)
+            return with_sizes(dense, sizes.hidden, ffn, sizes.head_dim)
+        hidden, head_dim = _hidden_and_head(dense, config, multiple)
+        # from the rounded hidden size, so that a ratio of 4 stays 4, as in the authors' configs
+        ffn = isoflop.round_size(sizes.ffn * hidden / sizes.hidden, multiple, lambda size: size >= sizes.ffn)
+        return with_sizes(dense, hidden, ffn, head_dim)
+
+    def start(self, trained: TrainedProjection, parts: tuple[Part, ...], tile: int, seed: int) -> dict[str, Start]:
+        """A trained FFN matrix inside the widened one (scope `ffn`), by the part's name; none for other projections.
+
+        The largest weights of the dense units stay, and new units change no output. A gate fused with `mlp_in` stands
+        above or below it.
+        """
+        if trained.kind not in ("mlp_in", "mlp_out"):
+            return {}
+        (part,), weight, num_units = parts, trained.weight, trained.num_units
+        is_input = trained.kind == "mlp_in"  # its outputs are the hidden units, not its inputs
+        all_units = torch.ones(weight.shape[0 if is_input else 1], dtype=torch.bool, device=weight.device)
+        is_old = widen(all_units, num_units)
+        if is_input:
+            return {part.name: start_of_inputs(widen(weight, num_units), is_old, part, tile, seed)}
+        return {part.name: start_of_outputs(widen(weight.T, num_units).T, is_old, part, tile, seed)}
+
+
+def _hidden_and_head(dense: PreTrainedConfig, config: SparseIFTConfig, multiple: int) -> tuple[int, int]:
+    """The hidden size, a multiple of `multiple`, and the head size of the model widened by scope `model`."""
+    sizes, factor = sizes_of(dense), isoflop.wide_model_factor(config.sparsity)
     if head_dim_is_free(dense):
         hidden = isoflop.round_size(sizes.hidden * factor, multiple, lambda size: size >= sizes.hidden)
         head_dim = isoflop.round_size(
@@ -60,38 +87,27 @@ def wide_config(dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedC
             1,
             lambda size: size >= sizes.head_dim and valid_head_dim(dense, size) and _fills_tiles(dense, config, size),
         )
-    else:
-        hidden = isoflop.round_size(
-            sizes.hidden * factor,
-            sizes.num_heads,
-            lambda size: (
-                size >= sizes.hidden
-                and size % multiple == 0
-                and valid_head_dim(dense, size // sizes.num_heads)
-                and _fills_tiles(dense, config, size // sizes.num_heads)
-            ),
-        )
-        head_dim = hidden // sizes.num_heads
-    # from the rounded hidden size, so that a ratio of 4 stays 4, as in the authors' configs
-    ffn = isoflop.round_size(sizes.ffn * hidden / sizes.hidden, multiple, lambda size: size >= sizes.ffn)
-    return with_sizes(dense, hidden, ffn, head_dim)
+        return hidden, head_dim
+    hidden = isoflop.round_size(
+        sizes.hidden * factor,
+        sizes.num_heads,
+        lambda size: (
+            size >= sizes.hidden
+            and size % multiple == 0
+            and valid_head_dim(dense, size // sizes.num_heads)
+            and _fills_tiles(dense, config, size // sizes.num_heads)
+        ),
+    )
+    return hidden, hidden // sizes.num_heads
 
 
-def start(weight: Tensor, part: Part, is_input: bool, num_units: tuple[int, int], tile: int, seed: int) -> Start:
-    """A trained FFN matrix inside the widened one (scope `ffn`): its largest weights stay, new units change no output.
-
-    Args:
-        weight: (out, in) of the dense projection. A gate fused with the matrix beside it stands above or below it.
-        part: the widened matrix.
-        is_input: its outputs are the hidden units (mlp_in), not its inputs (mlp_out).
-        num_units: hidden units of the dense and of the widened FFN.
-        tile: side of a tile, 1 for single weights.
-        seed: of the new units' random weights.
-    """
-    is_old = widen(torch.ones(weight.shape[0 if is_input else 1], dtype=torch.bool, device=weight.device), num_units)
-    if is_input:
-        return start_of_inputs(widen(weight, num_units), is_old, part, tile, seed)
-    return start_of_outputs(widen(weight.T, num_units).T, is_old, part, tile, seed)
+def _fills_tiles(dense: PreTrainedConfig, config: SparseIFTConfig, head_dim: int) -> bool:
+    """Whether queries, keys and values of heads of this size have widths that are multiples of the tile."""
+    if config.block_size is None or not {"q", "k", "v", "o"} & set(config.target_kinds):
+        return True
+    return all(
+        number * head_dim % config.block_size == 0 for number in (sizes_of(dense).num_heads, num_kv_heads(dense))
+    )
 
 
 def widen(rows: Tensor, num_units: tuple[int, int]) -> Tensor:
@@ -127,15 +143,6 @@ def resolve_block_size(dense: PreTrainedConfig, config: SparseIFTConfig) -> Spar
     is_widened = config.family == "wide" and config.scope == "model"
     factor = isoflop.wide_model_factor(config.sparsity) if is_widened else 1
     return dataclasses.replace(config, block_size=isoflop.default_block_size(round(sizes_of(dense).hidden * factor)))
-
-
-def _fills_tiles(dense: PreTrainedConfig, config: SparseIFTConfig, head_dim: int) -> bool:
-    """Whether queries, keys and values of heads of this size have widths that are multiples of the tile."""
-    if config.block_size is None or not {"q", "k", "v", "o"} & set(config.target_kinds):
-        return True
-    return all(
-        number * head_dim % config.block_size == 0 for number in (sizes_of(dense).num_heads, num_kv_heads(dense))
-    )
 
 
 def check_widths(

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
 from sparseift_llm.config.transform import FamilyRule, SparseIFTConfig
-from sparseift_llm.families.base import num_norm_params, parts_of, rule_for
-from sparseift_llm.families.wide import build_widened, check_widths, resolve_block_size, wide_config
+from sparseift_llm.families.registry import drop_in_of, family_of, rule_for
+from sparseift_llm.families.wide import build_widened, check_widths, resolve_block_size
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.models.architectures import build_model, check_config, sizes_of, with_sizes
@@ -245,7 +245,7 @@ def _plan(
     config = resolve_block_size(dense_config, config)
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
-    widened_config = wide_config(dense_config, config)
+    widened_config = family_of(config.options).sparse_config(dense_config, config)
     widened_model = build_widened(widened_config)
     projections = find_projections(widened_model)
     check_widths(dense_projections, projections, dense_config, widened_config)
@@ -266,7 +266,8 @@ def _plan(
     layers = tuple(
         LayerPlan(
             p.name, p.kind, dense.shape, p.shape, count, is_chosen or rule is not None, rule,
-            parts_of(rule, p.name, p.shape, config) if rule else (), heads.get(p.name) if is_chosen else None,
+            drop_in_of(rule).checked_parts(p.name, p.shape, rule.sparsity or config.sparsity, config) if rule else (),
+            heads.get(p.name) if is_chosen else None,
         )
         for dense, p, count, is_chosen, rule in zip(
             dense_projections, projections, active, chosen, replaced, strict=True
@@ -275,7 +276,9 @@ def _plan(
     sparse = [part for layer in layers for part in layer.matrices if part.is_sparse]
     num_linear, num_stored = sum(layer.num_weights for layer in layers), widened_model.num_parameters()
     num_stored += num_linear - sum(p.num_weights for p in projections)
-    num_stored += sum(num_norm_params(layer.rule, layer.dense_shape, layer.parts) for layer in layers if layer.rule)
+    num_stored += sum(
+        drop_in_of(layer.rule).num_norm_params(layer.dense_shape, layer.parts) for layer in layers if layer.rule
+    )
     if config.block_size is not None:
         num_stored -= sum(part.num_weights - part.num_active for part in sparse)
     topology_bytes = sum(_topology_bytes(part, config.block_size) for part in sparse)

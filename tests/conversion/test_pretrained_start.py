@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm import to_dense
-from sparseift_llm.config.transform import FamilyRule
-from sparseift_llm.families import doped, factorized, parallel
+from sparseift_llm.config.families import Doped, Factorized, Parallel
+from sparseift_llm.families.base import DropInFamily, TrainedProjection
+from sparseift_llm.families.doped import DopedFamily
+from sparseift_llm.families.factorized import FactorizedFamily
+from sparseift_llm.families.parallel import ParallelFamily
 from sparseift_llm.families.sparse_factors import pass_through
 from sparseift_llm.families.trained_start import (
     NEW_UNIT_SHARE,
@@ -38,6 +41,10 @@ def without_smallest(dense: PreTrainedModel, share: float) -> PreTrainedModel:
         order = flat.abs().flatten().argsort()
         flat.view(-1)[order[: round(share * len(order))]] = 0
     return model
+
+
+def trained(weight: Tensor) -> TrainedProjection:
+    return TrainedProjection(weight, "o", (1, 1))
 
 
 # ---- one matrix
@@ -121,8 +128,9 @@ def test_parallel_is_the_dense_model(arch: str, structure: str) -> None:
 def test_parallel_with_tiles_that_branches_do_not_divide() -> None:
     """Six tiles in a row for four branches: rows hold four and eight by turns, so the two smallest of four are lost."""
     weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
-    parts = parallel.parts((8, 12), FamilyRule("parallel", sparsity=0.75), 2, 2)
-    starts = parallel.start(weight, parts, 2, 0)
+    parallel = ParallelFamily(Parallel())
+    parts = parallel.parts((8, 12), 0.75, 2, 2)
+    starts = parallel.start(trained(weight), parts, 2, 0)
     for part in parts:
         mask = starts[part.name].mask
         assert mask is not None
@@ -147,7 +155,7 @@ def test_parallel_with_tiles_that_branches_do_not_divide() -> None:
 def test_factorized_is_the_best_approximation_where_weights_are_not_short(shape: tuple[int, int], inner: int) -> None:
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u, v = Part("u", (inner, shape[1]), inner * shape[1]), Part("v", (shape[0], inner), inner * shape[0])
-    starts = factorized.start(weight, (u, v), 1, 0)
+    starts = FactorizedFamily(Factorized()).start(trained(weight), (u, v), 1, 0)
     best = torch.linalg.svdvals(weight)[inner:].square().sum()
 
     def error() -> Tensor:
@@ -165,8 +173,7 @@ def test_factorized_is_the_best_approximation_where_weights_are_not_short(shape:
 @pytest.mark.parametrize("shape", [(64, 64), (192, 64), (64, 256)])
 def test_passing_through_keeps_entries_as_they_are(shape: tuple[int, int], sparse_u_only: bool, tile: int) -> None:
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rule = FamilyRule("factorized", sparsity=0.75, sparse_u_only=sparse_u_only)
-    u, v = factorized.parts(shape, rule, tile, tile)
+    u, v = FactorizedFamily(Factorized(sparse_u_only=sparse_u_only)).parts(shape, 0.75, tile, tile)
     starts = pass_through(weight, u, v, tile, 0)
     assert starts is not None
     for part, start in zip((u, v), starts, strict=True):
@@ -187,24 +194,26 @@ def test_passing_through_keeps_entries_as_they_are(shape: tuple[int, int], spars
 def test_factorized_takes_the_nearer_way(tile: int) -> None:
     """Full singular vectors lose most with few tiles, and nothing where the rank is low and tiles suffice."""
     generator = torch.Generator().manual_seed(0)
-    parts = factorized.parts((64, 64), FamilyRule("factorized", sparsity=0.75), tile, tile)
+    factorized = FactorizedFamily(Factorized())
+    parts = factorized.parts((64, 64), 0.75, tile, tile)
     weight = torch.randn(64, 64, dtype=torch.float64, generator=generator)
     passed = pass_through(weight, *parts, tile, 5)
-    starts = factorized.start(weight, parts, tile, 5)
+    starts = factorized.start(trained(weight), parts, tile, 5)
     assert passed is not None
     assert torch.equal(starts["u"].values, passed[0].values)
     low = torch.randn(64, 2, dtype=torch.float64, generator=generator)
     low = low @ torch.randn(2, 64, dtype=torch.float64, generator=generator)
     if tile == 1:  # 2 x 64 numbers in each factor, where there is room for 2048
-        starts = factorized.start(low, parts, tile, 5)
+        starts = factorized.start(trained(low), parts, tile, 5)
         torch.testing.assert_close(starts["v"].values @ starts["u"].values, low, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("tile", [1, 8])
 def test_doped_dopes_with_the_largest_of_what_is_left(tile: int) -> None:
     weight = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    parts = doped.parts((64, 64), FamilyRule("doped", sparsity=0.5), tile, tile)
-    starts = doped.start(weight, parts, tile, 0)
+    doped = DopedFamily(Doped())
+    parts = doped.parts((64, 64), 0.5, tile, tile)
+    starts = doped.start(trained(weight), parts, tile, 0)
     rank = parts[1].shape[0]
     low_rank = starts["v"].values @ starts["u"].values
     left = weight - low_rank
@@ -214,12 +223,12 @@ def test_doped_dopes_with_the_largest_of_what_is_left(tile: int) -> None:
     assert int((starts["w"].values != 0).sum()) == parts[0].num_active
 
 
-@pytest.mark.parametrize("module", [factorized, doped])
-def test_a_weight_of_lower_rank_leaves_no_dead_units(module: Any) -> None:
+@pytest.mark.parametrize("family", [FactorizedFamily(Factorized()), DopedFamily(Doped())])
+def test_a_weight_of_lower_rank_leaves_no_dead_units(family: DropInFamily[Any]) -> None:
     """Of zeros, even: then all inner units are new."""
-    parts = module.parts((32, 32), FamilyRule(module.__name__.rpartition(".")[2], sparsity=0.5), 1, 1)
+    parts = family.parts((32, 32), 0.5, 1, 1)
     for weight in (torch.zeros(32, 32), torch.outer(torch.arange(32.0), torch.ones(32))):
-        starts = module.start(weight, parts, 1, 0)
+        starts = family.start(trained(weight), parts, 1, 0)
         alive = (starts["u"].values != 0).any(1) | (starts["v"].values != 0).any(0)
         assert all(bool(start.values.isfinite().all()) for start in starts.values())
         assert alive.all()

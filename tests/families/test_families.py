@@ -26,8 +26,8 @@ from sparseift_llm import (
     to_dense,
 )
 from sparseift_llm.config.transform import FamilyRule
-from sparseift_llm.families.base import parts_of
 from sparseift_llm.families.factorized import _MEAN_SQUARE
+from sparseift_llm.families.registry import FAMILIES, drop_in_of, family_of
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.planning.planner import cost_of
@@ -79,7 +79,8 @@ def test_the_multiply_adds_are_the_dense_ones_exactly(
     config = SparseIFTConfig(**VARIANTS[variant], **structure)
     options = {key: value for key, value in VARIANTS[variant].items() if key != "family"}
     try:
-        parts = parts_of(FamilyRule(config.family, sparsity=sparsity, **options), "layer", shape, config)
+        family = drop_in_of(FamilyRule(config.family, **options))
+        parts = family.checked_parts("layer", shape, sparsity, config)
     except ValueError as error:  # too small for whole tiles, or for a row of them in every output
         assert "layer" in str(error)  # noqa: PT017
         return
@@ -103,8 +104,8 @@ def test_the_multiply_adds_are_the_dense_ones_exactly(
 def test_sizes_at_three_quarters(variant: str, shapes: list[tuple[int, int]], active: list[int]) -> None:
     """64 x 64, by hand: k = 4; d = 64 / (2 * 0.25); d = 64 / 1.25 = 51.2; r = 0.75 * 32."""
     options = {key: value for key, value in VARIANTS[variant].items() if key != "family"}
-    rule = FamilyRule(VARIANTS[variant]["family"], sparsity=0.75, **options)
-    parts = parts_of(rule, "layer", (64, 64), SparseIFTConfig(**VARIANTS[variant]))
+    family = drop_in_of(FamilyRule(VARIANTS[variant]["family"], **options))
+    parts = family.checked_parts("layer", (64, 64), 0.75, SparseIFTConfig(**VARIANTS[variant]))
     assert [part.shape for part in parts] == shapes
     assert [part.num_active for part in parts] == active
 
@@ -357,8 +358,35 @@ def test_sides_that_are_no_multiples_of_the_tile_are_refused() -> None:
 
 def test_too_few_weights_for_every_output_are_refused() -> None:
     with pytest.raises(ValueError, match="without any input"):
-        parts_of(FamilyRule("parallel", sparsity=0.9), "layer", (64, 8), SparseIFTConfig(family="parallel"))
+        drop_in_of(FamilyRule("parallel")).checked_parts("layer", (64, 8), 0.9, SparseIFTConfig(family="parallel"))
 
 
 def test_a_part_knows_its_size() -> None:
     assert Part("u", (3, 4), 5).num_weights == 12
+
+
+# ---- the registry
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_found_by_the_name_of_its_options(name: str) -> None:
+    config = SparseIFTConfig(family=name)
+    family = FAMILIES[name](config.options)
+    assert type(family) is type(family_of(config.options))
+    assert family.name == config.options.name == name
+    assert family.options == config.options
+
+
+def test_rules_that_replace_nothing_have_no_drop_in_family() -> None:
+    with pytest.raises(ValueError, match="family='dense' puts nothing in the place of a projection"):
+        drop_in_of(FamilyRule("dense"))
+
+
+def test_a_layer_that_a_rule_leaves_dense_is_copied_under_a_trained_start() -> None:
+    dense = tiny_model("gpt2")
+    config = SparseIFTConfig(family="doped", init="pretrained", rules=(FamilyRule("dense", layers="0"),))
+    sparse = sparsify(dense, config)
+    for name in ("attn.c_attn", "mlp.c_fc", "mlp.c_proj"):
+        old, new = dense.transformer.h[0].get_submodule(name), sparse.transformer.h[0].get_submodule(name)
+        assert torch.equal(new.weight, old.weight)
+        assert torch.equal(new.bias, old.bias)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from sparseift_llm.config.transform import SparseIFTConfig
-from sparseift_llm.families.wide import wide_config
+from sparseift_llm.families.registry import family_of
 from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.planning.planner import plan
 from tests.helpers.planned_models import (
@@ -38,7 +38,8 @@ def rotary_size(config: PreTrainedConfig, head_dim: int) -> int:
 )
 def test_widths_are_valid_and_near_what_was_asked(name: str, scope: str, sparsity: float, multiple: int) -> None:
     dense = sizes_of(TINY[name])
-    config = wide_config(TINY[name], SparseIFTConfig(scope=scope, sparsity=sparsity, width_multiple=multiple))
+    transform = SparseIFTConfig(scope=scope, sparsity=sparsity, width_multiple=multiple)
+    config = family_of(transform.options).sparse_config(TINY[name], transform)
     wide = sizes_of(config)
     assert (wide.num_heads, wide.num_layers, wide.vocab) == (dense.num_heads, dense.num_layers, dense.vocab)
     if scope == "ffn":

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sparseift_llm import SparseIFTConfig, isoflop, sparsify
+from sparseift_llm.families.wide import WideFamily
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.planning import allocation
-from sparseift_llm.planning import planner as planning
 from sparseift_llm.planning.planner import Plan, cost_of, plan, plan_of
 from tests.helpers.planned_models import (
     LLAMA,
@@ -181,13 +181,13 @@ def test_the_checks_catch_faults(fault: Callable[..., list[int]], monkeypatch: p
 
 def test_a_width_that_is_no_multiple_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocation, "_check_sides", lambda *_: None)
-    monkeypatch.setattr(planning, "wide_config", lambda dense, _: WIDE_CONFIG(dense, SparseIFTConfig(sparsity=0.5)))
+    widen = WideFamily.sparse_config
+    monkeypatch.setattr(
+        WideFamily, "sparse_config", lambda self, dense, _: widen(self, dense, SparseIFTConfig(sparsity=0.5))
+    )
     result = plan(TINY["llama"], config(8, sparsity=0.5), SEQ_LEN)
     with pytest.raises(AssertionError):
         check_totals("llama", result)
-
-
-WIDE_CONFIG = planning.wide_config
 
 
 # ---- the model that is built from it

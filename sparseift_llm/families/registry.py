@@ -1,0 +1,59 @@
+"""Which class implements a family, and which family a projection gets. The only file that knows all families."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sparseift_llm.config.families import FamilyOptions
+from sparseift_llm.config.transform import FamilyRule, SparseIFTConfig
+from sparseift_llm.families.base import DropInFamily, Family
+from sparseift_llm.families.doped import DopedFamily
+from sparseift_llm.families.factorized import FactorizedFamily
+from sparseift_llm.families.parallel import ParallelFamily
+from sparseift_llm.families.wide import WideFamily
+
+FAMILIES: dict[str, type[Family[Any]]] = {
+    family.name: family for family in (WideFamily, ParallelFamily, FactorizedFamily, DopedFamily)
+}
+
+
+def family_of(options: FamilyOptions) -> Family[Any]:
+    """The family that `options` belong to, under these options."""
+    return FAMILIES[options.name](options)
+
+
+def drop_in_of(rule: FamilyRule) -> DropInFamily[Any]:
+    """The family that a rule puts in the place of projections.
+
+    Raises:
+        ValueError: the rule leaves them dense.
+    """
+    family = None if rule.options is None else family_of(rule.options)
+    if not isinstance(family, DropInFamily):
+        raise ValueError(f"family={rule.family!r} puts nothing in the place of a projection")
+    return family
+
+
+def rule_for(config: SparseIFTConfig, name: str, kinds: tuple[str, ...], layer_index: int) -> FamilyRule | None:
+    """What becomes of a projection: a drop-in family, `dense`, or None where it is left to Wide or not chosen.
+
+    Args:
+        config: the transformation.
+        name: of the projection, for errors.
+        kinds: what it computes.
+        layer_index: of its decoder layer.
+
+    Raises:
+        ValueError: a rule covers some of the kinds that are fused in one matrix, but not all.
+    """
+    for rule in config.all_rules:
+        covered = [rule.covers(kind, layer_index) and kind not in config.exclude for kind in kinds]
+        if any(covered) and not all(covered):
+            raise ValueError(
+                f"{name} holds {', '.join(kinds)} in one matrix, so they are sparse together or not at all; name all "
+                "of them in targets/exclude"
+            )
+        if all(covered):
+            return dataclasses.replace(rule, sparsity=rule.sparsity or config.sparsity)
+    return None
