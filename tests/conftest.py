@@ -30,13 +30,13 @@ def default_compiler_stance() -> Iterator[None]:
 @contextmanager
 def tiny_models_of(structure: str) -> Iterator[str]:
     """`tiny_runs.sparse_gpt2` builds models of this structure, also in processes that are started meanwhile."""
-    from sparseift_llm.ops.kernels import native as block_native
+    from sparseift_llm.ops.kernels.native import NATIVE
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.helpers.tiny_runs.STRUCTURE", structure)
         patch.setenv("SPARSEIFT_TEST_STRUCTURE", structure)
         # forced, so that it does not warn of small tiles in processes that turn warnings into errors
-        patch.setenv("SPARSEIFT_BLOCK_KERNEL", "native" if block_native.is_available() else "blas")
+        patch.setenv("SPARSEIFT_BLOCK_KERNEL", "native" if NATIVE.is_available() else "blas")
         yield structure
 
 

@@ -22,7 +22,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import whole
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.projections import find_projections
-from sparseift_llm.ops.kernels.reference import dense_weight
+from sparseift_llm.ops.tiles import dense_weight
 from sparseift_llm.planning.planner import plan_of, read_record
 from sparseift_llm.topology.blocks import are_valid, tile_mask
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparseift_llm.ops.kernels import native as block_native
+from sparseift_llm.ops.kernels.native import NATIVE
 
 
 def take_turns(
@@ -52,7 +52,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    block_native.release_scratch()
+    NATIVE.release_scratch()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     held = peak = 0
@@ -60,4 +60,4 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    return peak + block_native.scratch_bytes()
+    return peak + NATIVE.scratch_bytes()

@@ -22,7 +22,7 @@ from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.masked import MaskedConv1D
 from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.models.architectures import sizes_of
-from sparseift_llm.ops.kernels.reference import tiles_of
+from sparseift_llm.ops.tiles import tiles_of
 from sparseift_llm.planning.planner import LayerPlan, Plan
 from sparseift_llm.topology.masks import derive_seed
 

@@ -20,7 +20,7 @@ from sparseift_llm.layers.sharding import local, part_of, whole
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
 from sparseift_llm.ops.block_linear import block_linear_op
 from sparseift_llm.ops.dense_gradient import capture_dense_gradient
-from sparseift_llm.ops.kernels.reference import dense_weight, tiles_of
+from sparseift_llm.ops.tiles import dense_weight, tiles_of
 from sparseift_llm.topology import blocks
 
 

@@ -6,14 +6,17 @@ the tanh formula.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseift_llm.ops.kernels import native as block_native
-from sparseift_llm.ops.kernels.base import check_operands, kernel_for
+from sparseift_llm.ops.kernels.choice import kernel_for
+from sparseift_llm.ops.operands import check_operands
+
+gelu = partial(F.gelu, approximate="tanh")
 
 
 @torch.library.custom_op("sparseift::block_feed_forward", mutates_args=())
@@ -42,13 +45,13 @@ def block_feed_forward_op(
     )  # fmt: skip
     check_operands((x, up, up_bias, down, down_bias), indices)
     kernel = kernel_for(x, up, hidden_features, x.shape[1])
-    if kernel is block_native and not keep_hidden:
-        y = block_native.feed_forward(
+    if kernel.fused is not None and not keep_hidden:
+        y = kernel.fused.forward(
             x, up, up_bias, up_columns, hidden_features, down, down_bias, down_columns, out_features
         )
         return y, x.new_empty(0, hidden_features)
     hidden = kernel.forward(x, up, up_bias, up_columns, hidden_features)
-    y = kernel.forward(F.gelu(hidden, approximate="tanh"), down, down_bias, down_columns, out_features)
+    y = kernel.forward(gelu(hidden), down, down_bias, down_columns, out_features)
     return y, hidden if keep_hidden else x.new_empty(0, hidden_features)
 
 
@@ -102,8 +105,8 @@ def block_feed_forward_gradient_op(
     down_tiles = (down, down_columns, down_slots_by_column, down_column_starts)
     check_operands((grad, x, hidden, up, up_bias, down), (*up_tiles[1:], *down_tiles[1:]))
     kernel = kernel_for(x, up, hidden.shape[1], x.shape[1])
-    if kernel is block_native and not len(hidden):
-        gradients = block_native.feed_forward_gradient(grad, x, up_tiles, up_bias, hidden.shape[1], down_tiles, needed)
+    if kernel.fused is not None and not len(hidden):
+        gradients = kernel.fused.gradient(grad, x, up_tiles, up_bias, hidden.shape[1], down_tiles, needed)
     else:
         gradients = _composed_gradients(grad, x, hidden, up_tiles, up_bias, down_tiles, needed)
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
@@ -118,20 +121,20 @@ def _composed_gradients(
     down_tiles: tuple[Tensor, ...],
     needed: list[bool],
 ) -> list[Tensor | None]:
-    (up, up_columns, *up_index), (down, down_columns, *down_index) = up_tiles, down_tiles
+    up, up_columns, up_slots, up_starts = up_tiles
+    down, down_columns, down_slots, down_starts = down_tiles
     features = hidden.shape[1]
     kernel = kernel_for(x, up, features, x.shape[1])
     if len(hidden) != len(x):
         hidden = kernel.forward(x, up, up_bias, up_columns, features)
     needs_x, needs_up, needs_bias, needs_down = needed
-    grad_hidden = kernel.input_gradient(grad, down, *down_index, grad.shape[1], features)
+    grad_hidden = kernel.input_gradient(grad, down, down_slots, down_starts, grad.shape[1], features)
     grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden, approximate="tanh")
-    activation = F.gelu(hidden, approximate="tanh") if needs_down else None
     return [
-        kernel.input_gradient(grad_hidden, up, *up_index, features, x.shape[1]) if needs_x else None,
+        kernel.input_gradient(grad_hidden, up, up_slots, up_starts, features, x.shape[1]) if needs_x else None,
         kernel.weight_gradient(grad_hidden, x, up_columns, up.shape[1]) if needs_up else None,
         grad_hidden.sum(0) if needs_bias else None,
-        kernel.weight_gradient(grad, activation, down_columns, down.shape[1]) if needs_down else None,
+        kernel.weight_gradient(grad, gelu(hidden), down_columns, down.shape[1]) if needs_down else None,
     ]
 
 

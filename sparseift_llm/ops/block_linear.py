@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseift_llm.ops.kernels.base import check_operands, kernel_for
+from sparseift_llm.ops.kernels.choice import kernel_for
+from sparseift_llm.ops.operands import check_operands
 
 
 @torch.library.custom_op("sparseift::block_linear", mutates_args=())

@@ -13,7 +13,7 @@ from sparseift_llm.bench import rows as bench
 from sparseift_llm.bench.measure import peak_bytes, take_turns
 from sparseift_llm.bench.rows import CROSSOVER, ROWS, Row, render
 from sparseift_llm.cli.main import _BENCH_BEGINNING, main
-from sparseift_llm.ops.kernels import native as block_native
+from sparseift_llm.ops.kernels.native import NATIVE
 from sparseift_llm.utils.outputs import refuse_foreign
 from tests.helpers.paths import ROOT
 
@@ -84,21 +84,19 @@ def test_peak_bytes_by_hand() -> None:
     assert 0 <= peak_bytes(run, "cpu") - (2 * 4 << 20) < 1024  # and the scalars
 
 
-@pytest.mark.skipif(not block_native.is_available(), reason="no C++ compiler")
+@pytest.mark.skipif(not NATIVE.is_available(), reason="no C++ compiler")
 def test_peak_bytes_count_what_native_kernels_keep() -> None:
     x, weight, columns = torch.ones(100, 32), torch.ones(2, 32, 32), torch.zeros(2, dtype=torch.int32)
     kept: list[torch.Tensor] = []
 
     def run() -> None:
-        kept.append(block_native.forward(x, weight, None, columns, 64))
+        kept.append(NATIVE.forward(x, weight, None, columns, 64))
 
     run()  # some indices are made in the first call
-    block_native.forward(
-        torch.ones(100, 640), torch.ones(40, 32, 32), None, torch.arange(40, dtype=torch.int32) // 2, 64
-    )
+    NATIVE.forward(torch.ones(100, 640), torch.ones(40, 32, 32), None, torch.arange(40, dtype=torch.int32) // 2, 64)
     peak = peak_bytes(run, "cpu")  # what the larger call before has left does not count
-    assert peak == kept[0].nbytes + block_native.scratch_bytes()
-    assert block_native.scratch_bytes() >= weight.nbytes + x.nbytes
+    assert peak == kept[0].nbytes + NATIVE.scratch_bytes()
+    assert NATIVE.scratch_bytes() >= weight.nbytes + x.nbytes
 
 
 def test_the_command_writes_what_it_prints(

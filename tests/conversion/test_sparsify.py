@@ -16,8 +16,8 @@ from sparseift_llm import DSTConfig, SparseIFTConfig, load_pretrained, plan, spa
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, digest, masks_of
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
-from sparseift_llm.ops.kernels import reference as block_reference
-from sparseift_llm.ops.kernels.base import use_block_kernel
+from sparseift_llm.ops.kernels.choice import use_block_kernel
+from sparseift_llm.ops.kernels.reference import REFERENCE
 from tests.helpers.models import ARCHS, gradients_of, logits_of, shake, stored_part, tiny_config, tiny_model
 
 INITS = ("paper", "preserve", "supar")
@@ -132,8 +132,8 @@ def test_planted_fault_gradients_without_masks(monkeypatch: pytest.MonkeyPatch) 
 
 def test_planted_fault_gradients_of_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse = sparse_model("llama", **STORAGES["block"])
-    weight_gradient = block_reference.weight_gradient
-    monkeypatch.setattr(block_reference, "weight_gradient", lambda *operands: weight_gradient(*operands).roll(1, 0))
+    weight_gradient = REFERENCE.weight_gradient
+    monkeypatch.setattr(REFERENCE, "weight_gradient", lambda *operands: weight_gradient(*operands).roll(1, 0))
     use_block_kernel("reference")
     try:
         with pytest.raises(AssertionError):

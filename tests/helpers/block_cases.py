@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparseift_llm.ops.kernels import native as block_native
+from sparseift_llm.ops.kernels.base import Kernel
+from sparseift_llm.ops.kernels.native import NATIVE
 from sparseift_llm.topology import blocks
 
-NEEDS_COMPILER = pytest.mark.skipif(not block_native.is_available(), reason="no C++ compiler")
+NEEDS_COMPILER = pytest.mark.skipif(not NATIVE.is_available(), reason="no C++ compiler")
 # what a sum is rounded to at each addition: float32, or wider for wider operands
 SUM_DTYPE = {torch.float64: torch.float64}
 LAYOUTS = ("contiguous", "strided", "transposed", "expanded")
@@ -66,7 +66,7 @@ class Case:
         tiles = [full[row, :, int(column)] for row, column in zip(rows, self.columns, strict=True)]
         return {"output": x @ dense.T + bias, "input": grad @ dense, "weight": torch.stack(tiles)}
 
-    def computed(self, kernel: ModuleType) -> dict[str, Tensor]:
+    def computed(self, kernel: Kernel) -> dict[str, Tensor]:
         order, starts = blocks.slots_by_column(self.columns, self.num_columns)
         in_features = self.num_columns * self.block_size
         return {
@@ -140,6 +140,6 @@ def errors(case: Case, computed: dict[str, Tensor]) -> dict[str, float]:
     return result
 
 
-def check(case: Case, kernel: ModuleType) -> None:
+def check(case: Case, kernel: Kernel) -> None:
     found = errors(case, case.computed(kernel))
     assert max(found.values(), default=0.0) <= 1, found

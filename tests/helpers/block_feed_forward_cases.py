@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
-from sparseift_llm.ops.kernels.reference import dense_weight
+from sparseift_llm.ops.tiles import dense_weight
 from sparseift_llm.topology import blocks
 from tests.helpers.block_cases import SUM_DTYPE, activation, normal_source
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseift_llm.ops.kernels import triton as block_triton
+from sparseift_llm.ops.kernels.triton import TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,11 +97,11 @@ def problem(
 def run(given: Problem) -> dict[str, Tensor]:
     rows, columns = given.grad.shape[1], given.x.shape[1]
     return {
-        "forward": block_triton.forward(given.x, given.weight, given.bias, given.columns, rows),
-        "input_gradient": block_triton.input_gradient(
+        "forward": TRITON.forward(given.x, given.weight, given.bias, given.columns, rows),
+        "input_gradient": TRITON.input_gradient(
             given.grad, given.weight, given.slots_by_column, given.column_starts, rows, columns
         ),
-        "weight_gradient": block_triton.weight_gradient(given.grad, given.x, given.columns, given.tile),
+        "weight_gradient": TRITON.weight_gradient(given.grad, given.x, given.columns, given.tile),
     }
 
 

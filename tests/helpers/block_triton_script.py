@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for a GPU on any machine: a stub stands in for the driver, nothing is launched.
 
 Unlike the interpreter it runs the tuner and the compiler on the arguments of a real call. Prints a JSON list with one
-object per compiled kernel. Arguments: the path of block_triton.py, so that transformers is not imported, the compute
+object per compiled kernel. Arguments: the path of kernels/triton.py, so that transformers is not imported, the compute
 capability (90 for an H100), a dtype, and tiles' sizes.
 """
 
@@ -65,20 +65,20 @@ def main() -> None:
     specification = importlib.util.spec_from_file_location("block_triton", path)
     assert specification is not None
     assert specification.loader is not None
-    kernels: Any = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(kernels)
-    kernels.is_available = lambda: True
+    module: Any = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    module.TRITON.is_available = lambda: True
     triton.runtime.driver.set_active(StubDriver(int(capability)))
     compiled: dict[Any, dict[str, Any]] = {}
-    compile_instead_of_launch(kernels._product_kernel, compiled)
-    compile_instead_of_launch(kernels._weight_gradient_kernel, compiled)
+    compile_instead_of_launch(module._product_kernel, compiled)
+    compile_instead_of_launch(module._weight_gradient_kernel, compiled)
     columns, starts = torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
     dtype = getattr(torch, dtype_name)
     for tile in map(int, tiles):
         weight, x = torch.zeros(3, tile, tile, dtype=dtype), torch.zeros(100, 2 * tile, dtype=dtype)
-        kernels.forward(x, weight, x[0], columns, 2 * tile)
-        kernels.input_gradient(x, weight, torch.arange(3, dtype=torch.int32), starts, 2 * tile, 2 * tile)
-        kernels.weight_gradient(x, x, columns, tile)
+        module.TRITON.forward(x, weight, x[0], columns, 2 * tile)
+        module.TRITON.input_gradient(x, weight, torch.arange(3, dtype=torch.int32), starts, 2 * tile, 2 * tile)
+        module.TRITON.weight_gradient(x, x, columns, tile)
     print(json.dumps(list(compiled.values())))
 
 

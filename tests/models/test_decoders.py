@@ -28,7 +28,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection
 from sparseift_llm.models.projections import find_projections
-from sparseift_llm.ops.kernels.base import use_block_kernel
+from sparseift_llm.ops.kernels.choice import use_block_kernel
 from tests.helpers.decoders import DISTINCT, FFN_FIXED, LATENT, REFUSED, SUPPORTED, decoder, decoder_config
 from tests.helpers.models import token_ids
 from tests.helpers.paths import ROOT

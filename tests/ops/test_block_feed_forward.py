@@ -16,8 +16,8 @@ from torch.autograd.gradcheck import GradcheckError
 
 from sparseift_llm.ops import block_feed_forward
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
-from sparseift_llm.ops.kernels import native as block_native
-from sparseift_llm.ops.kernels.base import use_block_kernel
+from sparseift_llm.ops.kernels.choice import use_block_kernel
+from sparseift_llm.ops.kernels.native import NATIVE
 from tests.helpers.block_cases import LAYOUTS, NEEDS_COMPILER, num_threads
 from tests.helpers.block_feed_forward_cases import GRADIENTS, Case, check, errors, make_case
 
@@ -120,7 +120,7 @@ def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("dtype", block_native.DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE.dtypes)
 def test_native_gelu_does_not_overflow(dtype: torch.dtype) -> None:
     """The cube of an activation may be too large for a float although its GELU is not."""
     x = torch.tensor([[-1e30, -1e13, -100.0, -3.0, 3.0, 100.0, 1e13, 1e30]], dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -13,15 +12,12 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from sparseift_llm.ops.block_linear import block_input_gradient_op, block_linear_op, block_weight_gradient_op
-from sparseift_llm.ops.kernels import base as block_kernels
-from sparseift_llm.ops.kernels import blas as block_blas
-from sparseift_llm.ops.kernels import native as block_native
-from sparseift_llm.ops.kernels import reference as block_reference
-from sparseift_llm.ops.kernels.base import kernel_for, kernel_name, use_block_kernel
+from sparseift_llm.ops.kernels.blas import BLAS
+from sparseift_llm.ops.kernels.choice import KERNELS, use_block_kernel
+from sparseift_llm.ops.kernels.reference import REFERENCE
 from sparseift_llm.topology import blocks
 from tests.helpers.block_cases import LAYOUTS, NEEDS_COMPILER, Case, check, errors, make_case
 
-KERNELS = {"reference": block_reference, "blas": block_blas, "native": block_native}
 every_kernel = pytest.mark.parametrize("kernel", ["reference", "blas", pytest.param("native", marks=NEEDS_COMPILER)])
 
 
@@ -50,7 +46,7 @@ def test_products_equal_the_dense_ones(kernel: str, case: Case) -> None:
 
 def test_half_precision_on_a_cpu() -> None:
     for tokens in (3, 37):
-        check(make_case(tokens=tokens, dtype=torch.float16), block_blas)
+        check(make_case(tokens=tokens, dtype=torch.float16), BLAS)
 
 
 @every_kernel
@@ -171,7 +167,7 @@ def test_gradients_of_the_operator(forced_kernel: str, dtype: torch.dtype) -> No
 
 
 def test_gradcheck_notices_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_reference, "weight_gradient", lambda grad, x, columns, size: x.new_ones(3, 4, 4))
+    monkeypatch.setattr(REFERENCE, "weight_gradient", lambda grad, x, columns, size: x.new_ones(3, 4, 4))
     use_block_kernel("reference")
     try:
         x, weight, bias, *rest = operands()
@@ -188,74 +184,12 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch: pytest.MonkeyPat
     use_block_kernel("reference")
     try:
         x, weight, bias, *rest = operands()
-        monkeypatch.setattr(block_reference, "input_gradient", refuse)
+        monkeypatch.setattr(REFERENCE, "input_gradient", refuse)
         block_linear_op(x.detach(), weight, bias, *rest).sum().backward()
         assert weight.grad is not None
         monkeypatch.undo()
-        monkeypatch.setattr(block_reference, "weight_gradient", refuse)
+        monkeypatch.setattr(REFERENCE, "weight_gradient", refuse)
         block_linear_op(x, weight.detach(), bias.detach(), *rest).sum().backward()
         assert x.grad is not None
     finally:
         use_block_kernel(None)
-
-
-# ---- choosing a kernel
-
-
-def test_kernels_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_native, "is_available", lambda: True)
-    monkeypatch.setattr(block_kernels.block_triton, "is_available", lambda: True)
-    assert kernel_name("cpu", torch.float32, 16) == "native"
-    assert kernel_name("cpu", torch.float16, 16) == "blas"
-    assert kernel_name("cuda", torch.bfloat16, 16) == "triton"
-    assert kernel_name("cuda", torch.bfloat16, 8) == "reference"
-    assert kernel_name("cuda", torch.float64, 16) == "reference"
-    monkeypatch.setattr(block_native, "is_available", lambda: False)
-    assert kernel_name("cpu", torch.float32, 16) == "blas"
-
-
-def test_a_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEIFT_BLOCK_KERNEL", "blas")
-    assert kernel_name("cpu", torch.float32, 16) == "blas"
-    use_block_kernel("reference")
-    try:
-        assert kernel_name("cpu", torch.float32, 16) == "reference"
-    finally:
-        use_block_kernel(None)
-    refused = [("native", "cpu", torch.float16, 16), ("native", "cuda", torch.float32, 16), ("blas", "cuda", None, 16)]
-    for name, device, dtype, size in [*refused, ("triton", "cpu", torch.float64, 16), ("triton", "cuda", None, 8)]:
-        monkeypatch.setenv("SPARSEIFT_BLOCK_KERNEL", name)
-        with pytest.raises(ValueError, match=rf"{name}.*has no code for {size}x{size} tiles in .* on {device}; unset"):
-            kernel_name(device, dtype or torch.float32, size)
-    monkeypatch.setenv("SPARSEIFT_BLOCK_KERNEL", "fast")
-    with pytest.raises(ValueError, match=r"SPARSEIFT_BLOCK_KERNEL.*fast.*native"):
-        kernel_name("cpu", torch.float32, 16)
-    with pytest.raises(ValueError, match=r"block kernel.*nativ"):
-        use_block_kernel("nativ")
-
-
-def test_a_slow_choice_warns_once_and_names_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_native, "is_available", lambda: False)
-    monkeypatch.setattr(block_kernels, "_warned", set())
-    x, weight, bias, *rest = operands(torch.float32)
-    with pytest.warns(UserWarning, match=r"12->8 with 4x4 tiles in torch.float32 on cpu runs on the 'blas' kernel"):
-        block_linear_op(x, weight, bias, *rest)
-    block_linear_op(x, weight, bias, *rest)  # warnings are errors here
-
-
-@pytest.mark.parametrize(
-    ("dtype", "size", "has_compiler", "advice"),
-    [
-        (torch.float32, 16, False, "install a C++ compiler (on Linux), or use larger tiles"),
-        (torch.float32, 8, True, "use larger tiles"),
-        (torch.float16, 16, True, "use float32 or bfloat16"),
-    ],
-)
-def test_a_slow_choice_says_what_to_change(
-    dtype: torch.dtype, size: int, has_compiler: bool, advice: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(block_native, "is_available", lambda: has_compiler)
-    monkeypatch.setattr(block_kernels, "_warned", set())
-    x, weight = torch.zeros(1, size, dtype=dtype), torch.zeros(1, size, size, dtype=dtype)
-    with pytest.warns(UserWarning, match=rf"slower than a masked dense layer; {re.escape(advice)}"):
-        kernel_for(x, weight, size, size)

@@ -53,12 +53,14 @@ def test_without_triton_the_module_imports_and_the_functions_say_what_to_install
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert not module.is_available()
+    assert not module.TRITON.is_available()
     given = problem(16, 1, 1, 1, 1)
     calls: list[Callable[[], Tensor]] = [
-        lambda: module.forward(given.x, given.weight, None, given.columns, 16),
-        lambda: module.input_gradient(given.grad, given.weight, given.slots_by_column, given.column_starts, 16, 16),
-        lambda: module.weight_gradient(given.grad, given.x, given.columns, 16),
+        lambda: module.TRITON.forward(given.x, given.weight, None, given.columns, 16),
+        lambda: module.TRITON.input_gradient(
+            given.grad, given.weight, given.slots_by_column, given.column_starts, 16, 16
+        ),
+        lambda: module.TRITON.weight_gradient(given.grad, given.x, given.columns, 16),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="pip install"):

@@ -1,126 +1,175 @@
-"""Which kernels multiply block-sparse matrices: by device, dtype and tile, or as the user says.
+"""What a kernel of block-sparse products is: the protocol that the four implementations beside this file follow.
 
-block_native.py (CPU), block_blas.py (CPU without a compiler), block_triton.py (GPU) and block_reference.py (anywhere)
-have the same functions.
+How one of them is chosen is in choice.py. Legend: T is the number of tokens, b the side of a tile and N the number of
+stored tiles ("slots"), which are grouped by block-row (see topology/blocks.py).
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterable
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sparseift_llm.config.parsing import check_choice
-from sparseift_llm.ops.kernels import blas as block_blas
-from sparseift_llm.ops.kernels import native as block_native
-from sparseift_llm.ops.kernels import reference as block_reference
-from sparseift_llm.ops.kernels import triton as block_triton
 
-KERNELS = {"native": block_native, "blas": block_blas, "triton": block_triton, "reference": block_reference}
-ENVIRONMENT_VARIABLE = "SPARSEIFT_BLOCK_KERNEL"
-_SMALLEST_FAST_BLOCK = {"native": 16, "blas": 64, "triton": 16}
-_forced: str | None = None
-_warned: set[tuple[Any, ...]] = set()
+class FusedFeedForward(Protocol):
+    """Two block-sparse products with a GELU (tanh formula) between them, in one pass over the tokens.
 
-
-def use_block_kernel(name: str | None) -> None:
-    """Force a kernel for all block-sparse layers: native, blas, triton or reference; None: choose by device and shape.
-
-    The environment variable SPARSEIFT_BLOCK_KERNEL does the same.
-
-    Raises:
-        ValueError: another name.
+    A kernel offers this when it can keep the activation between the products in cache: the activation of a widened
+    FFN is its largest tensor, and is then never written to memory. Without it, the operator calls the kernel's three
+    products and torch's GELU one after the other.
     """
-    global _forced
-    if name is not None:
-        check_choice("block kernel", name, tuple(KERNELS))
-    _forced = name
+
+    def forward(
+        self,
+        x: Tensor,
+        up: Tensor,
+        up_bias: Tensor | None,
+        up_columns: Tensor,
+        hidden_features: int,
+        down: Tensor,
+        down_bias: Tensor | None,
+        down_columns: Tensor,
+        out_features: int,
+    ) -> Tensor:
+        """gelu(x @ U.T + up_bias) @ D.T + down_bias.
+
+        Args:
+            x: (T, in).
+            up: the tiles (N, b, b) of U (hidden, in), each (out, in).
+            up_bias: (hidden,) or None.
+            up_columns: the block-column of every tile of U, int32 (N,).
+            hidden_features: rows of U and columns of D.
+            down: the tiles (M, b, b) of D (out, hidden).
+            down_bias: (out,) or None.
+            down_columns: the block-column of every tile of D, int32 (M,).
+            out_features: rows of D.
+
+        Returns:
+            (T, out).
+        """
+        ...
+
+    def gradient(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        up_tiles: tuple[Tensor, ...],
+        up_bias: Tensor | None,
+        hidden_features: int,
+        down_tiles: tuple[Tensor, ...],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients of x, up, up_bias and down; the activation is computed again.
+
+        Args:
+            grad: (T, out), the gradient of what `forward` returned.
+            x: (T, in), as in `forward`.
+            up_tiles: (weight, columns, slots_by_column, column_starts) of U.
+            up_bias: (hidden,) or None.
+            hidden_features: rows of U and columns of D.
+            down_tiles: the same four tensors of D.
+            needed: which of the four gradients are wanted.
+
+        Returns:
+            The four gradients, with None for those that are not wanted.
+        """
+        ...
 
 
-def kernel_name(device: str, dtype: torch.dtype, block_size: int) -> str:
-    """The kernel that products of these operands run on: the forced one, or the fastest that supports them.
+class Kernel(Protocol):
+    """The three products that training a linear layer with a block-sparse weight W takes, on one kind of hardware.
 
-    Raises:
-        ValueError: the forced one is none, or has no code for these operands.
+    It is cut here for three reasons. First, the three products are all that differs between hardware: gradients,
+    autocast, compilation, the capture of dense gradients and the storage of tiles exist once, above this line.
+    Second, they take plain tensors and no layer, so that a kernel can be tested alone against a dense float64 product.
+    Third, they are three functions and not one with flags because each needs another index: the forward product reads
+    tiles row by row, the input gradient column by column, and the weight gradient visits each tile once.
+
+    An implementation sums in float32 or wider, gives the same bits for the same call, and knows of no other one.
+
+    Attributes:
+        name: what `SPARSEIFT_BLOCK_KERNEL` takes.
+        dtypes: what it has code for; None stands for every floating dtype.
+        smallest_fast_tile: the smallest side of a tile with which it is known to be faster than a dense product with
+            zeros; None if it never is.
+        remedy: what a user can do where it is not available.
+        fused: a feed-forward block in one pass, or None.
     """
-    forced = _forced_kernel()
-    if forced:
-        check_choice(ENVIRONMENT_VARIABLE, forced, tuple(KERNELS))
-        if not _supports(forced, device, dtype, block_size):
-            raise ValueError(
-                f"the block kernel {forced!r} has no code for {block_size}x{block_size} tiles in {dtype} on {device}; "
-                f"unset {ENVIRONMENT_VARIABLE} (or call use_block_kernel(None)), or force another kernel"
-            )
-        return forced
-    if device == "cpu":
-        is_native = _supports("native", device, dtype, block_size) and block_native.is_available()
-        return "native" if is_native else "blas"
-    if device == "cuda" and _supports("triton", device, dtype, block_size) and block_triton.is_available():
-        return "triton"
-    return "reference"
 
+    @property
+    def name(self) -> str: ...
 
-def _supports(name: str, device: str, dtype: torch.dtype, block_size: int) -> bool:
-    """Whether a kernel has code for these operands; that triton runs on a CPU in its interpreter only is left out."""
-    if name == "triton":
-        return dtype in block_triton.DTYPES and block_size >= block_triton.SMALLEST_TILE
-    if name == "native":
-        return device == "cpu" and dtype in block_native.DTYPES and block_size % 4 == 0
-    return name == "reference" or device == "cpu"
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...] | None: ...
 
+    @property
+    def smallest_fast_tile(self) -> int | None: ...
 
-def _forced_kernel() -> str | None:
-    return _forced or os.environ.get(ENVIRONMENT_VARIABLE)
+    @property
+    def remedy(self) -> str: ...
 
+    @property
+    def fused(self) -> FusedFeedForward | None: ...
 
-def kernel_for(x: Tensor, weight: Tensor, out_features: int, in_features: int) -> ModuleType:
-    """The kernels' module for x (T, .) and weight (N, b, b); warns once if they may be slower than a dense layer."""
-    device, size = x.device.type, weight.shape[1]
-    name = kernel_name(device, x.dtype, size)
-    shape = (name, device, x.dtype, size, in_features, out_features)
-    if size < _SMALLEST_FAST_BLOCK.get(name, 1 << 30) and shape not in _warned and not _forced_kernel():
-        _warned.add(shape)
-        warnings.warn(
-            f"block-sparse {in_features}->{out_features} with {size}x{size} tiles in {x.dtype} on {device} runs on the "
-            f"{name!r} kernel, which can be slower than a masked dense layer; {_faster(name, device, x.dtype, size)}",
-            stacklevel=2,
-        )
-    return KERNELS[name]
+    def is_available(self) -> bool:
+        """Whether it can run on this machine, as far as compilers and libraries go."""
+        ...
 
+    def supports(self, device: str, dtype: torch.dtype, block_size: int) -> bool:
+        """Whether it has code for tiles of this side and dtype on this type of device."""
+        ...
 
-def _faster(name: str, device: str, dtype: torch.dtype, block_size: int) -> str:
-    """What to change about a slow choice."""
-    if device not in ("cpu", "cuda"):
-        return f"no kernel is made for {device}, use structure='unstructured' there"
-    if dtype not in (block_native if device == "cpu" else block_triton).DTYPES:
-        return "use float32 or bfloat16"
-    if device == "cuda" and not block_triton.is_available():
-        return "install triton"
-    if device == "cpu" and name != "native" and _supports("native", device, dtype, block_size):
-        return "install a C++ compiler (on Linux), or use larger tiles (block_size)"
-    return "use larger tiles (block_size)"
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
+        """x @ W.T + bias.
 
+        Args:
+            x: (T, in), with any row stride.
+            weight: the tiles (N, b, b) of W, each (out, in).
+            bias: (out,) or None.
+            columns: the block-column of every tile, int32 (N,).
+            out_features: rows of W, a multiple of b.
 
-def check_operands(values: Iterable[Tensor | None], indices: Iterable[Tensor]) -> None:
-    """Raise ValueError unless operands are of one dtype, as torch's linear demands, indices int32, all on one device.
+        Returns:
+            (T, out_features), in the dtype of x.
+        """
+        ...
 
-    Kernels read memory by pointer, and a custom operator of which one operand is on the meta device computes nothing.
-    """
-    operands, numbers = [tensor for tensor in values if tensor is not None], list(indices)
-    if any(tensor.dtype != operands[0].dtype for tensor in operands):
-        found = ", ".join(str(tensor.dtype) for tensor in operands)
-        raise ValueError(f"input, weight and bias must have one dtype, got {found}; convert them, or use autocast")
-    if any(tensor.dtype != torch.int32 for tensor in numbers):
-        raise ValueError("a block-sparse layer's indices are no longer int32; change its dtype with `to`, not `type`")
-    everything = (*operands, *numbers)
-    if any(tensor.device != operands[0].device for tensor in everything):
-        found = ", ".join(dict.fromkeys(str(tensor.device) for tensor in everything))
-        raise ValueError(
-            f"input, weight, bias and indices must be on one device, got {found}; move the whole model, and if it is "
-            "offloaded, offload whole MLPs, not their projections (accelerate: preload_module_classes)"
-        )
+    def input_gradient(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        slots_by_column: Tensor,
+        column_starts: Tensor,
+        out_features: int,
+        in_features: int,
+    ) -> Tensor:
+        """grad @ W.
+
+        Args:
+            grad: (T, out_features), with any row stride.
+            weight: the tiles (N, b, b) of W, each (out, in).
+            slots_by_column: the tiles' numbers sorted by block-column, int32 (N,).
+            column_starts: where each block-column starts in `slots_by_column`, int32 (in_features / b + 1,).
+            out_features: rows of W, a multiple of b.
+            in_features: columns of W, a multiple of b.
+
+        Returns:
+            (T, in_features), in the dtype of grad; 0 where a block-column has no tile.
+        """
+        ...
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
+        """The stored tiles of grad.T @ x.
+
+        Args:
+            grad: (T, out), with any row stride.
+            x: (T, in), with any row stride.
+            columns: the block-column of every tile, int32 (N,).
+            block_size: b.
+
+        Returns:
+            (N, b, b), in the dtype of x.
+        """
+        ...

@@ -1,7 +1,7 @@
-"""Block-sparse products by one BLAS call per tile on strided views, without copies: for CPUs without a C++ compiler.
+"""The BLAS kernel: one call of torch's matrix product per tile, for CPUs without a C++ compiler.
 
-Small tiles and few tokens take one call for all tiles together. Float32 sums for every dtype but float64: operands of
-half precision are converted first. Functions as in block_reference.py.
+The calls work on strided views, without copies. Small tiles with few tokens take one batched call for all tiles.
+Operands of half precision are converted first, so that sums are float32 for every dtype but float64.
 """
 
 from __future__ import annotations
@@ -11,43 +11,67 @@ from torch import Tensor
 
 from sparseift_llm.topology.blocks import row_starts
 
-TOKENS_PER_CHUNK = 1024  # operands of a block-row stay in the second-level cache
-FEW_TOKENS, SMALL_TILE = 32, 64  # for no more of both, a call per tile would take longer than its work
+TOKENS_PER_CHUNK = 1024  # so that the operands of one block-row stay in the second-level cache
+FEW_TOKENS, SMALL_TILE = 32, 64  # with no more of both, a call per tile would take longer than the work in it
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
-    """x (T, in) -> (T, out)."""
-    size = weight.shape[1]
-    starts = row_starts(len(weight), out_features // size).tolist()
-    return _gather(x, weight.transpose(1, 2), starts, columns.tolist(), None, bias)
+class BlasKernel:
+    """Takes every dtype on a CPU."""
+
+    name = "blas"
+    dtypes = None
+    smallest_fast_tile = 64
+    remedy = ""
+    fused = None
+
+    def is_available(self) -> bool:
+        """Always true: torch brings its BLAS along."""
+        return True
+
+    def supports(self, device: str, dtype: torch.dtype, block_size: int) -> bool:
+        """Whether the device is a CPU."""
+        return device == "cpu"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
+        """As `Kernel.forward`."""
+        size = weight.shape[1]
+        starts = row_starts(len(weight), out_features // size).tolist()
+        return _gather(x, weight.transpose(1, 2), starts, columns.tolist(), None, bias)
+
+    def input_gradient(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        slots_by_column: Tensor,
+        column_starts: Tensor,
+        out_features: int,
+        in_features: int,
+    ) -> Tensor:
+        """As `Kernel.input_gradient`."""
+        slots, num_rows = slots_by_column.tolist(), out_features // weight.shape[1]
+        rows = [((slot + 1) * num_rows - 1) // len(slots) for slot in slots]
+        return _gather(grad, weight, column_starts.tolist(), rows, slots, None)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
+        """As `Kernel.weight_gradient`."""
+        left, right = _widen(grad).split(block_size, 1), _widen(x).split(block_size, 1)
+        result = left[0].new_empty(len(columns), block_size, block_size)
+        starts, of_slot = row_starts(len(columns), len(left)).tolist(), columns.tolist()
+        for row, block in enumerate(left):
+            for slot in range(starts[row], starts[row + 1]):
+                torch.mm(block.T, right[of_slot[slot]], out=result[slot])
+        return result.to(x.dtype)
 
 
-def input_gradient(
-    grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, out_features: int, in_features: int
-) -> Tensor:
-    """grad (T, out) -> (T, in)."""
-    slots, num_rows = slots_by_column.tolist(), out_features // weight.shape[1]
-    rows = [((slot + 1) * num_rows - 1) // len(slots) for slot in slots]
-    return _gather(grad, weight, column_starts.tolist(), rows, slots, None)
-
-
-def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
-    """grad (T, out), x (T, in) -> tiles (N, b, b)."""
-    left, right = _widen(grad).split(block_size, 1), _widen(x).split(block_size, 1)
-    result = left[0].new_empty(len(columns), block_size, block_size)
-    starts, of_slot = row_starts(len(columns), len(left)).tolist(), columns.tolist()
-    for row, block in enumerate(left):
-        for slot in range(starts[row], starts[row + 1]):
-            torch.mm(block.T, right[of_slot[slot]], out=result[slot])
-    return result.to(x.dtype)
+BLAS = BlasKernel()
 
 
 def _gather(
     x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], slots: list[int] | None, bias: Tensor | None
 ) -> Tensor:
-    """Output block j is the sum over e in starts[j]..starts[j+1] of input block sources[e] @ tiles[slots[e]].
+    """Output block j: the sum over e, from starts[j] to starts[j + 1] - 1, of input block sources[e] @ tiles[slots[e]].
 
-    Without `slots`, e itself is the slot.
+    Without `slots`, e itself is the number of the tile. The tiles are (in, out) here.
     """
     size = tiles.shape[1]
     if len(x) <= FEW_TOKENS and size <= SMALL_TILE:
@@ -67,10 +91,10 @@ def _gather(
 
 
 def _gather_few(x: Tensor, tiles: Tensor, starts: list[int], sources: list[int], bias: Tensor | None) -> Tensor:
-    """As `_gather`, with one call for all tiles."""
+    """The same sums as `_gather`, with one batched call for all tiles."""
     size, num_blocks = tiles.shape[1], len(starts) - 1
     blocks = x.view(len(x), x.shape[1] // size, size).transpose(0, 1)
-    with torch.autocast(x.device.type, enabled=False):  # which would make half-precision sums of it
+    with torch.autocast(x.device.type, enabled=False):  # which would sum in half precision
         products = torch.bmm(blocks[sources], tiles)
     counts = torch.tensor(starts, device=x.device).diff()
     owners = torch.arange(num_blocks, device=x.device).repeat_interleave(counts)

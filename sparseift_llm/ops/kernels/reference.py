@@ -1,48 +1,53 @@
-"""Block-sparse products the plain way, by filling in the zeros: what the other kernels are tested against.
-
-All kernel modules have these three functions. Legend: T tokens, b block size, R x C tiles of which N are
-stored; a slot's block-row follows from its number (topology/blocks.py), its block-column is in `columns`.
-"""
+"""The reference kernel fills in the zeros and multiplies dense matrices."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparseift_llm.topology.blocks import rows_of_slots
+from sparseift_llm.ops.tiles import dense_weight, tiles_of
 
 
-def dense_weight(weight: Tensor, columns: Tensor, out_features: int, in_features: int) -> Tensor:
-    """The (out, in) matrix with its zeros, from tiles (N, b, b) and their columns (N,)."""
-    size = weight.shape[1]
-    rows, width = out_features // size, in_features // size
-    tiles = weight.new_zeros(rows, width, size, size)
-    tiles[rows_of_slots(len(columns), rows).to(columns.device), columns.long()] = weight
-    return tiles.transpose(1, 2).reshape(out_features, in_features)
+class ReferenceKernel:
+    """Runs on every device and takes every dtype. It saves neither time nor memory."""
+
+    name = "reference"
+    dtypes = None
+    smallest_fast_tile = None
+    remedy = ""
+    fused = None
+
+    def is_available(self) -> bool:
+        """Always true."""
+        return True
+
+    def supports(self, device: str, dtype: torch.dtype, block_size: int) -> bool:
+        """Always true."""
+        return True
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
+        """As `Kernel.forward`."""
+        return F.linear(x, dense_weight(weight, columns, out_features, x.shape[1]), bias)
+
+    def input_gradient(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        slots_by_column: Tensor,
+        column_starts: Tensor,
+        out_features: int,
+        in_features: int,
+    ) -> Tensor:
+        """As `Kernel.input_gradient`."""
+        columns = torch.empty_like(slots_by_column)
+        places = torch.arange(len(columns), dtype=column_starts.dtype, device=columns.device)
+        columns[slots_by_column.long()] = (torch.searchsorted(column_starts, places, right=True) - 1).to(columns.dtype)
+        return grad @ dense_weight(weight, columns, out_features, in_features)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
+        """As `Kernel.weight_gradient`."""
+        return tiles_of(grad.T @ x, columns, block_size).contiguous()
 
 
-def tiles_of(matrix: Tensor, columns: Tensor, block_size: int) -> Tensor:
-    """The stored tiles (N, b, b) of an (out, in) matrix."""
-    rows = len(matrix) // block_size
-    tiles = matrix.view(rows, block_size, -1, block_size).transpose(1, 2)
-    return tiles[rows_of_slots(len(columns), rows).to(columns.device), columns.long()]
-
-
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
-    """x (T, in) times the transposed weight, plus bias (out,): (T, out)."""
-    return torch.nn.functional.linear(x, dense_weight(weight, columns, out_features, x.shape[1]), bias)
-
-
-def input_gradient(
-    grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, out_features: int, in_features: int
-) -> Tensor:
-    """grad (T, out) times the weight: (T, in). The indices are those of `topology.blocks.slots_by_column`."""
-    columns = torch.empty_like(slots_by_column)
-    places = torch.arange(len(columns), dtype=column_starts.dtype, device=columns.device)
-    columns[slots_by_column.long()] = (torch.searchsorted(column_starts, places, right=True) - 1).to(columns.dtype)
-    return grad @ dense_weight(weight, columns, out_features, in_features)
-
-
-def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
-    """grad (T, out) transposed times x (T, in), the stored tiles of it: (N, b, b)."""
-    return tiles_of(grad.T @ x, columns, block_size).contiguous()
+REFERENCE = ReferenceKernel()

@@ -1,7 +1,7 @@
-"""Products of a block-sparse weight with dense activations as Triton kernels that touch active tiles only.
+"""The Triton kernel: products of a block-sparse weight with dense activations on a GPU that touch active tiles only.
 
-Here are the three products of a linear layer as plain tensor functions. Autograd, the choice of a backend and
-the order of the tiles ("slots": grouped by block-row, rows differ by at most one tile) are decided elsewhere.
+Tiles ("slots") are grouped by block-row, and the numbers of tiles in two block-rows differ by at most one (see
+topology/blocks.py). This file imports nothing of this package, so that it can be compiled alone in a test.
 """
 
 from __future__ import annotations
@@ -18,79 +18,64 @@ try:
 except ImportError:
     triton = None
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALLEST_TILE = 16  # of which tensor cores make a product
-LARGEST_PART = 128  # of a tile, per program: a wider accumulator leaves no registers
+SMALLEST_TILE = 16  # the smallest product that tensor cores compute
+LARGEST_PART = 128  # the side of the part of a tile that one program computes; a wider accumulator leaves no registers
 
 
-def is_available() -> bool:
-    """Whether the functions below can run: triton is installed and there is a CUDA device or its interpreter."""
-    return triton is not None and (_INTERPRETED.value or torch.cuda.is_available())
+class TritonKernel:
+    """float32, bfloat16 and float16 on a CUDA device; tiles of 16, 32, 64, 128 or 256."""
 
+    name = "triton"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    smallest_fast_tile = SMALLEST_TILE
+    remedy = "install triton"
+    fused = None
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
-    """x @ W.T + bias, for the block-sparse W whose active tiles are given.
+    def is_available(self) -> bool:
+        """Whether triton is installed and there is a CUDA device, or triton's interpreter is on."""
+        return triton is not None and (_INTERPRETED.value or torch.cuda.is_available())
 
-    Args:
-        x: (T, in_features), any row stride; float32, bfloat16 or float16.
-        weight: (N, b, b) tiles (out, in) of x's dtype, grouped by block-row; b is 16, 32, 64, 128 or 256.
-        bias: (out_features,) or None; added in float32.
-        columns: int32 (N,), the block-column of each tile.
-        out_features: rows of W, a multiple of b.
+    def supports(self, device: str, dtype: torch.dtype, block_size: int) -> bool:
+        """Whether dtype and tile are such; on a CPU triton's interpreter runs the same code."""
+        return dtype in self.dtypes and block_size >= SMALLEST_TILE
 
-    Returns:
-        (T, out_features) of x's dtype, summed in float32. The same call gives the same bits.
-    """
-    return _product(x, weight, bias, (columns, None, None), out_features, out_features)
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, out_features: int) -> Tensor:
+        """As `Kernel.forward`; the bias is added in float32."""
+        return _product(x, weight, bias, (columns, None, None), out_features, out_features)
 
+    def input_gradient(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        slots_by_column: Tensor,
+        column_starts: Tensor,
+        out_features: int,
+        in_features: int,
+    ) -> Tensor:
+        """As `Kernel.input_gradient`."""
+        return _product(grad, weight, None, (None, slots_by_column, column_starts), out_features, in_features)
 
-def input_gradient(
-    grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, out_features: int, in_features: int
-) -> Tensor:
-    """grad @ W, for the block-sparse W whose active tiles are given.
-
-    Args:
-        grad: (T, out_features), any row stride; float32, bfloat16 or float16.
-        weight: (N, b, b) tiles (out, in) of grad's dtype, grouped by block-row.
-        slots_by_column: int32 (N,), the tiles' numbers sorted by block-column.
-        column_starts: int32 (in_features / b + 1,), where each block-column starts in `slots_by_column`.
-        out_features: rows of W, a multiple of b.
-        in_features: columns of W, a multiple of b.
-
-    Returns:
-        (T, in_features) of grad's dtype, summed in float32, 0 where a block-column has no tile.
-    """
-    return _product(grad, weight, None, (None, slots_by_column, column_starts), out_features, in_features)
-
-
-def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
-    """The active tiles of grad.T @ x.
-
-    Args:
-        grad: (T, out_features), any row stride; float32, bfloat16 or float16.
-        x: (T, in_features) of grad's dtype, any row stride.
-        columns: int32 (N,), the block-column of each tile; tiles are grouped by block-row.
-        block_size: b, the width and height of a tile: 16, 32, 64, 128 or 256.
-
-    Returns:
-        (N, b, b) tiles (out, in) of x's dtype, summed in float32.
-    """
-    _require_triton()
-    grad, x, columns = _unit_inner_stride(grad), _unit_inner_stride(x), columns.contiguous()
-    gradient = torch.empty((columns.numel(), block_size, block_size), dtype=x.dtype, device=x.device)
-    if gradient.numel() == 0:
+    def weight_gradient(self, grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
+        """As `Kernel.weight_gradient`."""
+        _require_triton()
+        grad, x, columns = _unit_inner_stride(grad), _unit_inner_stride(x), columns.contiguous()
+        gradient = torch.empty((columns.numel(), block_size, block_size), dtype=x.dtype, device=x.device)
+        if gradient.numel() == 0:
+            return gradient
+        part = min(block_size, LARGEST_PART)
+        # Tokens per step: many for a small tile, so that enough loads are under way; few for a large one, which fills
+        # shared memory, and for float32, whose unrolled scalar instructions would spill
+        depth = 32 if x.dtype == torch.float32 else min(128, 8192 // part)
+        with torch.cuda.device_of(x):
+            _weight_gradient_kernel[(gradient.numel() // part**2,)](
+                grad, grad.stride(0), x, x.stride(0), columns, gradient, len(x), len(gradient),
+                grad.shape[1] // block_size, _bucket(len(x)), block_size, part, depth, _precision(x.dtype),
+                enable_fp_fusion=True,
+            )  # fmt: skip
         return gradient
-    part = min(block_size, LARGEST_PART)
-    # Tokens per step: many for a small tile, so that enough loads are under way; few for a large one, which fills
-    # shared memory, and for float32, whose unrolled scalar instructions would spill
-    depth = 32 if x.dtype == torch.float32 else min(128, 8192 // part)
-    with torch.cuda.device_of(x):
-        _weight_gradient_kernel[(gradient.numel() // part**2,)](
-            grad, grad.stride(0), x, x.stride(0), columns, gradient, len(x), len(gradient),
-            grad.shape[1] // block_size, _bucket(len(x)), block_size, part, depth, _precision(x.dtype),
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    return gradient
+
+
+TRITON = TritonKernel()
 
 
 def _product(
@@ -128,7 +113,7 @@ def _product(
 
 
 def _require_triton() -> None:
-    if not is_available():
+    if not TRITON.is_available():
         raise RuntimeError(
             "block-sparse Triton kernels need triton (pip install 'sparseift_llm[gpu]') and a CUDA device, "
             "or TRITON_INTERPRET=1 in the environment before the first import of triton"

@@ -1,6 +1,6 @@
 // y = gelu(x U^T + bias) D^T + bias with block-sparse U and D. The widened activation lives CHUNK tokens at a time,
 // in cache; the backward pass computes it again instead of reading it back from memory.
-// The arguments are explained where they are passed, in block_native.py.
+// The arguments are explained where they are passed, in kernels/native.py.
 
 #include "kernels.h"
 

@@ -1,5 +1,5 @@
 // One block-sparse linear map: y = x W^T + bias, its input gradient, and its weight gradient.
-// The arguments are explained where they are passed, in block_native.py.
+// The arguments are explained where they are passed, in kernels/native.py.
 
 #include "kernels.h"
 

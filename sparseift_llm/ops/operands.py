@@ -1,0 +1,36 @@
+"""Checks of what the block-sparse operators are given. A kernel behind them reads memory by pointer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def check_operands(values: Iterable[Tensor | None], indices: Iterable[Tensor]) -> None:
+    """Check the dtypes and devices of an operator's operands.
+
+    A kernel would read memory of another dtype as what it expects. A custom operator with one operand on the meta
+    device would compute nothing and return memory that nobody wrote.
+
+    Args:
+        values: activations, weights and biases; None stands for a bias that does not exist.
+        indices: where the tiles are.
+
+    Raises:
+        ValueError: the values have several dtypes, an index is not int32, or they are on several devices.
+    """
+    operands, numbers = [tensor for tensor in values if tensor is not None], list(indices)
+    if any(tensor.dtype != operands[0].dtype for tensor in operands):
+        found = ", ".join(str(tensor.dtype) for tensor in operands)
+        raise ValueError(f"input, weight and bias must have one dtype, got {found}; convert them, or use autocast")
+    if any(tensor.dtype != torch.int32 for tensor in numbers):
+        raise ValueError("a block-sparse layer's indices are no longer int32; change its dtype with `to`, not `type`")
+    everything = (*operands, *numbers)
+    if any(tensor.device != operands[0].device for tensor in everything):
+        found = ", ".join(dict.fromkeys(str(tensor.device) for tensor in everything))
+        raise ValueError(
+            f"input, weight, bias and indices must be on one device, got {found}; move the whole model, and if it is "
+            "offloaded, offload whole MLPs, not their projections (accelerate: preload_module_classes)"
+        )
