@@ -23,8 +23,9 @@ from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.layers.sharding import is_sharded
-from sparseift_llm.models.architectures import ACTIVATIONS, build_model
+from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.layout import mark, missing_layers, unmark
+from sparseift_llm.models.quirks import ACTIVATIONS
 from sparseift_llm.planning.planner import LayerPlan, Plan, plan, record
 from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.heads import random_mask_per_head

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import plain_name
-from sparseift_llm.models.architectures import QKV_LAYOUTS, sizes_of
+from sparseift_llm.models.architectures import sizes_of
+from sparseift_llm.models.fused_rows import row_pattern
 from sparseift_llm.models.norms import final_norm, norm_offset, query_norm
+from sparseift_llm.models.projections import find_projections
 from sparseift_llm.planning.planner import Plan, plan_of, read_record
 
 
@@ -170,27 +172,16 @@ def _scale_queries(model: PreTrainedModel, plan: Plan, factor: float) -> None:
                 parameter.mul_(factor)
         else:
             _scale_norm(module, factor)
-    for layer in () if own else plan.layers:
-        if layer.kind == "qkv":
-            module = model.get_submodule(layer.name)
-            for part in module.parameters():
-                _query_part(part.T if isinstance(module, Conv1D) and part.ndim == 2 else part, model).mul_(factor)
+    for projection in () if own else find_projections(model):
+        pattern = row_pattern(projection, model.config) if "q" in projection.kinds else None
+        if pattern is not None:
+            module = model.get_submodule(projection.name)
+            for part in module.parameters():  # a weight as (out, in), or a bias
+                rows = part.T if isinstance(module, Conv1D) and part.ndim == 2 else part
+                rows[pattern.rows("q")] *= factor
 
 
 def _own_query_modules(model: PreTrainedModel, plan: Plan) -> list[str]:
     """Where scaling the queries means scaling a whole module: the query norm, else the query projection."""
     names = [(layer, query_norm(model, layer.name)) for layer in plan.layers if "q" in layer.kind]
     return [norm or layer.name for layer, norm in names if norm or layer.kind == "q"]
-
-
-def _query_part(parameter: Tensor, model: PreTrainedModel) -> Tensor:
-    """The rows of a fused QKV weight (out, in) or bias that make queries, as a view."""
-    sizes, layout = sizes_of(model.config), QKV_LAYOUTS.get(model.config.model_type)
-    if layout is None:
-        raise ValueError(
-            f"init='supar' has to scale the queries, but in which rows {model.config.model_type} keeps them is not "
-            f"known; use init='preserve', or one of {', '.join(QKV_LAYOUTS)}"
-        )
-    if layout == "blocks":  # q comes first
-        return parameter[: sizes.attention_width]
-    return parameter.unflatten(0, (sizes.num_heads, 3, sizes.head_dim))[:, 0]

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sparseift_llm.models.layout import is_marked
+from sparseift_llm.models.quirks import HIDDEN_TWINS, SEE_LATER_TOKENS
 
 # Names of one thing in different configs; a config's own `attribute_map` covers hidden size, heads and layers.
 _FFN_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dim_ff", "dff")
@@ -26,22 +27,6 @@ _HEAD_DIM_FIELDS = ("head_dim", "dim_head")
 _KV_HEADS_FIELDS = ("num_key_value_heads", "num_kv_heads")
 _OWN_PARTS = ("attn_config", "ffn_config")  # sub-configs of a plain decoder; any other one is of another model
 DEFAULT_FFN_RATIO = 4  # of hidden sizes, where a config leaves the FFN's inner size out
-
-# What cannot be read from a model; only SµPar needs the first, only block-sparse FFNs the second, for speed.
-QKV_LAYOUTS = {
-    # rows of a fused QKV matrix: all q, all k, all v; or q, k, v of one head after another
-    "gpt2": "blocks",
-    "openai-gpt": "blocks",
-    "mpt": "blocks",
-    "phi3": "blocks",
-    "gpt_neox": "per_head",
-    "gpt_neox_japanese": "per_head",
-    "bloom": "per_head",
-    "persimmon": "per_head",
-}
-ACTIVATIONS = {"gpt2": "act", "gpt_neox": "act"}  # beside mlp_out, where it stands alone between mlp_in and mlp_out
-_SEE_LATER_TOKENS = ("cpmant",)
-_HIDDEN_TWINS = {"opt": ("word_embed_proj_dim",)}  # further fields that must equal the hidden size
 
 
 @dataclass(frozen=True)
@@ -83,12 +68,12 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(f"model type {name!r} has no causal language model in transformers, so it is not supported")
     if getattr(config, "is_heterogeneous", False):
         raise ValueError(f"{name} has layers of different sizes (per_layer_config), which is not supported")
-    if name in _SEE_LATER_TOKENS:
+    if name in SEE_LATER_TOKENS:
         raise ValueError(f"{name} is no GPT: each token sees the later ones, too; use a causal language model")
     # other configs have a left-over field `is_decoder` that says nothing
     if hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True):
         raise ValueError(f"{name} with is_decoder=False sees later tokens, too; set is_decoder=True")
-    for twin in _HIDDEN_TWINS.get(name, ()):
+    for twin in HIDDEN_TWINS.get(name, ()):
         if getattr(config, twin) != config.hidden_size:
             raise ValueError(
                 f"{name} with {twin}={getattr(config, twin)} other than hidden_size={config.hidden_size} is not "
@@ -154,7 +139,7 @@ def with_sizes(config: PreTrainedConfig, hidden: int, ffn: int, head_dim: int) -
             f"{config.model_type} has no config field for the FFN's inner size, so it stays at {DEFAULT_FFN_RATIO} "
             "times the hidden size; use a family that needs none (parallel, factorized, doped)"
         )
-    for twin in _HIDDEN_TWINS.get(config.model_type, ()):
+    for twin in HIDDEN_TWINS.get(config.model_type, ()):
         setattr(config, twin, hidden)
     for name in _HEAD_DIM_FIELDS:
         if _can_set(config, name) and getattr(config, name) is not None:

@@ -14,6 +14,7 @@ from sparseift_llm.conversion import scaling
 from sparseift_llm.conversion.scaling import fan_in_multipliers, scale_initial_weights
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.architectures import build_model
+from sparseift_llm.models.fused_rows import RowPattern
 from tests.helpers.models import ARCHS, shake, tiny_config, tiny_model, token_ids
 
 DENSE_SIZES = {"hidden": 32, "ffn": 72, "head_dim": 8}
@@ -144,7 +145,9 @@ def test_planted_fault_logits_not_scaled(arch: str, monkeypatch: pytest.MonkeyPa
 
 def test_planted_fault_layout_of_gpt_neox(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its queries are interleaved by head; the first third of the rows is not them."""
-    monkeypatch.setattr(scaling, "_query_part", lambda parameter, _: parameter[: parameter.shape[0] // 3])
+    width = folded_and_explicit("gpt_neox")[0].config.hidden_size
+    blocks = RowPattern((("q", width), ("k", width), ("v", width)))
+    monkeypatch.setattr(scaling, "row_pattern", lambda *_: blocks)
     with pytest.raises(AssertionError):
         check_multipliers(*folded_and_explicit("gpt_neox"))
 

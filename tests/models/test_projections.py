@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparseift_llm import SparseIFTConfig, plan
-from sparseift_llm.conversion.scaling import _query_part, _scale_final_norm
+from sparseift_llm.conversion.scaling import _scale_final_norm
 from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.norms import final_norm, norm_offset
 from sparseift_llm.models.projections import attention_widths, find_projections
@@ -182,27 +182,3 @@ def test_scaling_the_final_norm_scales_what_the_head_reads(name: str) -> None:
         model(input_ids=token_ids(), use_cache=False)
     assert norm_offset(model.get_submodule(final_norm(model))) == OFFSETS.get(name, 0.0)
     torch.testing.assert_close(inputs[1], 0.5 * inputs[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name", ["gpt2", "openai-gpt", "mpt", "phi3", "gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"]
-)
-def test_rows_that_make_queries(name: str) -> None:
-    """Where all queries are 0, keys get no gradient: as many rows as there are keys, and none of the queries'."""
-    changes = {"qk_layernorm": False} if name == "persimmon" else {}
-    model = decoder(name, torch.float64, **changes)
-    qkv = find_projections(model)[0]
-    module = model.get_submodule(qkv.name)
-    is_conv1d = name in ("gpt2", "openai-gpt")
-    for parameter in module.parameters():
-        _query_part(parameter.data.T if is_conv1d and parameter.ndim == 2 else parameter.data, model).zero_()
-    model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
-    gradient = module.weight.grad.T if is_conv1d else module.weight.grad  # type: ignore[union-attr, operator]
-    silent = gradient.abs().sum(1) < 1e-12
-    assert int(silent.sum()) == (16 if name == "phi3" else 32)
-    assert int((_query_part(gradient, model).abs().flatten(0, -2).sum(-1) > 1e-12).sum()) == 32
-
-
-def test_rows_of_queries_that_are_not_known() -> None:
-    with pytest.raises(ValueError, match=r"in which rows codegen keeps them is not known; use init='preserve'"):
-        _query_part(torch.zeros(96, 32), build_model(decoder_config("codegen"), meta=True))

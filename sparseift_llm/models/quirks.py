@@ -1,0 +1,42 @@
+"""What the library has to know about single model types by name, because nothing on a built model shows it.
+
+Everything else about a model is read from its config (architectures.py) or found on its modules (projections.py).
+"""
+
+from __future__ import annotations
+
+# Each token of these models sees the later ones, too, although they count as causal language models.
+SEE_LATER_TOKENS = ("cpmant",)
+
+# Further config fields that must equal the hidden size.
+HIDDEN_TWINS = {"opt": ("word_embed_proj_dim",)}
+
+# The name of the activation module beside mlp_out, where it stands alone between mlp_in and mlp_out.
+ACTIVATIONS = {"gpt2": "act", "gpt_neox": "act"}
+
+# How a fused QKV matrix orders its output rows:
+#   blocks      all queries, then all keys, then all values
+#   per_head    query, key and value of the first head, then those of the second, ...
+#   falcon      per group of heads that share a key: the group's queries, its key, its value
+#   bigcode     blocks where heads share one key (multi_query), per_head otherwise
+#   codegen     four chunks, one for each core of the machine it was written for: queries, values, keys
+QKV_LAYOUTS = {
+    "gpt2": "blocks",
+    "openai-gpt": "blocks",
+    "mpt": "blocks",
+    "phi3": "blocks",
+    "gpt_neox": "per_head",
+    "gpt_neox_japanese": "per_head",
+    "bloom": "per_head",
+    "persimmon": "per_head",
+    "falcon": "falcon",
+    "gpt_bigcode": "bigcode",
+    "codegen": "codegen",
+}
+CODEGEN_CHUNKS = 4
+
+# Model types with an FFN matrix whose first half of rows is the gate; the second half is what the gate multiplies.
+FUSED_GATES = ("glm", "glm4", "modernbert-decoder", "phi3")
+
+# Model types with latent attention, whose factors of keys and values are laid out as in DeepSeek's models.
+LATENT_ATTENTION = ("minicpm3", "youtu")
