@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.checkpoints.loading import weight_files
 from sparseift_llm.checkpoints.mask_file import PackedMasks, digest, masks_of, read_packed_masks
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import whole
+from sparseift_llm.layers.stock import is_conv1d
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.projections import find_projections
 from sparseift_llm.ops.tiles import dense_weight
@@ -117,7 +117,7 @@ def _source_of_model(model: PreTrainedModel, every_nth_layer: int) -> MatrixSour
             layer: Any = layers[entry.name]
             columns = layer.columns.cpu() if block_size else None
             weight = whole(layer.weight.detach()).cpu()
-            yield _matrix(entry, layer.mask.detach().cpu(), weight, columns, block_size)
+            yield _matrix(entry, layer.current_mask().cpu(), weight, columns, block_size)
 
     return MatrixSource(digest(masks_of(model)), len(entries), read)
 
@@ -195,7 +195,7 @@ def matrix_entries(
             part.name,
             layer.kind,
             part.shape,
-            layer.name in keeps_storage and isinstance(stock.get_submodule(layer.name), Conv1D),
+            layer.name in keeps_storage and is_conv1d(stock.get_submodule(layer.name)),
         )
         for layer_index, layer, part in found
         if layer_index % every_nth_layer == 0

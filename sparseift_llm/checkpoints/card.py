@@ -87,8 +87,8 @@ def _facts(
 ) -> Iterable[tuple[str, object]]:
     plan = plan_of(model)
     layers = sparse_layers(model).values()
-    inactive = sum(layer.mask.numel() * layer.unit_size - layer.count_active() for layer in layers)
-    size = sum(layer.mask.numel() * layer.unit_size for layer in layers)
+    inactive = sum(layer.num_weights - layer.count_active() for layer in layers)
+    size = sum(layer.num_weights for layer in layers)
     cost = cost_of(model, plan.seq_len)
     sizes = sizes_of(model.config)
     yield "family", config.family + (f", scope `{config.scope}`" if config.family == "wide" else "")

@@ -41,7 +41,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """The masks of a model's sparse layers by module path; unstructured ones are live, not copies."""
-    return {name: layer.mask for name, layer in sparse_layers(model).items()}
+    return {name: layer.current_mask() for name, layer in sparse_layers(model).items()}
 
 
 def digest(masks: Mapping[str, Tensor]) -> str:
@@ -168,8 +168,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path
         different = sorted(layers.keys() ^ masks.keys())
         raise ValueError(f"the masks in {where} are of another model: layer {different[0]} stands in only one of them")
     for name, layer in layers.items():
-        if masks[name].shape != layer.mask.shape:
-            expected, found = tuple(layer.mask.shape), tuple(masks[name].shape)
+        if masks[name].shape != layer.mask_shape:
+            expected, found = tuple(layer.mask_shape), tuple(masks[name].shape)
             raise ValueError(
                 f"the masks in {where} are of another model: {name} has shape {found}, expected {expected}"
             )
@@ -186,4 +186,4 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path
             )
     for name, layer in layers.items():
         with gathered(layer.weight):
-            layer.set_mask(masks[name].to(layer.mask.device))
+            layer.set_mask(masks[name].to(layer.topology.device))

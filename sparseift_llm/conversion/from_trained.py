@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.families.base import TrainedProjection
 from sparseift_llm.families.registry import drop_in_of, family_of
@@ -19,8 +18,8 @@ from sparseift_llm.families.trained_start import Start
 from sparseift_llm.families.wide import widen
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.block import BlockSparseLinear
-from sparseift_llm.layers.masked import MaskedConv1D
 from sparseift_llm.layers.sharding import is_sharded
+from sparseift_llm.layers.stock import is_conv1d, stock_matrix
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.ops.tiles import tiles_of
 from sparseift_llm.planning.planner import LayerPlan, Plan
@@ -81,22 +80,15 @@ def _starts(old: nn.Module, layer: LayerPlan, plan: Plan, num_units: tuple[int, 
     parts = layer.parts or (replace(layer.matrices[0], name=""),)
     parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts)
     family = family_of(plan.config.options) if layer.rule is None else drop_in_of(layer.rule)
-    trained = TrainedProjection(_matrix(old), layer.kind, num_units)
+    trained = TrainedProjection(stock_matrix(old), layer.kind, num_units)
     return family.start(trained, parts, plan.config.block_size or 1, seed)
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    """The (out, in) weight of a stock projection."""
-    weight: Any = module.weight
-    matrix: Tensor = weight.detach()
-    return matrix.T if isinstance(module, Conv1D) else matrix
 
 
 def _store(layer: nn.Module, start: Start) -> None:
     """Give `layer` the weights and, if it is sparse, the mask of `start`."""
     weight: Any = layer.weight
     mask, values = start.mask, start.values
-    if isinstance(layer, MaskedConv1D | Conv1D):
+    if is_conv1d(layer):
         mask, values = None if mask is None else mask.T, values.T
     if isinstance(layer, SparseProjection) and mask is not None:
         layer.set_mask(mask.to(weight.device))

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import plain_name
+from sparseift_llm.layers.stock import is_conv1d
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.fused_rows import row_pattern
 from sparseift_llm.models.norms import final_norm, norm_offset, query_norm
@@ -177,7 +177,7 @@ def _scale_queries(model: PreTrainedModel, plan: Plan, factor: float) -> None:
         if pattern is not None:
             module = model.get_submodule(projection.name)
             for part in module.parameters():  # a weight as (out, in), or a bias
-                rows = part.T if isinstance(module, Conv1D) and part.ndim == 2 else part
+                rows = part.T if is_conv1d(module) and part.ndim == 2 else part
                 rows[pattern.rows("q")] *= factor
 
 

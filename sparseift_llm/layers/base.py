@@ -1,6 +1,6 @@
-"""What every sparse projection offers to surgery, mask updates and checkpoints, whatever its storage.
+"""What every sparse projection offers to conversion, mask updates and checkpoints, whatever its storage.
 
-The storages themselves are in masked.py and block.py; who sets a mask, and when, is not known here.
+The two storages are in masked.py and block.py. Who sets a mask, and when, is not known here.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ _WRAPPERS = re.compile(r"^(module\.)+|_checkpoint_wrapped_module\.")
 class SparseProjection(nn.Module):
     """A sparse linear map in place of a dense projection.
 
+    A mask has one entry per unit that is active or not. A unit is a weight, or a tile.
+
     Attributes:
-        weight: the parameter.
-        mask: bool tensor, one entry per unit that is active or not (a weight, or a tile).
-        dense_shape: (out, in) of the dense projection this one replaces.
-        num_active: active weights that the plan gives this layer.
+        weight: the parameter, in a layout of the subclass.
+        bias: the parameter (out,), or None.
+        dense_shape: (out, in) of the dense projection that this layer replaces.
+        num_active: the number of active weights that the plan gives this layer.
         dense_gradient: where the next backward passes add the gradient of all weights, or None.
     """
 
     weight: Tensor
     bias: Any
-    mask: Tensor
     dense_shape: tuple[int, int]
     num_active: int
     dense_gradient: DenseGradient | None
@@ -40,9 +41,27 @@ class SparseProjection(nn.Module):
         """Weights per entry of the mask."""
         raise NotImplementedError
 
+    @property
+    def mask_shape(self) -> torch.Size:
+        """Shape of the mask. Nothing is computed for it."""
+        raise NotImplementedError
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the matrix, inactive ones included."""
+        return self.mask_shape.numel() * self.unit_size
+
+    def current_mask(self) -> Tensor:
+        """Which units are active now: bool, of `mask_shape`. It must not be written to.
+
+        A layer that stores its mask returns the stored tensor. One that stores tiles makes a new tensor at each call,
+        so ask once and keep the answer, and ask `mask_shape`, `num_weights` or `count_active` where they are enough.
+        """
+        raise NotImplementedError
+
     def count_active(self) -> int:
-        """Active weights according to the mask as it is now."""
-        return int(self.mask.sum()) * self.unit_size
+        """The number of weights that are active now."""
+        raise NotImplementedError
 
     @property
     def topology_bytes(self) -> int:
@@ -51,33 +70,33 @@ class SparseProjection(nn.Module):
 
     def accepts(self, mask: Tensor) -> bool:
         """Whether `set_mask` would take a mask, as far as its shape and its number of active units go."""
-        return mask.shape == self.mask.shape
+        return mask.shape == self.mask_shape
 
     def weights_fit(self, mask: Tensor) -> bool:
-        """Whether the weights as they are can be those of `mask`, which `accepts` takes."""
+        """Whether the present weights can be those of `mask`, which `accepts` takes."""
         raise NotImplementedError
 
     def set_mask(self, mask: Tensor) -> Tensor:
-        """Take over `mask`; weights that become inactive are lost, those that become active are 0.
+        """Make the units of `mask` the active ones. Weights that become inactive are lost; new ones are 0.
 
         Returns:
-            Bool tensor, broadcastable to the weight's shape, true where the weight now stands for
-            something else or for nothing, so that optimizer state must be zeroed there.
+            Bool tensor, broadcastable to the weight's shape. It is true where an entry of the weight now stands for
+            another weight or for none, so that optimizer state must be zeroed there.
         """
         raise NotImplementedError
 
     @property
     def topology(self) -> Tensor:
-        """The buffer that says what the weights stand for: the mask, or the column of every tile."""
+        """The buffer that says what the weights stand for: the mask, or the block-column of every tile."""
         raise NotImplementedError
 
     def load_topology(self, topology: Tensor) -> None:
-        """Take over another copy's `topology` together with its weights, which are not touched here."""
+        """Copy another layer's `topology`. The weights that belong to it are copied elsewhere."""
         raise NotImplementedError
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the weight takes no gradient; its mask does not change then."""
+        """Whether the weight takes no gradient. The mask of a frozen layer does not change."""
         return not self.weight.requires_grad
 
     @property
@@ -87,7 +106,7 @@ class SparseProjection(nn.Module):
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes that `magnitude` gathers over ranks: none, unless the weight is sharded."""
+        """Bytes that `magnitude` gathers over ranks; 0 unless the weight is sharded."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32) if self.unit_size > 1 else self.weight.dtype
         size = self.weight.numel() // self.unit_size * dtype.itemsize
         return size if isinstance(self.weight, DTensor) else 0
@@ -97,44 +116,44 @@ class SparseProjection(nn.Module):
         raise NotImplementedError
 
     def restore_buffers(self) -> None:
-        """Make buffers that are not part of the state dict fit a parameter and buffers that were just loaded."""
+        """Bring buffers that are not in the state dict in line with a state that was just loaded."""
         raise NotImplementedError
 
     def magnitude(self) -> Tensor:
-        """L1 norm of the weights of every unit, of the mask's shape."""
+        """L1 norm of the weights of every unit, of the mask's shape; 0 for inactive units."""
         raise NotImplementedError
 
     def growth_scores(self, dense_gradient: Tensor) -> Tensor:
-        """L1 norm of every unit's gradient, of the mask's shape, from what `dense_gradient` captured."""
+        """L1 norm of the gradient of every unit, of the mask's shape, from what `dense_gradient` captured."""
         raise NotImplementedError
 
     def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
-        """The mask after dropping `fraction` of the active units and growing as many.
+        """The mask after dropping `fraction` of the active units and growing as many. This layer is not changed.
 
         Args:
             fraction: in [0, 1].
-            growth: finite scores of the mask's shape; the largest inactive ones grow.
+            growth: finite scores of the mask's shape; among inactive units those of the largest scores grow.
             phase: in [0, 1), see `topology.blocks.changes_per_row`.
         """
         raise NotImplementedError
 
     def to_dense(self) -> nn.Module:
-        """The stock layer with this one's weights, zeros filled in."""
+        """The stock layer that computes the same, with zeros filled in."""
         raise NotImplementedError
 
     def describe(self) -> str:
-        """Sparsity, counts and the dense twin, for `extra_repr`."""
-        size = self.mask.numel() * self.unit_size
-        active = self.num_active if self.mask.is_meta else self.count_active()
+        """Sparsity, counts and the sides of the dense twin, for `extra_repr`."""
+        active = self.num_active if self.topology.is_meta else self.count_active()
         rows, columns = self.dense_shape
+        size = self.num_weights
         return f"sparsity={1 - active / size:.4f}, active {active:,} of {size:,}, replaces {columns}->{rows}"
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseProjection]:
-    """All sparse projections of a model by module path, in the model's own order.
+    """All sparse projections of a model by module path, in the order of the model.
 
-    Prefixes that wrappers add (DistributedDataParallel, torch.compile, AveragedModel) and activation checkpointing's
-    infixes are taken off.
+    Paths are without the prefixes that DistributedDataParallel, torch.compile and AveragedModel add, and without
+    what activation checkpointing puts in the middle.
     """
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, SparseProjection)}
 

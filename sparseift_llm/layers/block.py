@@ -5,18 +5,17 @@ The number of tiles in a block-row never changes, so the parameter has one shape
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.sharding import local, part_of, whole
+from sparseift_llm.layers.stock import is_conv1d, stock_layer_of, stock_matrix
+from sparseift_llm.layers.tile_index import TileIndex
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
 from sparseift_llm.ops.block_linear import block_linear_op
 from sparseift_llm.ops.dense_gradient import capture_dense_gradient
@@ -24,7 +23,7 @@ from sparseift_llm.ops.tiles import dense_weight, tiles_of
 from sparseift_llm.topology import blocks
 
 
-class BlockSparseLinear(SparseProjection):
+class BlockSparseLinear(TileIndex, SparseProjection):
     """A linear map whose weight is a sum of few (block_size x block_size) tiles.
 
     Args:
@@ -43,16 +42,12 @@ class BlockSparseLinear(SparseProjection):
         ValueError: a side is not a multiple of `block_size`, or `columns` are not valid.
     """
 
-    columns: Tensor
-    slots_by_column: Tensor
-    column_starts: Tensor
-
     def __init__(self, dense: nn.Module, columns: Tensor, block_size: int, dense_shape: tuple[int, int]) -> None:
         super().__init__()
-        matrix = dense.weight.detach().T if isinstance(dense, Conv1D) else dense.weight.detach()  # type: ignore[operator]
+        matrix = stock_matrix(dense)
         self.out_features, self.in_features = int(matrix.shape[0]), int(matrix.shape[1])
         self.block_size = block_size
-        self.is_conv1d = isinstance(dense, Conv1D)
+        self.is_conv1d = is_conv1d(dense)
         for side in matrix.shape:
             if side % block_size:
                 raise ValueError(f"a side of {side} is not a multiple of block_size={block_size}; choose another one")
@@ -61,33 +56,24 @@ class BlockSparseLinear(SparseProjection):
         self.dense_gradient = None
         self.is_taken_over = False
         self._before: tuple[BlockSparseLinear, ...] = ()  # a tuple, because it is no child of this layer
-        device = matrix.device
-        self.register_buffer("columns", columns.to(device, torch.int32))
-        self._check_columns()
+        self._register_columns(columns.to(matrix.device))
         tiles = tiles_of(matrix, self.columns, block_size)
         requires_grad = bool(dense.weight.requires_grad)
         self.weight = nn.Parameter(tiles.clone(memory_format=torch.contiguous_format), requires_grad)
         self.bias = dense.bias
-        order, starts = blocks.slots_by_column(self.columns, self.num_columns)
-        self.register_buffer("slots_by_column", order, persistent=False)
-        self.register_buffer("column_starts", starts, persistent=False)
-        self.register_load_state_dict_post_hook(_after_loading)
         self.train(dense.training)
 
     @property
-    def num_rows(self) -> int:
-        """Tiles along the output side."""
-        return self.out_features // self.block_size
+    def mask_shape(self) -> torch.Size:
+        return torch.Size((self.num_rows, self.num_columns))
 
-    @property
-    def num_columns(self) -> int:
-        """Tiles along the input side."""
-        return self.in_features // self.block_size
-
-    @property
-    def mask(self) -> Tensor:  # type: ignore[override]
-        """Which tiles are active: bool (R, C), made anew at each access."""
+    def current_mask(self) -> Tensor:
+        """Which tiles are active: bool (R, C), made from the columns at each call."""
         return blocks.tile_mask(self.columns, self.num_rows, self.num_columns)
+
+    def count_active(self) -> int:
+        """The number of stored weights: every slot holds a tile."""
+        return self.num_active
 
     @property
     def unit_size(self) -> int:
@@ -147,16 +133,12 @@ class BlockSparseLinear(SparseProjection):
         )  # fmt: skip
         return y.view(*input.shape[:-1], self.out_features)
 
-    @property
-    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.columns, self.slots_by_column, self.column_starts
-
     def accepts(self, mask: Tensor) -> bool:
-        current = self.mask
-        return mask.shape == current.shape and torch.equal(mask.to(current.device).sum(1), current.sum(1))
+        counts = blocks.row_starts(len(self.columns), self.num_rows).diff()
+        return mask.shape == self.mask_shape and torch.equal(mask.sum(1).cpu(), counts.long())
 
     def weights_fit(self, mask: Tensor) -> bool:
-        return torch.equal(self.mask, mask.to(self.columns.device))
+        return torch.equal(self.current_mask(), mask.to(self.columns.device))
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> Tensor:
@@ -167,25 +149,18 @@ class BlockSparseLinear(SparseProjection):
         """
         if not self.accepts(mask):
             raise ValueError("the number of tiles in a block-row is fixed; the mask has another one, or another shape")
-        columns, changed = blocks.reassign(self.columns, self.mask, mask.to(self.columns.device))
-        self.columns.copy_(columns)
-        self._index_columns()
+        columns, changed = blocks.reassign(self.columns, self.current_mask(), mask.to(self.columns.device))
+        self.set_columns(columns)
         changed = changed[:, None, None]
         local(self.weight).masked_fill_(part_of(changed, self.weight), 0)
         return changed
-
-    def restore_buffers(self) -> None:
-        self.columns = self.columns.to(torch.int32)  # a file may hold them in another dtype
-        self._check_columns()
-        self._index_columns()
 
     @property
     def topology(self) -> Tensor:
         return self.columns
 
     def load_topology(self, topology: Tensor) -> None:
-        self.columns.copy_(topology)
-        self._index_columns()
+        self.set_columns(topology)
 
     @property
     def gradient_shape(self) -> tuple[int, ...]:
@@ -206,72 +181,21 @@ class BlockSparseLinear(SparseProjection):
         return blocks.tile_sums(dense_gradient, self.block_size)
 
     def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
-        mask = self.mask
+        mask = self.current_mask()
         num_changed = blocks.changes_per_row(mask.sum(1), fraction, phase)
         return blocks.drop_and_grow_per_row(mask, self.magnitude(), growth, num_changed)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         matrix = dense_weight(self.weight.detach(), self.columns, self.out_features, self.in_features)
-        with torch.device("meta"):
-            dense = (
-                Conv1D(self.out_features, self.in_features)
-                if self.is_conv1d
-                else nn.Linear(self.in_features, self.out_features, bias=False)
-            )
-        dense.weight = nn.Parameter(matrix.T.contiguous() if self.is_conv1d else matrix, self.weight.requires_grad)
-        dense.bias = self.bias
-        return dense.train(self.training)
+        return stock_layer_of(
+            matrix, self.bias, as_conv1d=self.is_conv1d, requires_grad=self.weight.requires_grad, training=self.training
+        )
 
     def extra_repr(self) -> str:
         size = self.block_size
         tiles = f"tiles {size}x{size}" + (", with the layer before it" if self._before else "")
         return f"in_features={self.in_features}, out_features={self.out_features}, {tiles}, {self.describe()}"
-
-    def _index_columns(self) -> None:
-        order, starts = blocks.slots_by_column(self.columns, self.num_columns)
-        self.slots_by_column.copy_(order)
-        self.column_starts.copy_(starts)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
-        """As of every module, but the index stays when values go to the meta device: it says what they will mean."""
-        kept = self._index
-        super()._apply(fn, recurse)
-        if self.columns.is_meta and not kept[0].is_meta:
-            self.columns, self.slots_by_column, self.column_starts = kept
-        return self
-
-    @property
-    def _awaits_shard(self) -> bool:
-        """Whether the weight is a shard without values, as in accelerate's RAM-efficient loading.
-
-        It spreads each entry of the first rank's state dict as it does parameters; columns are whole on every rank.
-        """
-        return isinstance(self.weight, DTensor) and self.weight.is_meta and not self.columns.is_meta
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._awaits_shard:
-            del destination[f"{prefix}columns"]
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
-    ) -> None:
-        may_lack_columns = self._awaits_shard
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
-        if may_lack_columns and f"{prefix}columns" in missing:
-            missing.remove(f"{prefix}columns")
-
-    def has_valid_columns(self) -> bool:
-        """Whether columns are inside the matrix, and distinct within a block-row; always on the meta device."""
-        return self.columns.is_meta or blocks.are_valid(self.columns, self.num_rows, self.num_columns)
-
-    def _check_columns(self) -> None:
-        if not self.has_valid_columns():
-            raise ValueError(
-                "columns must be distinct within a block-row and inside the matrix: they are damaged, or of a model "
-                "with another sparsity, family or scope"
-            )
 
 
 class AppliedByNextLayer(nn.Identity):
@@ -284,10 +208,6 @@ class AppliedByNextLayer(nn.Identity):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
-
-
-def _after_loading(layer: BlockSparseLinear, _: Any) -> None:
-    layer.restore_buffers()
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What drop-in families build: a module of several matrices in place of one projection, with its sides and FLOPs."""
+"""What drop-in families build: a module of several matrices in place of one projection."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.stock import is_conv1d, stock_layer_of, stock_matrix
 
 
 @dataclass(frozen=True)
@@ -42,45 +42,38 @@ class CompositeProjection(nn.Module):
     """A projection made of several matrices.
 
     Args:
-        dense: the `Linear` or `Conv1D` to replace; its bias is taken over, added last.
+        dense: the `Linear` or `Conv1D` to replace. Its bias is taken over, and added last.
 
     Attributes:
-        in_features, out_features: sides, as the dense projection's.
+        in_features, out_features: the sides of the dense projection.
+        is_conv1d: whether the replaced layer is a `Conv1D`, so that `to_dense` makes one again.
     """
 
     bias: Any
 
     def __init__(self, dense: nn.Module) -> None:
         super().__init__()
-        self.is_conv1d = isinstance(dense, Conv1D)
-        weight: Any = dense.weight
-        self.out_features, self.in_features = weight.T.shape if self.is_conv1d else weight.shape
+        self.is_conv1d = is_conv1d(dense)
+        self.out_features, self.in_features = stock_matrix(dense).shape
         self.bias = dense.bias
         self.register_load_state_dict_pre_hook(_drop_stock_weight)
         self.train(dense.training)
 
     def matrix(self) -> Tensor:
-        """The one (out, in) matrix that computes the same.
+        """The (out, in) matrix that computes the same.
 
         Raises:
-            ValueError: there is none, because of a non-linearity.
+            ValueError: no single matrix does, because of a non-linearity.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """The stock layer that computes the same; raises ValueError as `matrix` does."""
-        weight = self.matrix()
-        stock: nn.Module
-        with torch.device("meta"):
-            if self.is_conv1d:
-                stock = Conv1D(self.out_features, self.in_features)
-            else:
-                stock = nn.Linear(self.in_features, self.out_features, bias=False)
         takes_gradient = any(p.requires_grad for name, p in self.named_parameters() if name != "bias")
-        stock.weight = nn.Parameter(weight.T.contiguous() if self.is_conv1d else weight, takes_gradient)
-        stock.bias = self.bias
-        return stock.train(self.training)
+        return stock_layer_of(
+            self.matrix(), self.bias, as_conv1d=self.is_conv1d, requires_grad=takes_gradient, training=self.training
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -90,14 +83,15 @@ class CompositeProjection(nn.Module):
 
 
 def _drop_stock_weight(_: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Pass over what `stock_weights` adds to checkpoints."""
+    """Leave out what `stock_weights` adds to checkpoints."""
     state.pop(prefix + "weight", None)
 
 
 def stock_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds in place of the weights that composite projections replace, by name.
+    """What a checkpoint holds under the names of the weights that composite projections replace.
 
-    One zero each: a stock class finds a weight of another shape, and raises an error instead of drawing a random one.
+    Each is a single zero. A stock class that loads the checkpoint finds a weight of another shape and raises an error,
+    where it would draw a random weight if it found none.
     """
     composites = [name for name, module in model.named_modules() if isinstance(module, CompositeProjection)]
     return {f"{name}.weight": torch.zeros(1) for name in composites}
@@ -111,7 +105,7 @@ def matrix_of(layer: nn.Module) -> Tensor:
 
 
 def root_mean_square(dense: nn.Module) -> float:
-    """Of a projection's weights; 0.02, GPT-2's, where they have no values."""
+    """The root mean square of a projection's weights; on the meta device, without values, GPT-2's 0.02."""
     weight: Any = dense.weight
     return 0.02 if weight.is_meta else float(weight.detach().double().square().mean().sqrt())
 

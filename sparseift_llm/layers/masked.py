@@ -1,6 +1,6 @@
 """Unstructured sparse projections: a dense weight with zeros, and its mask.
 
-They keep the parameters, names and arithmetic of the layers they replace.
+They keep the parameters, their names and the arithmetic of the layers that they replace.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.sharding import local, part_of, whole
+from sparseift_llm.layers.stock import is_conv1d, stock_layer
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.topology.heads import HeadGroups, drop_and_grow_per_head
 from sparseift_llm.topology.masks import drop_and_grow
@@ -20,18 +21,23 @@ from sparseift_llm.topology.masks import drop_and_grow
 class MaskedProjection(SparseProjection):
     """What `MaskedLinear` and `MaskedConv1D` share.
 
-    `weight` is 0 wherever `mask`, a buffer of its shape, is; the mask is not part of the state dict
-    (see mask_file.py).
-
     Attributes:
-        heads: groups that keep as many active weights each, or None.
+        weight: the dense parameter, exactly 0 wherever the mask is.
+        mask: bool buffer of the weight's shape. It is not in the state dict (see checkpoints/mask_file.py).
+        heads: groups of weights that keep their numbers of active weights, or None.
     """
 
+    mask: Tensor
     heads: HeadGroups | None = None
 
     def balance_heads(self, side: int, count: int) -> None:
-        """Let `count` heads along the outputs (side 0) or inputs (side 1) keep their active weights in every update."""
-        self.heads = HeadGroups(1 - side if isinstance(self, Conv1D) else side, count)
+        """Let every head keep its number of active weights from now on.
+
+        Args:
+            side: 0 for heads along the outputs, 1 for heads along the inputs.
+            count: the number of heads.
+        """
+        self.heads = HeadGroups(1 - side if is_conv1d(self) else side, count)
 
     def _adopt(self, dense: nn.Module, num_active: int, dense_shape: tuple[int, int]) -> None:
         self.weight = dense.weight  # type: ignore[assignment]
@@ -48,6 +54,16 @@ class MaskedProjection(SparseProjection):
     @property
     def unit_size(self) -> int:
         return 1
+
+    @property
+    def mask_shape(self) -> torch.Size:
+        return self.mask.shape
+
+    def current_mask(self) -> Tensor:
+        return self.mask
+
+    def count_active(self) -> int:
+        return int(self.mask.sum())
 
     @torch.no_grad()
     def weights_fit(self, mask: Tensor) -> bool:
@@ -87,9 +103,13 @@ class MaskedProjection(SparseProjection):
     def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
         if self.heads is not None:
             return drop_and_grow_per_head(self.mask, self.magnitude(), growth, fraction, phase, self.heads)
-        active = int(self.mask.sum())
+        active = self.count_active()
         num_changed = min(int(fraction * active), self.mask.numel() - active)
         return drop_and_grow(self.mask, self.magnitude(), growth, num_changed)
+
+    def to_dense(self) -> nn.Module:
+        """The stock layer around the same parameters."""
+        return stock_layer(self.weight, self.bias, as_conv1d=is_conv1d(self), training=self.training)  # type: ignore[arg-type]
 
 
 class MaskedLinear(MaskedProjection, nn.Linear):
@@ -112,14 +132,9 @@ class MaskedLinear(MaskedProjection, nn.Linear):
         """(..., in) -> (..., out)."""
         return F.linear(input, self._weight(), self.bias)
 
-    def to_dense(self) -> nn.Linear:
-        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense.weight, dense.bias = self.weight, self.bias
-        return dense.train(self.training)
-
 
 class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
-    """GPT-2's `Conv1D` with a sparse weight, stored (in, out) as there. Arguments as `MaskedLinear`."""
+    """GPT-2's `Conv1D` with a sparse weight, which it stores as (in, out). Arguments as `MaskedLinear`."""
 
     def __init__(self, dense: Conv1D, num_active: int, dense_shape: tuple[int, int]) -> None:
         with torch.device("meta"):
@@ -134,15 +149,9 @@ class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
         flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self._weight())
         return flat.view(*x.shape[:-1], self.nf)
 
-    def to_dense(self) -> Conv1D:
-        with torch.device("meta"):
-            dense = Conv1D(self.nf, self.nx)
-        dense.weight, dense.bias = self.weight, self.bias  # type: ignore[assignment]
-        return dense.train(self.training)
-
 
 def masked_projection(dense: nn.Module, num_active: int, dense_shape: tuple[int, int]) -> MaskedProjection:
-    """The masked twin of a `Linear` or `Conv1D`; it starts with every weight active."""
+    """The masked twin of a `Linear` or `Conv1D`. It starts with every weight active."""
     if isinstance(dense, Conv1D):
         return MaskedConv1D(dense, num_active, dense_shape)
     assert isinstance(dense, nn.Linear)
@@ -150,5 +159,5 @@ def masked_projection(dense: nn.Module, num_active: int, dense_shape: tuple[int,
 
 
 def has_surplus(weight: Tensor, mask: Tensor) -> bool:
-    """Whether a weight is not 0 somewhere where its mask is, both of any one shape."""
+    """Whether a weight differs from 0 anywhere where its mask is 0; both have one shape."""
     return bool(((weight != 0) & ~mask).any())

@@ -98,7 +98,7 @@ class MaskMetrics:
         """The rest of the state: bool masks of the units ever active, and of those grown last."""
         masks = {}
         for name, history in self._all_histories().items():
-            shape = tuple(self.controller.layers[name].mask.shape)
+            shape = self.controller.layers[name].mask_shape
             masks[f"ever/{name}"] = unpack(history.ever, shape)
             if history.grown is not None:
                 masks[f"grown/{name}"] = unpack(history.grown, shape)
@@ -113,7 +113,7 @@ class MaskMetrics:
         survival = counters["survival"]
         for name, layer in self.controller.layers.items():
             ever = masks.get(f"ever/{name}")
-            if ever is None or ever.shape != layer.mask.shape or survival.keys() != self.controller.layers.keys():
+            if ever is None or ever.shape != layer.mask_shape or survival.keys() != self.controller.layers.keys():
                 raise ValueError(f"the metrics' state is of another model: it does not fit {name}")
         self._histories = {}
         for name, (before, survived) in survival.items():
@@ -152,11 +152,11 @@ class MaskMetrics:
     def _all_histories(self) -> dict[str, UnitHistory]:
         """Made when first needed, so that masks which are loaded after this object was created count."""
         if not self._histories:
-            self._histories = {name: UnitHistory(pack(x.mask)) for name, x in self.controller.layers.items()}
+            self._histories = {name: UnitHistory(pack(x.current_mask())) for name, x in self.controller.layers.items()}
         return self._histories
 
     def _count(self, name: str, layer: SparseProjection) -> LayerCounts:
-        mask, unit, history = layer.mask, layer.unit_size, self._all_histories()[name]
+        mask, unit, history = layer.current_mask(), layer.unit_size, self._all_histories()[name]
         dead = sum(int((~mask.any(dim)).sum()) for dim in (0, 1))
         ever = num_ones(history.ever) * unit if self._has_seen_all_updates() else None
         grown = None if history.grown is None else num_ones(history.grown) * unit

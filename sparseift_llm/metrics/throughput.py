@@ -29,7 +29,7 @@ class TrainingFlops:
         flops = count_flops(model, seq_len)
         layers = sparse_layers(model).values()
         active = sum(layer.count_active() for layer in layers)
-        self._size = sum(layer.mask.numel() * layer.unit_size for layer in layers)
+        self._size = sum(layer.num_weights for layer in layers)
         self._around = isoflop.FlopCount(flops.linear - isoflop.linear_flops(active), flops.attention, flops.logit)
         self._tokens_per_step = tokens_per_step
         self._controller = controller

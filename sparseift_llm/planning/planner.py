@@ -300,7 +300,7 @@ def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCos
     if isinstance(model, PreTrainedConfig):
         model = build_model(model, meta=True)
     layers = sparse_layers(model).values()
-    inactive = sum(layer.mask.numel() * layer.unit_size - layer.count_active() for layer in layers)
+    inactive = sum(layer.num_weights - layer.count_active() for layer in layers)
     projections = find_projections(model)
     total = sum(projection.num_weights for projection in projections)
     flops = model_flops(model, projections, total - inactive, seq_len)

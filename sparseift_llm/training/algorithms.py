@@ -46,7 +46,7 @@ class Static:
         Returns:
             Bool mask, of the shape and on the device of the layer's.
         """
-        return layer.mask
+        return layer.current_mask()
 
 
 class SET(Static):
@@ -63,7 +63,7 @@ class SET(Static):
     def growth_scores(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
         """Scores of the mask's shape; the largest among the inactive ones grow."""
         seed = derive_seed(self.seed, "growth", step, index)
-        return random_scores(layer.mask.shape, seed).to(layer.weight.device)
+        return random_scores(layer.mask_shape, seed).to(layer.weight.device)
 
 
 class RigL(SET):
@@ -83,12 +83,12 @@ class GMP(Static):
         return schedules.is_pruning_step(step, self.config.update_every_steps, self.stop)
 
     def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
-        size = layer.mask.numel()
+        size = layer.num_weights
         final_sparsity = 1 - layer.num_active / size
         num_active = size - int(size * schedules.cubic_sparsity(step, self.stop, final_sparsity))
         if step >= self.stop:
             num_active = layer.num_active
-        return magnitude_mask(layer.mask, layer.magnitude(), min(num_active, int(layer.mask.sum())))
+        return magnitude_mask(layer.current_mask(), layer.magnitude(), min(num_active, layer.count_active()))
 
 
 ALGORITHMS: dict[str, type[Static]] = {"static": Static, "set": SET, "rigl": RigL, "gmp": GMP}

@@ -35,6 +35,7 @@ class AveragedCopies:
         for copied in self._copies:
             for name, layer in copied.items():
                 layer.dense_gradient = None
-                layer.set_mask(layers[name].mask.to(layer.mask.device))
-                if not torch.equal(layer.topology, layers[name].topology.to(layer.mask.device)):
+                device = layer.topology.device
+                layer.set_mask(layers[name].current_mask().to(device))
+                if not torch.equal(layer.topology, layers[name].topology.to(device)):
                     raise ValueError(f"{name}: the averaged copy's tiles are not the model's; copy the model again")

@@ -25,7 +25,7 @@ def world_size() -> int:
 
 def no_gradient(layer: SparseProjection) -> Tensor:
     """What a rank that did not use the layer adds to its dense gradient."""
-    return torch.zeros(layer.gradient_shape, dtype=gradient_dtype(layer), device=layer.mask.device)
+    return torch.zeros(layer.gradient_shape, dtype=gradient_dtype(layer), device=layer.topology.device)
 
 
 def gradient_dtype(layer: SparseProjection) -> torch.dtype:

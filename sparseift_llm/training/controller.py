@@ -109,7 +109,7 @@ class SparseTrainingController(Joinable):
         self.listeners: list[UpdateListener] = []
         self._copies = AveragedCopies()
         self._num_active = self._count_active()
-        self.ranks = Ranks(next(iter(self.layers.values())).mask.device)
+        self.ranks = Ranks(next(iter(self.layers.values())).topology.device)
         self.ranks.check_same_schedule(f"total_steps={total_steps}, {config.dst}, seed={config.seed}")
         self.ranks.check_same_masks(self._masks(), self.step)
         if self._zero is not None:
@@ -160,8 +160,8 @@ class SparseTrainingController(Joinable):
 
     def state_dict(self) -> dict[str, Any]:
         """Step, counters and packed masks: all that a resumed run needs."""
-        masks = {name: pack(layer.mask) for name, layer in self.layers.items()}
-        shapes = {name: list(layer.mask.shape) for name, layer in self.layers.items()}
+        masks = {name: pack(layer.current_mask()) for name, layer in self.layers.items()}
+        shapes = {name: list(layer.mask_shape) for name, layer in self.layers.items()}
         return {**self.counters(), "masks": masks, "shapes": shapes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -221,7 +221,7 @@ class SparseTrainingController(Joinable):
         return dist.group.WORLD
 
     def _masks(self) -> dict[str, Tensor]:
-        return {name: layer.mask for name, layer in self.layers.items()}
+        return {name: layer.current_mask() for name, layer in self.layers.items()}
 
     def _count_active(self) -> int:
         return sum(layer.count_active() for layer in self.layers.values())
@@ -253,7 +253,7 @@ class SparseTrainingController(Joinable):
             with gathered(layer.weight):
                 mask = self.algorithm.next_mask(layer, self.step, index, growth)
                 for listener in self.listeners:
-                    listener(name, layer.mask, mask, growth)
+                    listener(name, layer.current_mask(), mask, growth)
                 changed = layer.set_mask(mask)
             if self._zero is None:
                 zero_state(self.optimizer, layer.weight, changed, name)

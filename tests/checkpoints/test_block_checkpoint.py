@@ -33,7 +33,7 @@ def block_model(arch: str = "llama", seed: int = 0, scope: str = "model", **chan
     dense = tiny_model(arch, seed=seed, **changes)
     model = sparsify(dense, SparseIFTConfig(structure="block", block_size=SIZE, scope=scope, seed=seed))
     for layer in sparse_layers(model).values():
-        layer.set_mask(layer.mask.roll(1, dims=1))
+        layer.set_mask(layer.current_mask().roll(1, dims=1))
     shake(model)
     return model
 
@@ -206,7 +206,7 @@ def test_the_check_of_to_dense_catches_a_moved_tile(arch: str) -> None:
     model = block_model(arch)
     dense = to_dense(model)
     layer = list(sparse_layers(model).values())[-1]
-    layer.set_mask(layer.mask.roll(1, dims=1))
+    layer.set_mask(layer.current_mask().roll(1, dims=1))
     with pytest.raises(AssertionError):
         check_dense(dense, model)
 
@@ -221,7 +221,7 @@ def test_deepcopy_is_whole_and_independent(arch: str, tmp_path: Path) -> None:
     check_equal(twin, model)
     before = copy.deepcopy(whole_state(model))
     for layer in sparse_layers(twin).values():
-        layer.set_mask(layer.mask.roll(1, dims=1))
+        layer.set_mask(layer.current_mask().roll(1, dims=1))
     shake(twin)
     assert not differences(before, whole_state(model))
     twin.save_pretrained(tmp_path)

@@ -173,7 +173,7 @@ def test_masks_of_other_weights(copied: Path) -> None:
     """A tile in the mask that the weights do not hold: neither is trusted."""
     model = block_model(num_hidden_layers=1)
     layer = list(sparse_layers(model).values())[-1]
-    layer.set_mask(layer.mask.roll(1, dims=1))
+    layer.set_mask(layer.current_mask().roll(1, dims=1))
     save_masks(model, copied)
     refused(copied, "the masks in .* are not those of its weights; restore the folder")
 

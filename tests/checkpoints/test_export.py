@@ -85,7 +85,7 @@ def stored_share(folder: Path, model: PreTrainedModel) -> tuple[float, float]:
     stored, layers = load_file(folder / WEIGHTS), sparse_layers(model)
     names = [f"{name}.{part}" for name in layers for part in ("weight", "columns")]
     num_bytes = sum(stored[name].nbytes for name in names if name in stored) + (folder / MASKS_NAME).stat().st_size
-    size = sum(layer.mask.numel() * layer.unit_size for layer in layers.values())
+    size = sum(layer.num_weights for layer in layers.values())
     active = sum(layer.count_active() for layer in layers.values())
     return num_bytes / (size * model.dtype.itemsize), active / size
 
@@ -133,7 +133,7 @@ def test_values_and_masks_of_two_exports_do_not_mix(tmp_path: Path) -> None:
     model = sparse_model("wide")
     save_export(model, tmp_path / "first", "sparse")
     layer = next(iter(sparse_layers(model).values()))
-    layer.set_mask(layer.mask.roll(1, dims=1))  # as many active weights, elsewhere
+    layer.set_mask(layer.current_mask().roll(1, dims=1))  # as many active weights, elsewhere
     save_export(model, tmp_path / "second", "sparse")
     (tmp_path / "second" / MASKS_NAME).replace(tmp_path / "first" / MASKS_NAME)
     for load in (load_pretrained, AutoModelForCausalLM.from_pretrained):

@@ -49,7 +49,7 @@ def own_model(layout: str, arch: str = "gpt2", dtype: torch.dtype = torch.float6
     dense = tiny_model(arch, dtype, **WIDTHS.get(arch, {}))
     model = sparsify(dense, SparseIFTConfig(**LAYOUTS[layout]))
     for layer in sparse_layers(model).values():
-        layer.set_mask(layer.mask.roll(1, dims=1))
+        layer.set_mask(layer.current_mask().roll(1, dims=1))
     shake(model)
     return model.eval()
 

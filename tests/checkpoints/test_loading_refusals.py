@@ -152,7 +152,7 @@ def without_masks(folder: Path) -> None:
 def other_masks(folder: Path) -> None:
     model = load_pretrained(folder)
     for layer in sparse_layers(model).values():
-        layer.set_mask(layer.mask.roll(1, dims=1))
+        layer.set_mask(layer.current_mask().roll(1, dims=1))
     model.save_pretrained(folder / "other")
     (folder / "other" / MASKS_NAME).replace(folder / MASKS_NAME)
 

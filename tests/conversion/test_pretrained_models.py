@@ -54,7 +54,7 @@ def test_counts_records_training_and_checkpoints(family: str, structure: str, ar
     assert {name: layer.count_active() for name, layer in sparse_layers(model).items()} == planned
     optimizer = torch.optim.AdamW(optimizer_param_groups(model, 1e-2))
     controller = SparseTrainingController(model, optimizer, 20)
-    masks = {name: layer.mask.clone() for name, layer in sparse_layers(model).items()}
+    masks = {name: layer.current_mask().clone() for name, layer in sparse_layers(model).items()}
     losses = []
     for _ in range(5):
         loss = model(input_ids=token_ids(), labels=token_ids()).loss
@@ -64,7 +64,7 @@ def test_counts_records_training_and_checkpoints(family: str, structure: str, ar
         losses.append(loss.item())
     controller.close()
     assert losses[-1] < losses[0]
-    assert any(not torch.equal(layer.mask, masks[name]) for name, layer in sparse_layers(model).items())
+    assert any(not torch.equal(layer.current_mask(), masks[name]) for name, layer in sparse_layers(model).items())
     assert {name: layer.count_active() for name, layer in sparse_layers(model).items()} == planned
     model.eval().save_pretrained(tmp_path)
     loaded = load_pretrained(tmp_path, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_gradual_pruning_starts_as_the_dense_model(family: str) -> None:
     sparse = started(dense, family, dst=DSTConfig("gmp"))
     if family == "factorized, sparse u only":  # its inner side is narrower than the rank
         return
-    assert all(bool(layer.mask.all()) for layer in sparse_layers(sparse).values())
+    assert all(bool(layer.current_mask().all()) for layer in sparse_layers(sparse).values())
     torch.testing.assert_close(logits_of(sparse), logits_of(dense), rtol=1e-8, atol=1e-10)
 
 

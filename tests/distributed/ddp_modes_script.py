@@ -248,7 +248,7 @@ def other_masks(rank: int, folder: Path) -> dict[str, Any]:
 
     same, other = sparse_gpt2("rigl"), sparse_gpt2("rigl")
     for layer in sparse_layers(other).values():
-        layer.set_mask(layer.mask.roll(1, dims=1) if layer.unit_size > 1 else ~layer.mask)
+        layer.set_mask(layer.current_mask().roll(1, dims=1) if layer.unit_size > 1 else ~layer.current_mask())
     fewer = sparse_gpt2("rigl")
     fewer.transformer.h[0].mlp.c_proj = nn.Identity()  # type: ignore[union-attr, index]
     controller = start(same)
@@ -271,7 +271,7 @@ def start_alone(model: PreTrainedModel) -> dict[str, Any]:
     """The state of a controller of a model whose masks are this rank's own."""
     from sparseift_llm.checkpoints.mask_file import pack
 
-    return {"masks": {name: pack(layer.mask) for name, layer in sparse_layers(model).items()}}
+    return {"masks": {name: pack(layer.current_mask()) for name, layer in sparse_layers(model).items()}}
 
 
 def uneven_reference() -> Iterator[list[Tensor]]:

@@ -71,7 +71,7 @@ def corrupted(rank: int, folder: Path) -> dict[str, Any]:
     train(wrapped, optimizer, batches(4))
     if rank == 1:
         layer = sparse_layers(model)[first_sparse(model, "mlp.c_fc")]
-        mask = layer.mask.clone()
+        mask = layer.current_mask().clone()
         if isinstance(layer, BlockSparseLinear):  # a single tile could be dropped by the update itself
             mask = mask.roll(1, dims=1)
         else:

@@ -174,7 +174,7 @@ def train(
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all masks."""
-    return {name: layer.mask.clone() for name, layer in sparse_layers(model).items()}
+    return {name: layer.current_mask().clone() for name, layer in sparse_layers(model).items()}
 
 
 def snapshot(model: nn.Module, optimizer: Any) -> dict[str, Any]:

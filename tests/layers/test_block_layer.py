@@ -138,7 +138,7 @@ def test_set_mask_reassigns_slots_by_hand() -> None:
 def test_a_mask_with_other_counts_is_refused_and_changes_nothing() -> None:
     layer = make()
     before = copy.deepcopy(layer.state_dict())
-    mask = layer.mask
+    mask = layer.current_mask()
     mask[0] = ~mask[0]
     mask[0, :2] = True
     for wrong in (mask, torch.ones(2, 2, dtype=torch.bool)):
@@ -147,9 +147,22 @@ def test_a_mask_with_other_counts_is_refused_and_changes_nothing() -> None:
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
 
 
+def test_the_mask_is_made_from_the_columns_at_each_call() -> None:
+    layer = make(rows=2, columns=3, num_tiles=3, size=4)
+    layer.set_columns(torch.tensor([1, 0, 2], dtype=torch.int32))
+    mask = layer.current_mask()
+    assert mask.tolist() == [[False, True, False], [True, False, True]]
+    assert mask.shape == layer.mask_shape == (2, 3)
+    assert layer.num_weights == 2 * 3 * 16
+    assert layer.count_active() == int(mask.sum()) * layer.unit_size == layer.weight.numel() == 3 * 16
+    mask.fill_(True)  # the layer does not notice
+    assert int(layer.current_mask().sum()) == 3
+    assert not hasattr(layer, "mask")  # an attribute would hide what it costs
+
+
 def test_state_dict_carries_the_tiles() -> None:
     first, second = make(), make()
-    second.set_mask(second.mask.flip(1))
+    second.set_mask(second.current_mask().flip(1))
     assert not torch.equal(first.columns, second.columns)
     second.load_state_dict(first.state_dict())
     x = inputs(first)

@@ -242,7 +242,8 @@ def test_set_mask_zeroes_with_a_positive_sign_and_in_place() -> None:
     chosen[0, 0] = False
     layer.set_mask(chosen)
     assert layer.weight is weight
-    assert layer.mask is mask
+    assert layer.current_mask() is layer.mask is mask  # stored, so asking costs nothing
+    assert (layer.mask_shape, layer.num_weights, layer.count_active()) == (mask.shape, mask.numel(), 5)
     assert torch.equal(layer.mask, chosen)
     assert torch.equal(layer.weight, torch.where(chosen, -1.0, 0.0).double())
     assert not layer.weight.signbit()[~chosen].any()

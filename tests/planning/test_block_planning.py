@@ -208,7 +208,7 @@ def check_built(model: PreTrainedModel, result: Plan) -> None:
         assert (built.out_features, built.in_features) == layer.sparse_shape
         assert (built.num_active, built.count_active()) == (layer.num_active, layer.num_active)
         assert built.dense_shape == layer.dense_shape
-        fan_in = built.mask.sum(1)
+        fan_in = built.current_mask().sum(1)
         assert int(fan_in.max()) - int(fan_in.min()) <= 1 <= int(fan_in.min())
         index_bytes += sum(buffer.numel() * buffer.element_size() for buffer in built.buffers())
     stored = sum(parameter.numel() for parameter in model.parameters())

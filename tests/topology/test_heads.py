@@ -80,7 +80,7 @@ def counts_per_head(layer: SparseProjection, kind: str, num_heads: int) -> Tenso
     """Active weights of each head, from the dense matrix (out, in) that the mask stands for."""
     if isinstance(layer, BlockSparseLinear):
         size = layer.block_size
-        matrix = layer.mask.repeat_interleave(size, 0).repeat_interleave(size, 1)
+        matrix = layer.current_mask().repeat_interleave(size, 0).repeat_interleave(size, 1)
     else:
         matrix = layer.mask.T if hasattr(layer, "nf") else layer.mask
     sides = matrix.T if kind == "o" else matrix
@@ -149,7 +149,7 @@ def test_planted_fault_an_update_over_the_whole_matrix() -> None:
 def test_the_rest_of_the_model_is_as_without_it() -> None:
     with_it, without = balanced("llama"), balanced("llama", balance_heads=False)
     for name, layer in sparse_layers(with_it).items():
-        same = torch.equal(layer.mask, sparse_layers(without)[name].mask)
+        same = torch.equal(layer.current_mask(), sparse_layers(without)[name].current_mask())
         assert same == ("mlp" in name)
     assert plan(decoder_config("llama"), SparseIFTConfig(balance_heads=True)).ratio_linear == 1.0
 

@@ -45,7 +45,7 @@ def masked_twin(model: PreTrainedModel) -> PreTrainedModel:
     twin = to_dense(model)
     for name, layer in sparse_layers(model).items():
         masked = masked_projection(twin.get_submodule(name), layer.num_active, layer.dense_shape)
-        masked.set_mask(expanded(layer.mask))
+        masked.set_mask(expanded(layer.current_mask()))
         _replace(twin, name, masked)
     return twin
 
@@ -79,7 +79,7 @@ class PlainUpdates:
         self.layers = sparse_layers(twin)
         self.optimizer, self.algorithm = optimizer, algorithm
         self.step, self.stop = 0, 51
-        self.tiles = {name: layer.mask.T[::SIZE, ::SIZE].clone() for name, layer in self.layers.items()}
+        self.tiles = {name: layer.current_mask().T[::SIZE, ::SIZE].clone() for name, layer in self.layers.items()}
         self.arm()
 
     def arm(self) -> None:
@@ -117,7 +117,7 @@ def check_against_masked(algorithm: str, micro_batches: int | None = None) -> No
     history: list[dict[str, Tensor]] = []
     train(
         model, optimizer, batches(STEPS),
-        after_step=lambda: history.append({name: layer.mask for name, layer in sparse_layers(model).items()}),
+        after_step=lambda: history.append({name: layer.current_mask() for name, layer in sparse_layers(model).items()}),
     )  # fmt: skip
     step = 0
 
@@ -193,7 +193,7 @@ def test_one_micro_batch_keeps_scores_not_gradients() -> None:
     for layer in sparse_layers(model).values():
         assert layer.dense_gradient is not None
         assert layer.dense_gradient.total is not None
-        assert layer.dense_gradient.total.shape == layer.mask.shape
+        assert layer.dense_gradient.total.shape == layer.current_mask().shape
     with pytest.raises(RuntimeError, match=r"second backward pass .* micro_batches=1"):
         model(input_ids=batch, labels=batch).loss.backward()
 

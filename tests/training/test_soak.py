@@ -47,4 +47,6 @@ def test_soak() -> None:
 def rows_of_tiles(model: torch.nn.Module) -> dict[str, list[int]]:
     """Active tiles per block-row."""
     layers = sparse_layers(model).items()
-    return {name: layer.mask.sum(1).tolist() for name, layer in layers if isinstance(layer, BlockSparseLinear)}
+    return {
+        name: layer.current_mask().sum(1).tolist() for name, layer in layers if isinstance(layer, BlockSparseLinear)
+    }
