@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from sparseift_llm.cli.main import main
+from sparseift_llm.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["bench", *sys.argv[1:]]))

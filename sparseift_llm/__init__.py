@@ -3,19 +3,30 @@
 Importing the package teaches transformers its checkpoints: `AutoModelForCausalLM.from_pretrained`, pipelines and
 lm-eval load them. `load_pretrained` gives the trainable model in every case; `save_export` writes a stock dense model,
 or active weights alone.
+
+The import is cheap. torch, transformers and the modules of this package are imported when a public name is first used.
 """
 
-__version__ = "0.1.0"
+from __future__ import annotations
 
-from sparseift_llm.analysis.spectral import spectral_report
-from sparseift_llm.checkpoints.export import save_export
-from sparseift_llm.checkpoints.loading import load_pretrained
-from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
-from sparseift_llm.conversion.install import sparsify, to_dense
-from sparseift_llm.conversion.scaling import optimizer_param_groups
-from sparseift_llm.planning.planner import count_flops, plan
-from sparseift_llm.trainer.callback import SparseTrainingCallback
-from sparseift_llm.training.controller import SparseTrainingController
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from sparseift_llm.checkpoints.registration import register_with_transformers
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports them, from `_PUBLIC` below
+    from sparseift_llm.analysis.spectral import spectral_report
+    from sparseift_llm.checkpoints.export import save_export
+    from sparseift_llm.checkpoints.loading import load_pretrained
+    from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
+    from sparseift_llm.conversion.install import sparsify, to_dense
+    from sparseift_llm.conversion.scaling import optimizer_param_groups
+    from sparseift_llm.planning.planner import count_flops, plan
+    from sparseift_llm.trainer.callback import SparseTrainingCallback
+    from sparseift_llm.training.controller import SparseTrainingController
+
+    __version__: str
 
 __all__ = [
     "DSTConfig",
@@ -31,3 +42,43 @@ __all__ = [
     "spectral_report",
     "to_dense",
 ]
+
+# The module that each public name lives in. A test compares this table with `__all__` and with the imports above.
+_PUBLIC = {
+    "DSTConfig": "config.transform",
+    "SparseIFTConfig": "config.transform",
+    "SparseTrainingCallback": "trainer.callback",
+    "SparseTrainingController": "training.controller",
+    "count_flops": "planning.planner",
+    "load_pretrained": "checkpoints.loading",
+    "optimizer_param_groups": "conversion.scaling",
+    "plan": "planning.planner",
+    "save_export": "checkpoints.export",
+    "sparsify": "conversion.install",
+    "spectral_report": "analysis.spectral",
+    "to_dense": "conversion.install",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, the version, or a module of this package when it is first asked for."""
+    value: Any
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version(__name__)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # so that this function is called only once per name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+register_with_transformers()

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-import sparseift_llm.checkpoints.transformers_hook  # noqa: F401  # registers the hook
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, read_masks
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.models.layout import has_own_layout, is_marked, mark

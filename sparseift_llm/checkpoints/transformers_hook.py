@@ -1,4 +1,4 @@
-"""How `from_pretrained` restores models of own layout: importing this file registers transformers' hook for it.
+"""How `from_pretrained` restores models of own layout: the loader that the entry in registry_entry.py stands for.
 
 The hook is the one that quantisers use, which may swap modules while the model is on the meta device, before its
 weights are read. Nothing is quantised, and nothing of the quantiser stays on the model.
@@ -14,44 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, digest, masks_of, read_masks
+from sparseift_llm.checkpoints.registry_entry import LayoutConfig
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection, stock_weights
 from sparseift_llm.layers.masked import MaskedProjection
-from sparseift_llm.models.layout import QUANT_METHOD, mark
+from sparseift_llm.models.layout import mark
 from sparseift_llm.planning.planner import plan_of
 
 
-@register_quantization_config(QUANT_METHOD)
-class LayoutConfig(QuantizationConfigMixin):
-    """What `quantization_config` in config.json says; the transformation itself stands under `sparse_ift`.
-
-    Args:
-        quant_method: `sparse_ift`.
-        packed_by: see `layout.mark`.
-
-    Raises:
-        ValueError: another field, so the folder was written by a later version.
-    """
-
-    def __init__(self, quant_method: str = QUANT_METHOD, packed_by: str | None = None, **unknown: Any) -> None:
-        if unknown:
-            raise ValueError(
-                f"quantization_config in config.json has {sorted(unknown)}, which this version of sparseift_llm does "
-                "not know; load the model with the version that saved it"
-            )
-        self.quant_method: Any = quant_method
-        self.packed_by = packed_by
-
-
-@register_quantizer(QUANT_METHOD)
 class LayoutLoader(HfQuantizer):
     """Gives a model its sparse layers before its weights are read, and its masks afterwards.
 

@@ -19,7 +19,7 @@ from sparseift_llm import SparseIFTConfig, sparsify, spectral_report
 from sparseift_llm.analysis.checkpoints import analyze, render
 from sparseift_llm.analysis.correlation import correlate
 from sparseift_llm.checkpoints.mask_file import read_digest
-from sparseift_llm.cli.main import main
+from sparseift_llm.cli import main
 from tests.helpers.models import tiny_model
 from tests.helpers.pretrain_runs import RIGL, read_json, tiny_recipe
 from tests.helpers.scripts import load_script

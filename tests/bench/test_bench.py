@@ -12,7 +12,8 @@ import torch
 from sparseift_llm.bench import rows as bench
 from sparseift_llm.bench.measure import peak_bytes, take_turns
 from sparseift_llm.bench.rows import CROSSOVER, ROWS, Row, render
-from sparseift_llm.cli.main import _BENCH_BEGINNING, main
+from sparseift_llm.cli import main
+from sparseift_llm.cli.bench import RESULT_BEGINNING
 from sparseift_llm.ops.kernels.native import NATIVE
 from sparseift_llm.utils.outputs import refuse_foreign
 from tests.helpers.paths import ROOT
@@ -130,7 +131,7 @@ def test_committed_results_can_be_regenerated() -> None:
     paths = list((ROOT / "benchmarks" / "results" / "bench").glob("*.json"))
     assert paths
     for path in paths:
-        refuse_foreign([path], _BENCH_BEGINNING, "sparseift bench")
+        refuse_foreign([path], RESULT_BEGINNING, "sparseift bench")
 
 
 @pytest.mark.parametrize(

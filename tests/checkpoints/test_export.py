@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from sparseift_llm import DSTConfig, SparseIFTConfig, load_pretrained, save_export, sparsify, to_dense
 from sparseift_llm.checkpoints import export
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME
-from sparseift_llm.cli.main import main
+from sparseift_llm.cli import main
 from sparseift_llm.data.options import DataConfig, load_tokenizer
 from sparseift_llm.layers.base import sparse_layers
 from tests.helpers.models import gradients_of, logits_of, shake, tiny_model

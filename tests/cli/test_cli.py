@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sparseift_llm.cli.main import main
+from sparseift_llm.cli import main
 from sparseift_llm.models.presets import PRESETS, load_config
 from tests.helpers.pretrain_runs import ENVIRONMENT
 from tests.reporting.test_comparison import DENSE, SPARSE, write_metrics, write_run

@@ -65,7 +65,7 @@ def test_the_core_imports_without_optional_packages() -> None:
         "import sys\n"
         "for name in ('datasets', 'lm_eval', 'matplotlib', 'triton'):\n"
         "    sys.modules[name] = None\n"
-        "import sparseift_llm, sparseift_llm.data.options, sparseift_llm.runs.recipe, sparseift_llm.cli.main\n"
+        "import sparseift_llm, sparseift_llm.data.options, sparseift_llm.runs.recipe, sparseift_llm.cli\n"
         "import sparseift_llm.reporting.page.page\n"
         "for name in sparseift_llm.__all__:\n"
         "    getattr(sparseift_llm, name)\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,21 +14,16 @@ from transformers import AutoModelForCausalLM
 from sparseift_llm import SparseIFTConfig
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.presets import load_config, load_trained
+from sparseift_llm.runs import pretrain
 from sparseift_llm.runs.recipe import ModelConfig, load_recipe
 from tests.helpers.models import logits_of, tiny_model
 from tests.helpers.pretrain_runs import read_json, tiny_recipe
-from tests.helpers.scripts import load_script
 
 FAMILY = "{family: parallel, nonlinearity: none, dst: {update_every_steps: 2}}"
 
 
 @pytest.fixture(scope="module")
-def pretrain() -> ModuleType:
-    return load_script("recipes/pretrain.py")
-
-
-@pytest.fixture(scope="module")
-def dense_run(tmp_path_factory: pytest.TempPathFactory, pretrain: ModuleType) -> Path:
+def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe of a finished dense run, beside its output folder `run`."""
     recipe = tiny_recipe(tmp_path_factory.mktemp("dense"), max_steps=8)
     pretrain.main([str(recipe)])
@@ -44,9 +38,7 @@ def words(recipe: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("sparse_ift", ["null", FAMILY, "{scope: ffn}", "{family: doped}"])
-def test_a_run_starts_where_the_dense_one_ended(
-    dense_run: Path, pretrain: ModuleType, tmp_path: Path, sparse_ift: str
-) -> None:
+def test_a_run_starts_where_the_dense_one_ended(dense_run: Path, tmp_path: Path, sparse_ift: str) -> None:
     run = dense_run.parent / "run"
     recipe, _, _, data = pretrain.prepare(words(dense_run, tmp_path / "out", "--sparse_ift", sparse_ift))
     model = pretrain.make_model(recipe, data).eval()
@@ -59,7 +51,7 @@ def test_a_run_starts_where_the_dense_one_ended(
     assert (recipe.sparse_ift is None) or recipe.sparse_ift.init == "pretrained"
 
 
-def test_training_goes_on_and_resumes(dense_run: Path, pretrain: ModuleType, tmp_path: Path) -> None:
+def test_training_goes_on_and_resumes(dense_run: Path, tmp_path: Path) -> None:
     options = words(dense_run, tmp_path / "out", "--sparse_ift", FAMILY)
     pretrain.main(options)
     summary = read_json(tmp_path / "out" / "summary.json")
@@ -101,7 +93,7 @@ def test_contradictions_in_a_recipe(
         load_recipe(path)
 
 
-def test_a_tokenizer_with_more_entries_is_refused(dense_run: Path, pretrain: ModuleType, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_entries_is_refused(dense_run: Path, tmp_path: Path) -> None:
     recipe, _, _, data = pretrain.prepare(words(dense_run, tmp_path / "out"))
     data.tokenizer.add_tokens(["<one more>"])
     with pytest.raises(ValueError, match=r"has 261 entries, but .* knows 260; set data.tokenizer"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from sparseift_llm import load_pretrained
 from sparseift_llm.data import options as data_module
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.runs import pretrain
 from sparseift_llm.runs.recipe import load_recipe
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain_runs import (
@@ -40,11 +41,6 @@ WIDE_LINEAR_PARAMS = 2 * 12 * 32**2
 
 
 @pytest.fixture(scope="module")
-def pretrain() -> ModuleType:
-    return load_script("recipes/pretrain.py")
-
-
-@pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A RigL run started as the README says, and what it printed."""
     folder = tmp_path_factory.mktemp("launched")
@@ -57,7 +53,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def dense_run(tmp_path_factory: pytest.TempPathFactory, pretrain: ModuleType) -> Path:
+def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe file of a finished dense run, beside its output folder `run`."""
     recipe = tiny_recipe(tmp_path_factory.mktemp("dense"), max_steps=4)
     pretrain.main([str(recipe)])
@@ -142,7 +138,7 @@ def test_training_flops_of_a_dense_run(dense_run: Path) -> None:
     assert not list((dense_run.parent / "run").glob("**/sparse_masks*"))
 
 
-def test_training_tokens_are_those_the_model_has_seen(tmp_path: Path, pretrain: ModuleType, monkeypatch: Any) -> None:
+def test_training_tokens_are_those_the_model_has_seen(tmp_path: Path, monkeypatch: Any) -> None:
     """Epochs are cut to whole steps, so that no batch at their end is smaller and none is counted twice."""
     seen = []
 
@@ -157,7 +153,7 @@ def test_training_tokens_are_those_the_model_has_seen(tmp_path: Path, pretrain: 
     assert read_json(tmp_path / "run" / "summary.json")["train_tokens"] == sum(seen)
 
 
-def test_activation_checkpointing_and_bf16(tmp_path: Path, pretrain: ModuleType) -> None:
+def test_activation_checkpointing_and_bf16(tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = tiny_recipe(tmp_path, RIGL, bf16=True, activation_checkpointing=True, save_strategy="no")
     pretrain.main([str(recipe), "--max_steps", "3", "--logging_steps", "1", "--stop_fraction", "1.0"])
@@ -173,7 +169,7 @@ def test_activation_checkpointing_and_bf16(tmp_path: Path, pretrain: ModuleType)
 # ---- refusals
 
 
-def refusal(pretrain: ModuleType, *words: str) -> str:
+def refusal(*words: str) -> str:
     with pytest.raises(SystemExit) as caught:
         pretrain.main(list(words))
     assert isinstance(caught.value.code, str)
@@ -181,9 +177,9 @@ def refusal(pretrain: ModuleType, *words: str) -> str:
     return caught.value.code
 
 
-def test_an_existing_run_is_not_overwritten(pretrain: ModuleType, dense_run: Path) -> None:
+def test_an_existing_run_is_not_overwritten(dense_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (dense_run.parent / "run").rglob("*")}
-    message = refusal(pretrain, str(dense_run))
+    message = refusal(str(dense_run))
     assert f"{dense_run.parent / 'run'} already holds a run; continue it with --resume_from_checkpoint true" in message
     assert {path: path.stat().st_mtime_ns for path in (dense_run.parent / "run").rglob("*")} == before
 
@@ -197,16 +193,14 @@ def test_an_existing_run_is_not_overwritten(pretrain: ModuleType, dense_run: Pat
         ("sparse_ift", ["--sparse_ift", "{sparsity: 0.5}"]),
     ],
 )
-def test_another_model_data_or_sparsity_is_not_resumed(
-    pretrain: ModuleType, dense_run: Path, section: str, override: list[str]
-) -> None:
+def test_another_model_data_or_sparsity_is_not_resumed(dense_run: Path, section: str, override: list[str]) -> None:
     record = (dense_run.parent / "run" / "recipe.json").read_text()
-    message = refusal(pretrain, str(dense_run), "--resume_from_checkpoint", "true", *override)
+    message = refusal(str(dense_run), "--resume_from_checkpoint", "true", *override)
     assert f"was begun with another {section}: " in message
     assert (dense_run.parent / "run" / "recipe.json").read_text() == record
 
 
-def check_record(pretrain: ModuleType, recipe: Path, record: dict[str, Any] | str) -> None:
+def check_record(recipe: Path, record: dict[str, Any] | str) -> None:
     """What pretrain.py does about the record of a run that is to go on."""
     path = recipe.parent / "run" / "recipe.json"
     path.parent.mkdir(exist_ok=True)
@@ -215,18 +209,18 @@ def check_record(pretrain: ModuleType, recipe: Path, record: dict[str, Any] | st
     pretrain.check_recipe(load_recipe(recipe), data, args)
 
 
-def test_a_run_of_an_older_version_goes_on(tmp_path: Path, pretrain: ModuleType) -> None:
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, RIGL)
     record = {**load_recipe(recipe).to_dict(), "data_fingerprint": "f00"}
     for section, option in (("model", "from_pretrained"), ("sparse_ift", "balance_heads")):
         del record[section][option]  # which it did not have
-    check_record(pretrain, recipe, record)
+    check_record(recipe, record)
     assert read_json(tmp_path / "run" / "recipe.json")["sparse_ift"]["balance_heads"] is False
     record["training"] = {"an_argument_that_transformers_dropped": 1}
-    check_record(pretrain, recipe, record)
+    check_record(recipe, record)
     record["sparse_ift"]["sparsity"] = 0.5
     with pytest.raises(ValueError, match="begun with another sparse_ift"):
-        check_record(pretrain, recipe, record)
+        check_record(recipe, record)
 
 
 @pytest.mark.parametrize(
@@ -239,9 +233,9 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path, pretrain: ModuleType)
         '{"model": {"nme": "a"}, "data": {}, "sparse_ift": null}',
     ],
 )
-def test_a_damaged_record_is_named(tmp_path: Path, pretrain: ModuleType, damage: str) -> None:
+def test_a_damaged_record_is_named(tmp_path: Path, damage: str) -> None:
     with pytest.raises(ValueError, match=r"recipe\.json is damaged, or of another version"):
-        check_record(pretrain, tiny_recipe(tmp_path), damage)
+        check_record(tiny_recipe(tmp_path), damage)
 
 
 @pytest.mark.parametrize(
@@ -260,11 +254,11 @@ def test_a_damaged_record_is_named(tmp_path: Path, pretrain: ModuleType, damage:
     ],
 )
 def test_mistakes_end_without_a_traceback(
-    tmp_path: Path, pretrain: ModuleType, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", _offline)
     recipe = tiny_recipe(tmp_path)
-    assert message in refusal(pretrain, str(recipe), *(word.replace("{folder}", str(tmp_path)) for word in words))
+    assert message in refusal(str(recipe), *(word.replace("{folder}", str(tmp_path)) for word in words))
 
 
 def _offline(name: str, **_: Any) -> Any:
@@ -272,33 +266,31 @@ def _offline(name: str, **_: Any) -> Any:
 
 
 @pytest.mark.parametrize("words", [[], ["--learning_rate", "1"]])
-def test_a_recipe_must_come_first(pretrain: ModuleType, words: list[str]) -> None:
-    assert "usage: accelerate launch recipes/pretrain.py RECIPE.yaml" in refusal(pretrain, *words)
+def test_a_recipe_must_come_first(words: list[str]) -> None:
+    assert "usage: accelerate launch recipes/pretrain.py RECIPE.yaml" in refusal(*words)
 
 
-def test_a_missing_recipe_file(pretrain: ModuleType, tmp_path: Path) -> None:
-    assert "none.yaml" in refusal(pretrain, str(tmp_path / "none.yaml"))
+def test_a_missing_recipe_file(tmp_path: Path) -> None:
+    assert "none.yaml" in refusal(str(tmp_path / "none.yaml"))
 
 
 @pytest.mark.parametrize("resume", ["null", "true"])
 @pytest.mark.parametrize("mistake", [["--corpus", "{folder}/short.txt"], ["--model.config.n_lyer", "2"]])
-def test_a_start_that_failed_is_not_a_run(
-    tmp_path: Path, pretrain: ModuleType, mistake: list[str], resume: str
-) -> None:
+def test_a_start_that_failed_is_not_a_run(tmp_path: Path, mistake: list[str], resume: str) -> None:
     """A typing error in a first command must not stand in the way of the corrected one."""
     words = [str(tiny_recipe(tmp_path)), "--resume_from_checkpoint", resume]
     (tmp_path / "short.txt").write_text("a")
-    refusal(pretrain, *words, *(word.replace("{folder}", str(tmp_path)) for word in mistake))
+    refusal(*words, *(word.replace("{folder}", str(tmp_path)) for word in mistake))
     _, _, resume_from, _ = pretrain.prepare(words)
     assert resume_from is None
 
 
-def test_a_run_is_not_resumed_on_other_text_of_the_same_name(tmp_path: Path, pretrain: ModuleType) -> None:
+def test_a_run_is_not_resumed_on_other_text_of_the_same_name(tmp_path: Path) -> None:
     words = [str(tiny_recipe(tmp_path)), "--resume_from_checkpoint", "true"]
     pretrain.main([*words, "--max_steps", "4"])
     with (tmp_path / "train.txt").open("a") as file:
         file.write(" and more")
-    assert "resume with the same recipe and text" in refusal(pretrain, *words)
+    assert "resume with the same recipe and text" in refusal(*words)
 
 
 # ---- without the Trainer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,9 +14,10 @@ from sparseift_llm import DSTConfig, plan, sparsify
 from sparseift_llm.conversion.scaling import cosine_to_plateau
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.architectures import build_model
+from sparseift_llm.runs import pretrain
+from sparseift_llm.runs.model import model_config
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from tests.helpers.pretrain_runs import RECIPES, VOCAB, curve, read_json, write_corpus
-from tests.helpers.scripts import load_script
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PAPER = [name for name in NAMES if name.startswith("gpt3_small")]
@@ -27,11 +27,6 @@ PAIRS = [
     ("small_cpu_dense", "small_cpu_wide75_rigl"),
     ("small_gpu_dense", "small_gpu_wide75_rigl"),
 ]
-
-
-@pytest.fixture(scope="module")
-def pretrain() -> ModuleType:
-    return load_script("recipes/pretrain.py")
 
 
 def recipe_of(name: str) -> Recipe:
@@ -44,7 +39,7 @@ def test_all_recipes_are_known_here() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_parses_and_its_arguments_hold(name: str, pretrain: ModuleType) -> None:
+def test_a_recipe_parses_and_its_arguments_hold(name: str) -> None:
     recipe = recipe_of(name)
     args = pretrain.training_arguments(load_recipe(RECIPES / f"{name}.yaml", ["--use_cpu", "true"]))
     assert args.max_steps == recipe.training["max_steps"] > 0
@@ -55,9 +50,9 @@ def test_a_recipe_parses_and_its_arguments_hold(name: str, pretrain: ModuleType)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_full_size_on_the_meta_device(name: str, pretrain: ModuleType) -> None:
+def test_full_size_on_the_meta_device(name: str) -> None:
     recipe = recipe_of(name)
-    config = pretrain.model_config(recipe)
+    config = model_config(recipe)
     assert recipe.data.seq_len <= config.max_position_embeddings
     dense = build_model(config, meta=True)
     assert {parameter.device.type for parameter in dense.parameters()} == {"meta"}
@@ -80,7 +75,7 @@ def test_full_size_on_the_meta_device(name: str, pretrain: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_paper_settings(name: str, pretrain: ModuleType) -> None:
+def test_paper_settings(name: str) -> None:
     """Source: the authors' GPT-3 125M configurations."""
     recipe, training = recipe_of(name), recipe_of(name).training
     assert (training["learning_rate"], training["weight_decay"]) == (6e-4, 0.1)
@@ -94,7 +89,7 @@ def test_paper_settings(name: str, pretrain: ModuleType) -> None:
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 512
     assert training["bf16"] is True
     assert recipe.model.init_truncation == 2.0
-    config = pretrain.model_config(recipe)
+    config = model_config(recipe)
     assert (config.n_embd, config.n_layer, config.n_head, config.n_inner) == (768, 12, 12, None)
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.1, 0.1, 0.1)
     assert (config.initializer_range, config.n_positions) == (0.02, 1024)
@@ -113,12 +108,12 @@ def test_paper_settings(name: str, pretrain: ModuleType) -> None:
         ),
     ],
 )
-def test_paper_widths_and_mask_updates(name: str, hidden: int, dst: DSTConfig, pretrain: ModuleType) -> None:
+def test_paper_widths_and_mask_updates(name: str, hidden: int, dst: DSTConfig) -> None:
     recipe = recipe_of(name)
     assert recipe.sparse_ift is not None
     assert (recipe.sparse_ift.family, recipe.sparse_ift.scope, recipe.sparse_ift.init) == ("wide", "model", "paper")
     assert recipe.sparse_ift.dst == dst
-    result = plan(pretrain.model_config(recipe), recipe.sparse_ift)
+    result = plan(model_config(recipe), recipe.sparse_ift)
     shapes = {layer.kind: layer.sparse_shape for layer in result.layers}
     assert shapes == {
         "qkv": (3 * hidden, hidden),
@@ -130,7 +125,7 @@ def test_paper_widths_and_mask_updates(name: str, hidden: int, dst: DSTConfig, p
     assert result.hf_config.n_head == 12
 
 
-def test_weights_are_truncated_at_two_deviations(pretrain: ModuleType, tmp_path: Path) -> None:
+def test_weights_are_truncated_at_two_deviations(tmp_path: Path) -> None:
     """Of the paper's initialisation, at a width where a few thousand of the weights would lie beyond."""
     _, _, _, data = pretrain.prepare(tiny_words("gpt3_small_dense", tmp_path))
     words = ["--model.config", "{n_embd: 128, n_layer: 2, n_head: 2, n_positions: 1024}"]
@@ -202,7 +197,7 @@ def tiny_words(name: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_tiny_steps(name: str, pretrain: ModuleType, tmp_path: Path) -> None:
+def test_two_tiny_steps(name: str, tmp_path: Path) -> None:
     words = tiny_words(name, tmp_path)
     recipe, args, resume_from, data = pretrain.prepare(words)
     assert resume_from is None

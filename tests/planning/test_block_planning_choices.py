@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, sparsify
-from sparseift_llm.cli.main import main
+from sparseift_llm.cli import main
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.presets import load_config
 from sparseift_llm.planning.planner import plan, plan_of

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparseift_llm.checkpoints.mask_file import read_masks
-from sparseift_llm.cli.main import main
+from sparseift_llm.cli import main
 from sparseift_llm.reporting.comparison import HEADLINES
 from sparseift_llm.reporting.page import page as page_module
 from sparseift_llm.reporting.page.page import write_report

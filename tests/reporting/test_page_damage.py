@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sparseift_llm.cli.main import main
+from sparseift_llm.cli import main
 from sparseift_llm.reporting.page.page import write_report
 from sparseift_llm.reporting.page.runs import Run
 from tests.helpers.html_pages import (

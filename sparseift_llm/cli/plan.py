@@ -1,0 +1,94 @@
+"""Show what Sparse-IFT makes of a model: sizes, FLOPs and memory, before anything is built or trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from sparseift_llm.utils.tables import terminal_table
+
+if TYPE_CHECKING:
+    from sparseift_llm.layers.composite import Part
+    from sparseift_llm.planning.planner import LayerPlan, Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `sparseift plan`."""
+    parser.add_argument("--model", required=True, help="preset, config.json, model folder or hub id")
+    parser.add_argument("--family", default="wide")
+    parser.add_argument("--scope", default="model", help="model or ffn")
+    parser.add_argument("--sparsity", type=float, required=True, help="zero fraction in [0, 1)")
+    parser.add_argument("--structure", default="unstructured", help="unstructured or block")
+    parser.add_argument("--block-size", type=int, help="side of a tile, with --structure block")
+    parser.add_argument("--distribution", default="uniform", help="uniform or erk")
+    parser.add_argument("--accounting", default="linears", help="linears or whole_model")
+    parser.add_argument("--seq-len", type=int, required=True, help="tokens per sequence, for attention FLOPs")
+    parser.add_argument("--targets", nargs="+", help="projection kinds to make sparse: q k v o mlp_in mlp_out")
+    parser.add_argument("--exclude", nargs="+", default=[], help="projection kinds to leave dense")
+    parser.add_argument("--width-multiple", type=int, default=1, help="round widths to multiples of this")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """The plan as a table, or as JSON."""
+    from sparseift_llm.config.transform import SparseIFTConfig
+    from sparseift_llm.models.presets import load_config
+    from sparseift_llm.planning.planner import plan
+
+    config = SparseIFTConfig(
+        family=arguments.family,
+        scope=arguments.scope,
+        sparsity=arguments.sparsity,
+        structure=arguments.structure,
+        block_size=arguments.block_size,
+        distribution=arguments.distribution,
+        accounting=arguments.accounting,
+        seq_len=arguments.seq_len,
+        targets=tuple(arguments.targets) if arguments.targets else None,
+        exclude=tuple(arguments.exclude),
+        width_multiple=arguments.width_multiple,
+    )
+    result = plan(load_config(arguments.model), config, arguments.seq_len)
+    return json.dumps(result.to_dict(), indent=2) if arguments.json else render_plan(result)
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as a table per kind of layer and whole-model totals, for a terminal."""
+    count = Counter((layer.kind, layer.dense_shape, _matrices(layer), layer.is_sparse) for layer in plan.layers)
+    header = ("kind", "layers", "dense (out x in)", "sparse (out x in)", "sparsity", "active / dense weights")
+    rows = []
+    for (kind, dense_shape, matrices, is_sparse), number in count.items():
+        group = [layer for layer in plan.layers if (layer.kind, _matrices(layer)) == (kind, matrices)]
+        active = sum(layer.num_active for layer in group)
+        size = sum(layer.num_weights for layer in group)
+        rows.append(
+            (
+                kind,
+                str(number),
+                f"{dense_shape[0]} x {dense_shape[1]}",
+                matrices,
+                f"{1 - active / size:.5f}" if is_sparse else "dense",
+                f"{active / (number * dense_shape[0] * dense_shape[1]):.4f}",
+            )
+        )
+    totals = []
+    dense, sparse = plan.dense.to_dict(), plan.sparse.to_dict()
+    for key in dense:
+        unit, scale = ("MFLOP", 1e6) if "flops" in key else ("MB", 1e6) if "bytes" in key else ("M", 1e6)
+        values = (f"{dense[key] / scale:.2f} {unit}", f"{sparse[key] / scale:.2f} {unit}")
+        totals.append((key, *values, f"{sparse[key] / dense[key]:.4f}"))
+    note = "FLOPs: multiply-adds of projections, attention and logits; norms and elementwise work are left out."
+    totals_table = terminal_table((f"per token, T={plan.seq_len}", "dense", "sparse", "ratio"), totals)
+    return "\n".join([terminal_table(header, rows), "", totals_table, "", note])
+
+
+def _matrices(layer: LayerPlan) -> str:
+    """The matrices in the layer's place, e.g. `1536 x 768 + 768 x 1536`. Dense parts are marked."""
+    shapes = Counter(f"{part.shape[0]} x {part.shape[1]}" + _mark(layer, part) for part in layer.matrices)
+    return " + ".join(f"{number} of {shape}" if number > 1 else shape for shape, number in shapes.items())
+
+
+def _mark(layer: LayerPlan, part: Part) -> str:
+    return " (dense)" if layer.is_sparse and not part.is_sparse else ""

@@ -1,0 +1,185 @@
+"""Pretraining from a recipe file, from its first check to `summary.json`.
+
+`sparseift pretrain` runs it in one process, and `accelerate launch recipes/pretrain.py` in several. The steps are
+functions of their own, so that a script of yours can replace one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+
+from sparseift_llm.data.options import LoadedData, load_data
+from sparseift_llm.planning.planner import cost_of
+from sparseift_llm.runs.model import make_model
+from sparseift_llm.runs.preparation import check_recipe, prepare_output, training_arguments
+from sparseift_llm.runs.recipe import Recipe, load_recipe
+from sparseift_llm.runs.record import SUMMARY_NAME, RunRecord
+from sparseift_llm.runs.trainer import AlreadyFinished, Pretrainer, StopBeforeExtraStep, sequences_per_step, whole_steps
+from sparseift_llm.trainer.callback import SparseTrainingCallback
+from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.provenance import commit, machine, versions
+
+logger = logging.getLogger("pretrain")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run of which everything has been checked that can be checked before it trains.
+
+    Args:
+        recipe: with its overrides applied.
+        args: its training section.
+        model: dense or sparse, with its initial weights.
+        data: tokenised training and held-out text.
+        resume_from: a complete checkpoint, or None to start at step 0.
+    """
+
+    recipe: Recipe
+    args: TrainingArguments
+    model: PreTrainedModel
+    data: LoadedData
+    resume_from: Path | None
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder that the run is written to."""
+        return Path(self.recipe.training["output_dir"])
+
+
+def main(words: list[str], program: Sequence[str] = ("recipes/pretrain.py",)) -> None:
+    """Train, evaluate and save. A mistake of the user ends the process with one line, without a traceback.
+
+    Args:
+        words: the recipe file and its overrides, as on the command line.
+        program: the words before them, for `command` in `summary.json`.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run = prepare_run(words)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"pretrain: {error}")
+    said = finish(run, [*program, *words])
+    if run.args.process_index == 0:
+        logger.info(said)
+
+
+def prepare_run(words: Sequence[str]) -> PreparedRun:
+    """Read the recipe, load its text, and build its model.
+
+    Raises:
+        ValueError: the user has to change the recipe, its text, or the output folder.
+        FileNotFoundError: a file that the recipe names is missing, or the recipe itself.
+    """
+    recipe, args, resume_from, data = prepare(words)
+    model = make_model(recipe, data)
+    check_recipe(recipe, data, args)
+    return PreparedRun(recipe, args, model, data, resume_from)
+
+
+def prepare(words: Sequence[str]) -> tuple[Recipe, TrainingArguments, Path | None, LoadedData]:
+    """Everything before the model: the recipe, its arguments, the checkpoint to resume, and the data."""
+    if not words or words[0].startswith("-"):
+        raise ValueError("usage: accelerate launch recipes/pretrain.py RECIPE.yaml [--field value ...]")
+    recipe = load_recipe(words[0], words[1:])
+    args = training_arguments(recipe)
+    output_dir = Path(recipe.training["output_dir"])
+    with args.main_process_first(local=False, desc="preparing the run"):
+        resume_from = prepare_output(recipe, output_dir, args)
+        data = load_data(recipe.data, output_dir / "data")
+    set_seed(args.seed)
+    return recipe, args, resume_from, data
+
+
+def finish(run: PreparedRun, command: Sequence[str]) -> str:
+    """Train a prepared run to its end, and write `summary.json` on the first rank.
+
+    Args:
+        run: see `prepare_run`.
+        command: the command line, for the summary.
+
+    Returns:
+        One line with the held-out loss and where the summary is.
+    """
+    summary = train(run.recipe, run.args, run.model, run.data, run.resume_from)
+    path = run.output_dir / SUMMARY_NAME
+    if run.args.process_index == 0:
+        write_json(path, {**summary, "command": shlex.join(command), "commit": commit()})
+    return f"eval loss {summary['eval_loss']:.4f}; wrote {path}"
+
+
+def train(
+    recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, data: LoadedData, resume_from: Path | None
+) -> dict[str, Any]:
+    """Run the Trainer to its end, save the model, and return the summary of the run.
+
+    Args:
+        recipe, args, model, data, resume_from: see `PreparedRun`.
+    """
+    tokens_per_step, seq_len = sequences_per_step(args) * recipe.data.seq_len, recipe.data.seq_len
+    sparse = None
+    if recipe.sparse_ift:
+        sparse = SparseTrainingCallback(
+            tokens_per_step=tokens_per_step, seq_len=seq_len, peak_flops_per_second="measure"
+        )
+    record = RunRecord(recipe.training["output_dir"], tokens_per_step, seq_len, sparse)
+    trainer = Pretrainer(
+        model=model,
+        args=args,
+        train_dataset=whole_steps(data.train, sequences_per_step(args)),
+        eval_dataset=data.eval,
+        processing_class=data.tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[*([sparse] if sparse else []), record, StopBeforeExtraStep()],
+    )
+    trainer.recipe = recipe
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except AlreadyFinished:
+        logger.info("%s is the run's last checkpoint: only evaluating", resume_from)
+    eval_loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    totals = record.totals(trainer.state.global_step, model)
+    return _summary(recipe, args, model, data, eval_loss, totals)
+
+
+def _summary(
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    data: LoadedData,
+    eval_loss: float,
+    totals: dict[str, Any],
+) -> dict[str, Any]:
+    """The contents of `summary.json` but for the command and the commit.
+
+    Args:
+        recipe, args, model, data: see `PreparedRun`.
+        eval_loss: held-out loss in nats per token.
+        totals: see `RunRecord.totals`.
+    """
+    cost = cost_of(model, recipe.data.seq_len)
+    return {
+        "eval_loss": eval_loss,
+        "perplexity": math.exp(eval_loss),
+        "bits_per_byte": eval_loss / math.log(2) / data.bytes_per_eval_token,
+        **totals,
+        "tokens_per_second": totals["train_tokens"] / totals["step_seconds"],
+        **cost.to_dict(),
+        "linear_sparsity": 1 - cost.linear_active_params / cost.linear_params,
+        "num_train_tokens": data.num_train_tokens,
+        "num_eval_tokens": data.num_eval_tokens,
+        "num_ranks": args.world_size,
+        "device": str(args.device),
+        "config": recipe.to_dict(),
+        "machine": machine(),
+        "versions": versions(),
+    }

@@ -1,0 +1,72 @@
+"""The Trainer of a recipe: its learning-rate groups and schedule, whole steps per epoch, and its last step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, Subset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from sparseift_llm.conversion.scaling import cosine_to_plateau, optimizer_param_groups
+from sparseift_llm.data.packing import RepeatedStream
+from sparseift_llm.runs.recipe import Recipe
+
+
+class Pretrainer(Trainer):
+    """Trainer with SµPar's learning-rate groups and a cosine that may end before training does."""
+
+    model: PreTrainedModel
+    recipe: Recipe
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.recipe.sparse_ift is None or self.recipe.sparse_ift.init != "supar":
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(optimizer_param_groups(self.model, kwargs["lr"], self.args.weight_decay), **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.recipe.lr_decay_steps is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        min_lr_rate = self.recipe.training["lr_scheduler_kwargs"]["min_lr_rate"]
+        schedule = cosine_to_plateau(warmup, self.recipe.lr_decay_steps, min_lr_rate)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), schedule)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+class AlreadyFinished(Exception):  # noqa: N818 - not an error
+    """The resumed checkpoint is the last one of the run."""
+
+
+class StopBeforeExtraStep(TrainerCallback):
+    """A Trainer that resumes at its last step would train one more; weights and masks are loaded by then."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise AlreadyFinished
+
+
+def sequences_per_step(args: TrainingArguments) -> int:
+    """Sequences of one optimizer step, over all ranks and all micro-batches."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def whole_steps(dataset: Any, sequences_per_step: int) -> Any:
+    """The training sequences, cut so that an epoch is a whole number of optimizer steps of the same size.
+
+    Raises:
+        ValueError: there are not enough sequences for one step.
+    """
+    if isinstance(dataset, IterableDataset):
+        return RepeatedStream(dataset)
+    length = len(dataset) // sequences_per_step * sequences_per_step
+    if length == 0:
+        raise ValueError(
+            f"the training text has {len(dataset)} sequences, one optimizer step needs {sequences_per_step}; lower "
+            "per_device_train_batch_size, gradient_accumulation_steps or seq_len, or give more text"
+        )
+    return Subset(dataset, range(length))
