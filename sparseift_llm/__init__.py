@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from sparseift_llm._moved import find_old_modules
 from sparseift_llm.checkpoints.registration import register_with_transformers
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports them, from `_PUBLIC` below
@@ -81,4 +82,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
 
 
+find_old_modules()
 register_with_transformers()

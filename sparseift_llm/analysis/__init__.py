@@ -1,1 +1,8 @@
 """Spectral quantities of masks and weights, and how they go with the final loss of runs."""
+
+from typing import TYPE_CHECKING
+
+from sparseift_llm._moved import old_names
+
+if not TYPE_CHECKING:  # so that type checkers still know what is here
+    __getattr__ = old_names(__name__)
