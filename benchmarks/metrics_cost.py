@@ -24,7 +24,7 @@ from transformers import GPT2Config, TrainerState, TrainingArguments
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, sparsify
 from sparseift_llm.bench.rows import ROWS
 from sparseift_llm.trainer.log import MaskReport, ReportOptions
-from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 
 REPEATS, UPDATE_EVERY, LOG_EVERY = 3, 100, 10

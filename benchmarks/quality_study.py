@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from sparseift_llm.bench.measure import take_turns
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.presets import load_config
 from sparseift_llm.runs.recipe import Recipe, load_recipe
-from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.files import write_json, write_text
 from sparseift_llm.utils.provenance import commit, machine, versions
 from sparseift_llm.utils.tables import markdown_table
 
@@ -203,8 +202,7 @@ def train(study: str, row: Row, rate: float) -> None:
             command, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=log, stderr=log
         )
     target = result_path(RESULTS, study, row, rate)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(HERE.parent / output / "summary.json", target)
+    write_text(target, (HERE.parent / output / "summary.json").read_text("utf-8"))
 
 
 def step_times(study: Study) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 
 from sparseift_llm import SparseIFTConfig, sparsify, spectral_report
 from sparseift_llm.models.presets import preset_config
-from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 
 

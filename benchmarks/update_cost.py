@@ -23,7 +23,7 @@ from transformers import GPT2Config
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, sparsify
 from sparseift_llm.bench.measure import seconds_of
 from sparseift_llm.bench.rows import ROWS
-from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 
 PAIRS, EVERY = 9, 100

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from sparseift_llm.evaluation.comparison import COMPARISON_BEGINNING, compare, markdown, read_arm
-from sparseift_llm.utils.outputs import in_words, refuse_foreign, write_json
+from sparseift_llm.utils.files import write_json, write_text
+from sparseift_llm.utils.outputs import in_words, refuse_foreign
 
 
 def main(words: list[str]) -> None:
@@ -32,7 +33,7 @@ def main(words: list[str]) -> None:
         print(text)
         if outputs:
             write_json(outputs[0], found)
-            outputs[1].write_text(text, encoding="utf-8")
+            write_text(outputs[1], text)
     except (ValueError, OSError) as error:
         sys.exit(f"compare: {in_words(error)}")
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config
 
 from sparseift_llm import SparseIFTConfig, SparseTrainingController, sparsify
-from sparseift_llm.data.options import DataConfig, load_data
+from sparseift_llm.data.loading import load_data
+from sparseift_llm.data.options import DataConfig
 
 STEPS, BATCH, SEQ_LEN = 200, 16, 128
 

@@ -27,7 +27,7 @@ from sparseift_llm.checkpoints.mask_file import MASKS_NAME, read_digest
 from sparseift_llm.checkpoints.trainer_folder import is_complete, numbered_checkpoints, read_trainer_state
 from sparseift_llm.reporting.comparison import check_same_data, read_summary
 from sparseift_llm.runs.record import SUMMARY_NAME
-from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.files import write_json, written_whole
 from sparseift_llm.utils.tables import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ def _different_data(runs: Sequence[RunAnalysis]) -> str | None:
 def _write_table(path: Path, runs: Sequence[RunAnalysis]) -> None:
     """One line for each layer of each checkpoint, and one, `model`, for their means."""
     columns = ("kind", "sparsity", "mean_degree_left", "mean_degree_right", *QUANTITIES, "excluded")
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("run", "step", "folder", LOSS, "layer", *columns))
         for run in runs:

@@ -8,6 +8,7 @@ from typing import Any
 from sparseift_llm.analysis.checkpoints import LOSS, Analysis, labels
 from sparseift_llm.analysis.correlation import MIN_RUNS
 from sparseift_llm.analysis.spectral import QUANTITIES
+from sparseift_llm.utils.files import written_whole
 
 ALONG_TRAINING_NAME = "spectral.png"
 CORRELATIONS_NAME = "correlations.png"
@@ -29,14 +30,19 @@ def draw(analysis: Analysis, output: str | Path) -> list[Path]:
     along, scatter = Path(output) / ALONG_TRAINING_NAME, Path(output) / CORRELATIONS_NAME
     figure = matplotlib.figure.Figure(figsize=(11, 7), layout="constrained")
     _draw_along_training(analysis, figure)
-    figure.savefig(along, dpi=120)
+    _save(figure, along)
     if sum(run.eval_loss is not None for run in analysis.runs) < MIN_RUNS:
         scatter.unlink(missing_ok=True)
         return [along]
     figure = matplotlib.figure.Figure(figsize=(11, 7), layout="constrained")
     _draw_losses(analysis, figure)
-    figure.savefig(scatter, dpi=120)
+    _save(figure, scatter)
     return [along, scatter]
+
+
+def _save(figure: Any, path: Path) -> None:
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _draw_along_training(analysis: Analysis, figure: Any) -> None:

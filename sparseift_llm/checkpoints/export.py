@@ -27,7 +27,7 @@ from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.models.layout import mark
 from sparseift_llm.planning.planner import read_record
-from sparseift_llm.utils.outputs import written_whole
+from sparseift_llm.utils.files import written_whole
 
 FORMATS = ("dense", "sparse")
 _TOKENIZER_NAME = "tokenizer_config.json"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import gathered, reshard
+from sparseift_llm.utils.files import written_whole
 
 MASKS_NAME = "sparse_masks.safetensors"
 _FORMAT = "sparseift_masks_v1"
@@ -94,12 +94,8 @@ def write_masks(masks: Mapping[str, Tensor], path: Path) -> Path:
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     # one entry only: safetensors writes several in random order, and equal masks should be equal files
     header = {_FORMAT: json.dumps({"digest": digest(masks), "shapes": shapes}, sort_keys=True)}
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    try:
+    with written_whole(path) as temporary:
         save_file({name: pack(mask) for name, mask in masks.items()}, temporary, metadata=header)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from sparseift_llm.utils.outputs import set_aside
+from sparseift_llm.utils.files import set_aside
 
 logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"

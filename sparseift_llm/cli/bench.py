@@ -25,7 +25,8 @@ def run(arguments: argparse.Namespace) -> str:
 
     from sparseift_llm.bench.rows import CROSSOVER, ROWS, bench, render, render_crossover
     from sparseift_llm.config.parsing import check_choice
-    from sparseift_llm.utils.outputs import refuse_foreign, write_json
+    from sparseift_llm.utils.files import write_json
+    from sparseift_llm.utils.outputs import refuse_foreign
 
     if arguments.only is not None:
         check_choice("--only", arguments.only, tuple(ROWS))

@@ -21,12 +21,12 @@ def run(arguments: argparse.Namespace) -> str:
         comparison_table,
         loss_picture,
     )
+    from sparseift_llm.utils.files import write_text
     from sparseift_llm.utils.outputs import refuse_foreign
 
     path, picture = (arguments.output / name for name in (COMPARISON_NAME, PICTURE_NAME))
     refuse_foreign([path, picture], COMPARISON_BEGINNING, "sparseift compare")
     table = comparison_table(arguments.runs)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(table, encoding="utf-8")
+    write_text(path, table)
     loss_picture(arguments.runs, picture)
     return f"{table}\nwrote {path} and {picture}"

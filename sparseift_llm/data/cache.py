@@ -5,23 +5,21 @@ An entry's name is a digest of everything that its content depends on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
-import re
-import shutil
 import socket
-import time
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import numpy as np
 
 from sparseift_llm.data.corpora import Source
 from sparseift_llm.data.packing import token_batches
+from sparseift_llm.utils.files import PARTIAL_MARK, is_silent, remove, written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,8 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FORMAT = 2  # part of every name: raise it when the same input would give another content
-_ABANDONED_SECONDS = 24 * 3600
-_PARTIAL_NAME = re.compile(r"\.partial-.+-(?P<where>[0-9a-f]{12})-(?P<pid>\d{1,9})-[0-9a-f]{32}")
+_LOCKS_NAME = ".locks"
 
 
 def cached_tokens(
@@ -92,14 +89,14 @@ def cached(
 ) -> tuple[Path, dict[str, Any]]:
     """The folder that `build` fills, made once per `key` and never seen half done.
 
-    It is built under another name and renamed when complete; a manifest with all file sizes tells
-    a damaged one, which is built again.
+    It is built under another name and renamed when complete; a manifest with all file sizes tells a damaged one,
+    which is built again. Processes that ask for the same entry at the same time wait for the one that builds it.
 
     Args:
         folder: parent of all entries.
         kind: start of the entry's name.
-        key: JSON-ready; everything the content depends on.
-        build: fills an empty folder, returns JSON-ready facts about it.
+        key: JSON-serialisable; everything that the content depends on.
+        build: fills an empty folder, returns JSON-serialisable facts about it.
 
     Returns:
         The entry's folder and the facts.
@@ -107,68 +104,93 @@ def cached(
     digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()
     entry = folder / f"{kind}-{digest[:32]}"
     info = _intact(entry)
-    if info is not None:
-        return entry, info
-    _remove_abandoned(folder)
-    partial = folder / f".partial-{entry.name}-{_where()}-{os.getpid()}-{uuid.uuid4().hex}"
-    partial.mkdir(parents=True)
-    try:
-        info = build(partial)
-        files = {file.name: file.stat().st_size for file in partial.iterdir()}
-        manifest = {"key": key, "info": info, "files": files}
-        (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        if entry.exists() and _intact(entry) is None:
-            logger.warning("%s is damaged and replaced", entry)
-            shutil.rmtree(entry)
-        try:
-            os.replace(partial, entry)
-        except OSError:
-            if _intact(entry) is None:  # otherwise another machine finished first, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if info is None:
+        with _locked(entry):
+            info = _intact(entry)  # another process may have built it while this one waited
+            if info is None:
+                _remove_abandoned(folder, entry)
+                info = _build(entry, key, build)
     return entry, info
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed builds left behind; other processes and machines may be building here right now."""
-    for partial in folder.glob(".partial-*"):
-        if _abandoned(partial):
+def _build(entry: Path, key: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Fill the entry, and return the facts about it."""
+    try:
+        with written_whole(entry, mark=_machine()) as partial:
+            partial.mkdir()
+            info = build(partial)
+            files = {file.name: file.stat().st_size for file in partial.iterdir()}
+            manifest = {"key": key, "info": info, "files": files}
+            (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+            if entry.exists() and _intact(entry) is None:
+                logger.warning("%s is damaged and replaced", entry)
+                remove(entry)
+    except OSError:
+        # Where locks do not hold for all machines, another one may have finished first, with the same content.
+        found = _intact(entry)
+        if found is None:
+            raise
+        return found
+    return info
+
+
+@contextlib.contextmanager
+def _locked(entry: Path) -> Iterator[None]:
+    """Hold the lock on building `entry`, waiting for a process that has it; a killed process loses its locks."""
+    lock = _lock_of(entry)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.info("another process is making %s: waiting for it", entry)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock_of(entry: Path) -> filelock.BaseFileLock:
+    path = entry.parent / _LOCKS_NAME / f"{entry.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(path)
+
+
+def _remove_abandoned(folder: Path, building: Path) -> None:
+    """Remove what killed builds left behind, while this process holds the lock on `building`.
+
+    Other processes, also of other machines, may be building in `folder` right now.
+    """
+    for partial in (*folder.glob(f".*{PARTIAL_MARK}*"), *folder.glob(f"{PARTIAL_MARK}*")):  # the latter by 0.1.0
+        if _is_abandoned(partial, building):
             logger.info("removing %s, which a killed run left behind", partial)
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
 
 
-def _abandoned(partial: Path) -> bool:
-    """Whether its process is known to be gone or, where that cannot be known, nothing was written for a day."""
-    match = _PARTIAL_NAME.fullmatch(partial.name)
-    if match and match["where"] == _where() and not _alive(int(match["pid"])):
+def _is_abandoned(partial: Path, building: Path) -> bool:
+    """Whether nobody holds the lock on a partial build, or nothing was written to it for a day.
+
+    Locks are only asked about builds of this machine, because not every network file system has locks that hold for
+    all machines.
+    """
+    name, _, rest = partial.name.removeprefix(".").partition(PARTIAL_MARK)
+    if rest.partition("-")[0] != _machine():
+        return is_silent(partial)
+    if name == building.name:
         return True
     try:
-        written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
-    except OSError:  # finished or removed just now
+        with _lock_of(partial.with_name(name)).acquire(timeout=0):
+            return True
+    except filelock.Timeout:
         return False
-    return time.time() - written > _ABANDONED_SECONDS
 
 
-def _where() -> str:
-    """Where a process number has a meaning: this host and, as containers may share its name, this container."""
+def _machine() -> str:
+    """A name for the machine as it was started last, the same in all its containers."""
     try:
-        numbering = os.readlink("/proc/self/ns/pid")
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except OSError:  # not Linux
-        numbering = ""
-    return hashlib.sha256(f"{socket.gethostname()} {numbering}".encode()).hexdigest()[:12]
-
-
-def _alive(pid: int) -> bool:
-    if os.name != "posix":  # there, signal 0 is not a mere question
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
+        started = socket.gethostname()
+    return hashlib.sha256(started.encode()).hexdigest()[:12]
 
 
 def _intact(entry: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import constants, get_session
 
 from sparseift_llm.evaluation.data_folder import CHECKSUMS_NAME, DataError, Requirement, merge
+from sparseift_llm.utils.files import write_text, written_whole
 
 _SECONDS = 5
 _NLTK_FOLDER = "nltk_data"
@@ -94,8 +95,8 @@ def _fetch_one(data_dir: Path, item: Requirement) -> list[Path]:
                 "login, accept its terms on the hub and run `hf auth login`"
             ) from error
         path = folder / item.config / f"{split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_json(str(path), force_ascii=False)
+        with written_whole(path) as temporary:
+            rows.to_json(str(temporary), force_ascii=False)
         written.append(path)
     _note(folder, item, written)
     return written
@@ -110,7 +111,7 @@ def _note(folder: Path, item: Requirement, written: list[Path]) -> None:
     files = [{"split": split, "path": path} for split, path in zip(item.splits, names, strict=True)]
     configs = [entry for entry in configs if entry["config_name"] != name]
     configs.append({"config_name": name, **({} if item.config else {"default": True}), "data_files": files})
-    readme.write_text(f"---\n{yaml.safe_dump({'configs': configs}, sort_keys=False)}---\n", encoding="utf-8")
+    write_text(readme, f"---\n{yaml.safe_dump({'configs': configs}, sort_keys=False)}---\n")
     sums = json.loads(checksums.read_text(encoding="utf-8")) if checksums.is_file() else {}
     sums.update({name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names})
-    checksums.write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(checksums, json.dumps(sums, indent=1, sort_keys=True) + "\n")

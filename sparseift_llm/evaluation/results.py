@@ -32,7 +32,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.projections import find_projections
 from sparseift_llm.planning.planner import cost_of
 from sparseift_llm.runs.record import RECIPE_NAME, SUMMARY_NAME
-from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.files import write_json, write_text
 from sparseift_llm.utils.provenance import commit, machine, versions
 from sparseift_llm.utils.tables import markdown_table
 
@@ -209,11 +209,7 @@ class ResultFile:
         self.leaves[task] = dict(leaf)
         if not self.is_writer:
             return
-        self.items_dir.mkdir(parents=True, exist_ok=True)
-        target = self.items_dir / f"{task}.jsonl"
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-        temporary.replace(target)
+        write_text(self.items_dir / f"{task}.jsonl", "".join(json.dumps(item) + "\n" for item in items))
         write_json(self.progress_path, {"settings": self.settings, "subtasks": self.leaves})
 
     def finish(self, suite: Suite, model: Mapping[str, Any], **values: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseift_llm.runs.record import SUMMARY_NAME, read_metrics
+from sparseift_llm.utils.files import written_whole
 from sparseift_llm.utils.tables import markdown_table
 
 COMPARISON_NAME = "comparison.md"
@@ -130,4 +131,5 @@ def loss_picture(runs: Sequence[str | Path], path: str | Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend()
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

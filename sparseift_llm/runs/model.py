@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm.conversion.install import sparsify
 from sparseift_llm.conversion.scaling import truncate_weights
-from sparseift_llm.data.options import LoadedData
+from sparseift_llm.data.loading import LoadedData
 from sparseift_llm.models.architectures import build_model, set_tokenizer_fields
 from sparseift_llm.models.presets import load_config, load_trained
 from sparseift_llm.runs.recipe import Recipe

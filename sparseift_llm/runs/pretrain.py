@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
 
-from sparseift_llm.data.options import LoadedData, load_data
+from sparseift_llm.data.loading import LoadedData, load_data
 from sparseift_llm.planning.planner import cost_of
 from sparseift_llm.runs.model import make_model
 from sparseift_llm.runs.preparation import check_recipe, prepare_output, training_arguments
@@ -25,7 +25,7 @@ from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.runs.record import SUMMARY_NAME, RunRecord
 from sparseift_llm.runs.trainer import AlreadyFinished, Pretrainer, StopBeforeExtraStep, sequences_per_step, whole_steps
 from sparseift_llm.trainer.callback import SparseTrainingCallback
-from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 
 logger = logging.getLogger("pretrain")

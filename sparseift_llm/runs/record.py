@@ -5,9 +5,7 @@ Written by a Trainer callback; read back by report.py.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from sparseift_llm.metrics.throughput import TrainingFlops
 from sparseift_llm.planning.planner import count_flops
 from sparseift_llm.trainer.callback import SparseTrainingCallback
 from sparseift_llm.training.controller import SparseTrainingController
-from sparseift_llm.utils.json_lines import read_lines
+from sparseift_llm.utils.json_lines import append_line, keep_lines, read_lines
 
 METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.json"
@@ -52,11 +50,13 @@ class RunRecord(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
-        kept = [line for line in read_metrics(self.output_dir) if line["step"] <= state.global_step]
-        if state.global_step and kept:
-            self._wall_before, self.step_seconds = kept[-1]["wall_seconds"], kept[-1]["step_seconds"]
+        # A run that starts at step 0 keeps no line, not even that of an evaluation before the first step.
+        last_step = state.global_step or -1
+        kept = [line for line in read_metrics(self.output_dir) if line["step"] <= last_step]
         if state.is_world_process_zero:
-            self._write(kept if state.global_step else [], "w")
+            keep_lines(self.output_dir / METRICS_NAME, last_step)
+        if kept:
+            self._wall_before, self.step_seconds = kept[-1]["wall_seconds"], kept[-1]["step_seconds"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
@@ -66,7 +66,7 @@ class RunRecord(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and "train_runtime" not in logs:
-            self._write([{**self.totals(state.global_step, model), **logs}], "a")
+            append_line(self.output_dir / METRICS_NAME, {**self.totals(state.global_step, model), **logs})
 
     def totals(self, step: int, model: PreTrainedModel) -> dict[str, Any]:
         """`step`, `train_tokens`, `train_flops`, `wall_seconds` (evaluation included), `step_seconds` (without)."""
@@ -78,10 +78,6 @@ class RunRecord(TrainerCallback):
             "wall_seconds": self._wall_before + time.perf_counter() - self._started,
             "step_seconds": self.step_seconds,
         }
-
-    def _write(self, lines: Iterable[Mapping[str, Any]], mode: str) -> None:
-        with (self.output_dir / METRICS_NAME).open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def training_flops(

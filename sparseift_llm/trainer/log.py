@@ -22,8 +22,8 @@ from sparseift_llm.metrics.mask_history import MaskMetrics
 from sparseift_llm.metrics.step_probe import StepSample
 from sparseift_llm.metrics.throughput import Stopwatch, TrainingFlops, measured_peak
 from sparseift_llm.training.controller import SparseTrainingController
+from sparseift_llm.utils.files import set_aside
 from sparseift_llm.utils.json_lines import append_line, keep_lines
-from sparseift_llm.utils.outputs import set_aside
 
 logger = logging.getLogger(__name__)
 HISTORY_NAME = "sparse_history.safetensors"

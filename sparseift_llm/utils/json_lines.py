@@ -1,34 +1,59 @@
-"""Files of one JSON object per line that grow while a run goes on: whole lines only, whenever the run is killed."""
+"""Files of one JSON object per line that grow while a run goes on, and are cut back when it is resumed.
+
+Only whole lines count, so that a run may be killed at any moment.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparseift_llm.utils.files import write_text
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The file's lines; none if there is no file.
+    """The objects in a file of JSON lines, in order; none if there is no file.
 
     A last line without its newline was cut off when the run was killed, and is left out.
+
+    Raises:
+        ValueError: another line is damaged; the message names the file and the line.
     """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [values for values, _ in _read(path)]
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one line at the end, in full precision."""
+    """Add one line at the end of the file, with numbers in full precision."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drop, atomically, the lines of steps after `last_step`, which are going to be run again."""
-    kept = [line for line in read_lines(path) if line["step"] <= last_step]
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    """Drop the lines of steps after `last_step`, which a resumed run is going to take again.
+
+    At any moment the file holds all its old lines or exactly the kept ones. It is made if it is not there. Every line
+    has a `step`.
+
+    Raises:
+        ValueError: as `read_lines`.
+    """
+    write_text(path, "".join(line for values, line in _read(path) if values["step"] <= last_step))
+
+
+def _read(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The object in each whole line, and the line itself with its end."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"line {number} of {path} is damaged ({error}); restore the file, or delete that line"
+                ) from error
+            yield values, line

@@ -16,7 +16,8 @@ from sparseift_llm import DSTConfig, SparseIFTConfig, load_pretrained, save_expo
 from sparseift_llm.checkpoints import export
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME
 from sparseift_llm.cli import main
-from sparseift_llm.data.options import DataConfig, load_tokenizer
+from sparseift_llm.data.options import DataConfig
+from sparseift_llm.data.tokenizer import load_tokenizer
 from sparseift_llm.layers.base import sparse_layers
 from tests.helpers.models import gradients_of, logits_of, shake, tiny_model
 from tests.helpers.paths import ROOT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,13 +20,21 @@ import pytest
 
 from sparseift_llm.data import cache as token_cache
 from sparseift_llm.data import packing
-from sparseift_llm.data.options import EOS, DataConfig, load_data, load_tokenizer
+from sparseift_llm.data.loading import load_data
+from sparseift_llm.data.options import EOS, DataConfig
+from sparseift_llm.data.tokenizer import load_tokenizer
+from sparseift_llm.utils import files
 from tests.helpers.texts import TEXTS, items, jsonl_config, memory_source, small_bpe
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return small_bpe()
+
+
+def entries(folder: Path) -> list[str]:
+    """The names of the finished entries."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 @pytest.fixture
@@ -61,14 +70,14 @@ def test_wide_vocabulary_is_stored_in_32_bits(tmp_path: Path) -> None:
 def test_second_call_reads_the_cache(config: DataConfig, tmp_path: Path, encode_calls: list[int]) -> None:
     first = load_data(config, tmp_path / "cache")
     assert len(encode_calls) == 2
-    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    names = entries(tmp_path / "cache")
     second = load_data(config, tmp_path / "cache")
     longer = load_data(replace(config, seq_len=32), tmp_path / "cache")
     assert len(encode_calls) == 2
     assert items(second.train) == items(first.train)
     assert second.tokenizer.backend_tokenizer.to_str() == first.tokenizer.backend_tokenizer.to_str()
     assert items(longer.train)[0] == items(first.train)[0] + items(first.train)[1]
-    assert names == sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert names == entries(tmp_path / "cache")
     assert [name.split("-")[0] for name in names] == ["tokenizer", "tokens", "tokens"]
 
 
@@ -119,20 +128,68 @@ def test_a_killed_build_leaves_nothing_that_is_used(
 
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "_write_tokens", killed)
-        patch.setattr(token_cache.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        patch.setattr(files, "remove", lambda _: None)  # a killed process cleans nothing up
         with pytest.raises(KeyboardInterrupt):
             load_data(config, tmp_path / "cache")
-    assert list((tmp_path / "cache").glob(".partial-tokens-*/tokens.npy"))
+    assert list((tmp_path / "cache").glob(".tokens-*.partial-*/tokens.npy"))
     assert items(load_data(config, tmp_path / "cache").train) == items(load_data(config, tmp_path / "new").train)
+    assert not list((tmp_path / "cache").glob(".tokens-*"))
 
 
 def test_a_failed_build_cleans_up(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no field 'nothing'"):
         load_data(replace(config, text_field="nothing"), tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert entries(tmp_path / "cache") == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
 
 
-def test_the_first_of_two_builders_wins(tmp_path: Path) -> None:
+BUILDER = """
+import logging, sys; from pathlib import Path; from sparseift_llm.data.cache import cached
+logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout)
+def build(folder):
+    (folder / 'a').write_text(sys.argv[2]); print('building', flush=True); input(); return {}
+print((cached(Path(sys.argv[1]), 'x', {}, build)[0] / 'a').read_text())
+"""
+
+
+def builder(folder: Path, content: str) -> subprocess.Popen[str]:
+    """A process that starts to build an entry with `content`, and ends it after a line of input."""
+    command = [sys.executable, "-c", BUILDER, str(folder), content]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def next_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip()
+
+
+def test_a_process_waits_for_another_that_builds_the_same_entry(tmp_path: Path) -> None:
+    with builder(tmp_path, "first") as first:
+        assert next_line(first) == "building"
+        with builder(tmp_path, "second") as second:
+            assert next_line(second).startswith("another process is making ")
+            assert first.communicate("\n", timeout=120)[0] == "first\n"
+            assert second.communicate(timeout=120)[0] == "first\n"  # it has not built its own
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_killed_process_loses_its_lock(tmp_path: Path) -> None:
+    with builder(tmp_path, "first") as first:
+        assert next_line(first) == "building"
+        with builder(tmp_path, "second") as second:
+            assert next_line(second).startswith("another process is making ")
+            first.kill()
+            assert next_line(second).startswith("removing ")
+            assert next_line(second) == "building"
+            assert second.communicate("\n", timeout=120)[0] == "second\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".locks", *entries(tmp_path)])
+
+
+def test_without_locks_the_first_of_two_builders_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system whose locks hold for one machine only."""
+    monkeypatch.setattr(token_cache, "_locked", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(token_cache, "_remove_abandoned", lambda *_: None)
+
     def build(folder: Path, content: str, meanwhile: Callable[[], Any]) -> dict[str, int]:
         (folder / "a").write_text(content)
         meanwhile()
@@ -145,27 +202,23 @@ def test_the_first_of_two_builders_wins(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [entry]
 
 
+def test_a_build_that_cannot_be_kept_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(files.os, "replace", refused)
+    with pytest.raises(PermissionError):
+        token_cache.cached(tmp_path, "x", {}, lambda _: {})
+    assert entries(tmp_path) == []
+
+
 # What killed builds leave
-
-
-def leave_half_done(folder: Path, monkeypatch: pytest.MonkeyPatch, pid: int) -> None:
-    """What a build by process `pid` has on disk before it is complete."""
-
-    def build(partial: Path) -> dict[str, Any]:
-        (partial / "tokens.npy").write_text("half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(token_cache.os, "getpid", lambda: pid)
-        patch.setattr(token_cache.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
-        with pytest.raises(KeyboardInterrupt):
-            token_cache.cached(folder, "x", {"who": pid}, build)
 
 
 def build_here(folder: Path) -> list[str]:
     """The names of unfinished entries after a build in this process."""
     token_cache.cached(folder, "x", {"who": "here"}, lambda _: {})
-    return [path.name for path in folder.glob(".partial-*")]
+    return [path.name for path in folder.glob(".*partial-*")]
 
 
 def age(path: Path, hours: float) -> None:
@@ -173,18 +226,17 @@ def age(path: Path, hours: float) -> None:
     os.utime(path, (then, then))
 
 
-def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        leave_half_done(tmp_path, monkeypatch, process.pid)
-        assert len(build_here(tmp_path)) == 1  # it may still be building
+def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    with builder(tmp_path, "there") as process:
+        assert next_line(process) == "building"
+        assert len(build_here(tmp_path)) == 1  # it is still building
         shutil.rmtree(next(tmp_path.glob("x-*")))
         process.kill()
     assert build_here(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    "name",
-    [f".partial-x-0123-{'0' * 12}-1-{'a' * 32}", f".partial-x-0123-{token_cache._where()}-1-{'a' * 32}", ".partial-x"],
+    "name", [f".x-0123.partial-{'0' * 12}-{'a' * 12}", ".x-0123.partial-", ".partial-x-0123-f-1-a"]
 )
 def test_builds_elsewhere_are_removed_after_a_day_without_a_write(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()

@@ -18,7 +18,9 @@ from sparseift_llm.config.parsing import from_dict
 from sparseift_llm.data import options as data
 from sparseift_llm.data import packing
 from sparseift_llm.data.corpora import file_source, hold_out
-from sparseift_llm.data.options import EOS, DataConfig, LoadedData, load_data, load_tokenizer
+from sparseift_llm.data.loading import LoadedData, load_data
+from sparseift_llm.data.options import EOS, DataConfig
+from sparseift_llm.data.tokenizer import load_tokenizer
 from sparseift_llm.data.packing import PackedDataset
 from tests.helpers.texts import TEXTS, items, jsonl_config, small_bpe, stand_in_hub, windows, write_jsonl
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sparseift_llm.data.corpora import file_source, join_rows
-from sparseift_llm.data.options import DataConfig, load_data
+from sparseift_llm.data.loading import load_data
+from sparseift_llm.data.options import DataConfig
 from tests.helpers.texts import ROWS, items, memory_source, stand_in_hub, windows, write_jsonl, write_parquet
 
 

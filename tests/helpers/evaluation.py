@@ -19,7 +19,8 @@ from lm_eval.api.model import LM
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseift_llm import SparseIFTConfig, sparsify
-from sparseift_llm.data.options import DataConfig, load_tokenizer
+from sparseift_llm.data.options import DataConfig
+from sparseift_llm.data.tokenizer import load_tokenizer
 from sparseift_llm.evaluation.builtin import held_out_documents
 
 WORDS = (

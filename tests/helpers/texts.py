@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from sparseift_llm.data.corpora import Source
-from sparseift_llm.data.options import DataConfig, load_tokenizer
+from sparseift_llm.data.options import DataConfig
+from sparseift_llm.data.tokenizer import load_tokenizer
 
 WORDS = ("def", "return", "the", "sparse", "weights", "mask", "\n", "    ", "0.75", "é", "日本")
 TEXTS = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(40 + i)) for i in range(60)]

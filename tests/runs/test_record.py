@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, sparsify
 from sparseift_llm.runs.record import RunRecord, read_metrics, training_flops
 from sparseift_llm.utils import provenance
-from sparseift_llm.utils.outputs import write_json
+from sparseift_llm.utils.files import write_json
 
 TOKENS, SEQ_LEN = 6 * 8, 8  # per step; 6 sequences of 8
 DENSE = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)

@@ -18,7 +18,8 @@ import sparseift_llm
 from sparseift_llm.reporting.page import curves, layer_maps, overview
 from sparseift_llm.reporting.page.charts import MARKERS, marker_of, style_class
 from sparseift_llm.reporting.page.runs import Run, read_runs
-from sparseift_llm.utils.outputs import refuse_foreign, written_whole
+from sparseift_llm.utils.files import written_whole
+from sparseift_llm.utils.outputs import refuse_foreign
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ENVIRONMENT = jinja2.Environment(
