@@ -1,16 +1,19 @@
 """Reading text documents: the built-in corpus, local files and hub data sets, and the held-out share of each.
 
-Knows neither tokenizers nor sequences; those are in data.py.
+Nothing here knows of tokenizers or sequences; loading.py puts the pieces together.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import gzip
 import hashlib
 import json
+import logging
 import lzma
+import os
 import re
 import sys
 import sysconfig
@@ -20,6 +23,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
+
+from sparseift_llm.utils.outputs import user_path
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = re.compile(r"\.(?:(txt|jsonl|json)(?:\.(gz|xz|zst))?|(parquet))$", re.IGNORECASE)
 KNOWN_SUFFIXES = ".txt, .jsonl, .json (each also with .gz, .xz or .zst after it), .parquet"
@@ -32,9 +39,9 @@ class Source:
 
     Args:
         name: how error messages call the text.
-        fingerprint: JSON-ready value that changes whenever the documents may have changed.
-        read: gives (key, text) pairs; the key is all that decides whether a document is held out.
-        joined: the texts are no documents but, one after the other, the pieces of a single one.
+        fingerprint: a JSON-serialisable value that changes whenever the documents may have changed.
+        read: gives (key, text) pairs. The key alone decides whether a document is held out.
+        joined: whether the texts are not documents of their own, but the consecutive pieces of a single one.
     """
 
     name: str
@@ -120,6 +127,31 @@ def is_local(corpus: str) -> bool:
     return not looks_like_hub_id or Path(corpus).exists()
 
 
+def would_read(pattern: str, folder: Path, names: Iterable[str]) -> bool:
+    """Whether a path, folder or glob, as `local_files` reads it, means files that are written into `folder` later.
+
+    Args:
+        pattern: a file, a folder or a glob.
+        folder: where files are going to be written; need not exist.
+        names: paths, relative to `folder`, of some of them.
+    """
+    corpus = user_path(pattern)
+    if corpus.is_dir():
+        root, target = corpus.resolve(), folder.resolve()
+        return target.is_relative_to(root) and not any(p.startswith(".") for p in target.relative_to(root).parts)
+    wanted = Path(os.path.abspath(corpus)).parts
+    return any(_matches((Path(os.path.abspath(folder)) / name).parts, wanted) for name in names)
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the parts of a path fit those of a glob, in which `**` stands for any number of parts."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
 def local_files(option: str, pattern: str) -> list[Path]:
     """The files that a path, folder or glob means, sorted, as absolute paths.
 
@@ -132,7 +164,7 @@ def local_files(option: str, pattern: str) -> list[Path]:
     Raises:
         ValueError: nothing matched, or a file named or matched by a glob has an unknown suffix.
     """
-    path = Path(pattern).expanduser()
+    path = user_path(pattern)
     if path.is_dir():
         below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
         files = [file for file in below if file.is_file() and _SUFFIX.search(file.name)]
@@ -150,12 +182,15 @@ def local_files(option: str, pattern: str) -> list[Path]:
     return sorted(file.resolve() for file in files)
 
 
-def file_source(option: str, pattern: str, text_field: str, joined: bool = False) -> Source:
+def file_source(
+    option: str, pattern: str, text_field: str, joined: bool = False, skip_null_texts: bool = False
+) -> Source:
     """Documents of local files, in the order of `local_files`; the key of a document is its text.
 
     A `.txt` file is one document, a `.json` or `.jsonl` file has one object per line, a
     `.parquet` file one document per row. Text is UTF-8. With `joined` the rows of all files, one
-    after the other, are a single text instead.
+    after the other, are a single text instead. With `skip_null_texts` rows whose text is null are left out, and their
+    number is logged.
 
     Raises:
         ValueError: as `local_files`, or `joined` with a `.txt` file. While reading: a file that is
@@ -170,8 +205,12 @@ def file_source(option: str, pattern: str, text_field: str, joined: bool = False
             "hub data sets and .jsonl, .json or .parquet files"
         )
     stats = [(str(file), file.stat()) for file in files]
-    fingerprint = {"files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats], "text_field": text_field}
-    source = Source(f"{option}={pattern!r}", fingerprint, partial(_read_files, files, text_field))
+    fingerprint = {
+        "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats],
+        **_identity(text_field, skip_null_texts),
+    }
+    rows = _TextRows(text_field, skip_null_texts)
+    source = Source(f"{option}={pattern!r}", fingerprint, partial(_read_files, files, rows))
     return join_rows(source) if joined else source
 
 
@@ -181,11 +220,64 @@ def _kind(file: Path) -> str:
     return (match[1] or match[3]).lower()
 
 
-def _read_files(files: list[Path], text_field: str) -> Iterator[tuple[str, str]]:
-    for file in files:
-        reader = {"txt": _read_text, "parquet": _read_parquet}.get(_kind(file), _read_json_lines)
+class _TextRows:
+    """Takes the texts out of rows, and reports those without one; the same object serves all readings of a source.
+
+    Args:
+        field: the name of the field with the text.
+        skip_nulls: leave out rows whose text is null, which are an error otherwise.
+    """
+
+    def __init__(self, field: str, skip_nulls: bool) -> None:
+        self.field = field
+        self._skip_nulls = skip_nulls
+        self._reported: set[str] = set()
+
+    def texts(self, rows: Iterable[tuple[Any, str]], name: str) -> Iterator[str]:
+        """The checked texts of rows, each given as the value of its field and a description of where it stands.
+
+        The number of rows left out is logged the first time that all rows of `name` were read.
+        """
+        skipped = 0
+        for value, where in rows:
+            if value is None and self._skip_nulls:
+                skipped += 1
+            else:
+                yield self._checked(value, where)
+        if skipped and name not in self._reported:
+            self._reported.add(name)
+            logger.warning("%s: %d rows whose %r is null were left out", name, skipped, self.field)
+
+    def check_field(self, columns: Iterable[str], where: str) -> None:
+        """Raise an error unless the field is among the columns."""
+        if self.field not in columns:
+            raise _UnusableTextError(f"{where} has no field {self.field!r}; set text_field to one of {sorted(columns)}")
+
+    def _checked(self, value: Any, where: str) -> str:
+        """`value` if it is a string that UTF-8 can encode (JSON can spell half a surrogate pair)."""
+        if not isinstance(value, str):
+            advice = "drop that record"
+            if value is None:
+                advice += ", or leave out all rows without a text with skip_null_texts: true"
+            raise _UnusableTextError(f"{where}: {self.field!r} is {type(value).__name__}, not a text; {advice}")
         try:
-            yield from ((text, text) for text in reader(file, text_field))
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _UnusableTextError(
+                f"{where}: {self.field!r} is not valid Unicode ({error}); drop that record"
+            ) from error
+        return value
+
+
+def _identity(text_field: str, skip_null_texts: bool) -> dict[str, Any]:
+    """The part of a fingerprint that says which texts are read; the same as before there was `skip_null_texts`."""
+    return {"text_field": text_field} | ({"skip_null_texts": True} if skip_null_texts else {})
+
+
+def _read_files(files: list[Path], rows: _TextRows) -> Iterator[tuple[str, str]]:
+    for file in files:
+        try:
+            yield from ((text, text) for text in _texts_of(file, rows))
         except _UnusableTextError:
             raise
         except UnicodeDecodeError as error:
@@ -224,12 +316,19 @@ def _zstd(file: Path) -> Any:
     return zstd
 
 
-def _read_text(file: Path, _: str) -> Iterator[str]:
+def _texts_of(file: Path, rows: _TextRows) -> Iterator[str]:
+    if _kind(file) == "txt":
+        return _read_text(file)
+    read = _read_parquet if _kind(file) == "parquet" else _read_json_lines
+    return rows.texts(read(file, rows), str(file))
+
+
+def _read_text(file: Path) -> Iterator[str]:
     with _open_text(file) as stream:
         yield stream.read()
 
 
-def _read_json_lines(file: Path, text_field: str) -> Iterator[str]:
+def _read_json_lines(file: Path, rows: _TextRows) -> Iterator[tuple[Any, str]]:
     with _open_text(file) as stream:
         for number, line in enumerate(stream, start=1):
             if _blank(line):
@@ -241,25 +340,27 @@ def _read_json_lines(file: Path, text_field: str) -> Iterator[str]:
                 raise _UnusableTextError(f"{where} is not JSON ({error}); each line must be one object") from error
             if not isinstance(record, dict):
                 raise _UnusableTextError(f"{where} is a {type(record).__name__}; each line must be one object")
-            _check_field(text_field, record, where)
-            yield _checked(record[text_field], text_field, where)
+            rows.check_field(record, where)
+            yield record[rows.field], where
 
 
-def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
+def _read_parquet(file: Path, rows: _TextRows) -> Iterator[tuple[Any, str]]:
     try:
         from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise _UnusableTextError(f"reading {file} needs a package: pip install pyarrow") from error
     with parquet.ParquetFile(file) as table:
-        _check_field(text_field, table.schema_arrow.names, str(file))
+        rows.check_field(table.schema_arrow.names, str(file))
         row = 0
-        for batch in table.iter_batches(batch_size=1000, columns=[text_field]):
+        for batch in table.iter_batches(batch_size=1000, columns=[rows.field]):
             for value in batch.column(0).to_pylist():
-                yield _checked(value, text_field, f"{file}, row {row}")
+                yield value, f"{file}, row {row}"
                 row += 1
 
 
-def hub_source(name: str, config_name: str | None, split: str, text_field: str, streaming: bool) -> Source:
+def hub_source(
+    name: str, config_name: str | None, split: str, text_field: str, streaming: bool, skip_null_texts: bool = False
+) -> Source:
     """Documents of a hub data set, one per row; the key of a document is its text.
 
     Args:
@@ -268,6 +369,7 @@ def hub_source(name: str, config_name: str | None, split: str, text_field: str, 
         split: e.g. `train`; not streaming, also a slice such as `train[:1%]`.
         text_field: the column with the text.
         streaming: read over the network instead of downloading first.
+        skip_null_texts: leave out rows whose text is null; their number is logged when all rows were read.
 
     Raises:
         ValueError: `datasets` is missing, or no such data set or configuration. While reading:
@@ -286,11 +388,12 @@ def hub_source(name: str, config_name: str | None, split: str, text_field: str, 
         ) from error
     # The builder's hash covers the data set's revision, so an updated data set is read anew.
     fingerprint = {"hub": name, "config": builder.config.name, "hash": builder.hash, "split": split}
-    read = partial(_read_hub, builder, name, split, text_field, streaming)
-    return Source(f"corpus={name!r} split {split!r}", fingerprint | {"text_field": text_field}, read)
+    read = partial(_read_hub, builder, name, split, _TextRows(text_field, skip_null_texts), streaming)
+    identity = fingerprint | _identity(text_field, skip_null_texts)
+    return Source(f"corpus={name!r} split {split!r}", identity, read)
 
 
-def _read_hub(builder: Any, name: str, split: str, text_field: str, streaming: bool) -> Iterator[tuple[str, str]]:
+def _read_hub(builder: Any, name: str, split: str, texts: _TextRows, streaming: bool) -> Iterator[tuple[str, str]]:
     if not streaming:
         builder.download_and_prepare()
     try:
@@ -298,29 +401,16 @@ def _read_hub(builder: Any, name: str, split: str, text_field: str, streaming: b
     except ValueError as error:
         raise ValueError(f"corpus={name!r}: train_split or eval_split {split!r} is not there: {error}") from error
     if rows.column_names is not None:  # streamed columns may only be known with the first row
-        _check_field(text_field, rows.column_names, f"corpus={name!r}")
-        rows = rows.select_columns([text_field])
-    for batch in rows.iter(batch_size=1000):
-        _check_field(text_field, batch, f"corpus={name!r}")
-        for value in batch[text_field]:
-            text = _checked(value, text_field, f"corpus={name!r}, a row of split {split!r}")
-            yield text, text
+        texts.check_field(rows.column_names, f"corpus={name!r}")
+        rows = rows.select_columns([texts.field])
+    where = f"corpus={name!r}, a row of split {split!r}"
 
+    def values() -> Iterator[tuple[Any, str]]:
+        for batch in rows.iter(batch_size=1000):
+            texts.check_field(batch, f"corpus={name!r}")
+            yield from ((value, where) for value in batch[texts.field])
 
-def _check_field(text_field: str, columns: Iterable[str], where: str) -> None:
-    if text_field not in columns:
-        raise _UnusableTextError(f"{where} has no field {text_field!r}; set text_field to one of {sorted(columns)}")
-
-
-def _checked(value: Any, text_field: str, where: str) -> str:
-    """`value` if it is a string that UTF-8 can encode (JSON can spell half a surrogate pair)."""
-    if not isinstance(value, str):
-        raise _UnusableTextError(f"{where}: {text_field!r} is {type(value).__name__}, not a text; drop that record")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _UnusableTextError(f"{where}: {text_field!r} is not valid Unicode ({error}); drop that record") from error
-    return value
+    yield from ((text, text) for text in texts.texts(values(), f"corpus={name!r} split {split!r}"))
 
 
 def _blank(text: str) -> bool:

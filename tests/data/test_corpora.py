@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseift_llm.data import corpora
-from sparseift_llm.data.corpora import builtin_source, file_source, hold_out, hub_source, is_local
+from sparseift_llm.data.corpora import builtin_source, file_source, hold_out, hub_source, is_local, would_read
 from tests.helpers.texts import TEXTS, memory_source, stand_in_hub, write_jsonl, write_parquet
 
 # The built-in corpus
@@ -171,6 +171,68 @@ def test_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, messa
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(file_source("corpus", str(tmp_path), "text").documents())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_rows_without_a_text_are_an_error_or_are_counted(
+    kind: str, skip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts: list[Any] = ["a", None, "b", None, ""]
+    if kind == "hub":
+        name = str(stand_in_hub(tmp_path, monkeypatch, train=texts))
+        source = hub_source("owner/name", None, "train", "text", streaming=False, skip_null_texts=skip)
+        name = "corpus='owner/name' split 'train'"
+    else:
+        path = tmp_path / f"a.{kind}"
+        (write_parquet if kind == "parquet" else write_jsonl)(path, texts)
+        source = file_source("corpus", str(path), "text", skip_null_texts=skip)
+        name = str(path)
+    if not skip:
+        with pytest.raises(ValueError, match=r"is NoneType, not a text; drop that record, or .* skip_null_texts: true"):
+            list(source.documents())
+        return
+    train, held_out = hold_out(source, 0.5)
+    assert sorted([*train.documents(), *held_out.documents()]) == ["a", "b"]
+    assert caplog.messages == [f"{name}: 2 rows whose 'text' is null were left out"]  # once, though read twice
+
+
+def test_skipping_rows_is_part_of_what_the_text_is_known_by(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["a"])
+    kept, skipped = (
+        file_source("corpus", str(tmp_path), "text", skip_null_texts=skip).fingerprint for skip in (False, True)
+    )
+    assert kept != skipped
+    assert kept.keys() == {"files", "text_field"}  # as before there was the option, so that stored tokens are found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "folder", "expected"),
+    [
+        ("texts", "texts/run", True),
+        ("texts", "texts", True),
+        ("texts", "run", False),
+        ("texts", "texts2/run", False),
+        ("texts", "texts/.hidden/run", False),  # hidden folders are not read
+        ("texts/**/*.json", "texts/a/run", True),
+        ("**/*.json", "runs/a", True),
+        ("texts/*.json", "texts", True),
+        ("texts/*.json", "texts/run", False),
+        ("*.jsonl", "run", False),
+        ("**/*.txt", "run", False),
+        ("run/summary.json", "run", True),
+        ("texts/a.txt", "texts", False),
+    ],
+)
+def test_which_text_a_run_would_write_itself(
+    pattern: str, folder: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ("summary.json", "checkpoint-1/config.json")
+    for home in ("", f"{tmp_path}/"):
+        assert would_read(home + pattern, Path(folder), names) == expected
+        assert would_read(pattern, Path(home + folder), names) == expected
 
 
 def test_truncated_zst_is_an_error(tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseift_llm.config.parsing import from_dict
-from sparseift_llm.data import options as data
 from sparseift_llm.data import packing
+from sparseift_llm.data import tokenizer as tokenizer_module
 from sparseift_llm.data.corpora import file_source, hold_out
 from sparseift_llm.data.loading import LoadedData, load_data
 from sparseift_llm.data.options import EOS, DataConfig
-from sparseift_llm.data.tokenizer import load_tokenizer
 from sparseift_llm.data.packing import PackedDataset
+from sparseift_llm.data.tokenizer import load_tokenizer
 from tests.helpers.texts import TEXTS, items, jsonl_config, small_bpe, stand_in_hub, windows, write_jsonl
 
 needs_data = pytest.mark.skipif("SPARSEIFT_DATA" not in os.environ, reason="SPARSEIFT_DATA is not set")
@@ -113,7 +113,7 @@ def test_bpe_of_a_small_corpus_warns(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_bpe_stops_reading_at_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_BPE_CHARS", 100)
+    monkeypatch.setattr(tokenizer_module, "_BPE_CHARS", 100)
     endless = itertools.cycle(["some words to learn "])
     assert len(load_tokenizer(DataConfig(vocab_size=260), endless)) == 260
 
@@ -322,3 +322,32 @@ def test_gpt2_tokenizer_on_real_text(tmp_path: Path) -> None:
     assert 290_000 < loaded.num_train_tokens < 350_000
     assert len(loaded.eval) == 8
     assert 3 < loaded.bytes_per_eval_token < 6
+
+
+@pytest.mark.parametrize("option", ["corpus", "eval_corpus"])
+def test_a_corpus_that_holds_the_stored_tokens_is_refused(option: str, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    write_jsonl(texts / "a.jsonl", TEXTS)
+    options: dict[str, Any] = {"corpus": str(texts), "vocab_size": 300, "seq_len": 16}
+    if option == "eval_corpus":
+        options |= {"corpus": "builtin", "eval_corpus": str(texts)}
+    message = rf"{option}='.*texts' covers cache_dir='.*/texts/data', so that a resumed run would read"
+    with pytest.raises(ValueError, match=message):
+        load_data(DataConfig(**options), texts / "data")
+    assert [path.name for path in texts.iterdir()] == ["a.jsonl"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every option that takes a path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "train.jsonl", TEXTS[:40])
+    write_jsonl(tmp_path / "held_out.jsonl", TEXTS[40:])
+    load_tokenizer(DataConfig(vocab_size=300), TEXTS).save_pretrained(tmp_path / "tokenizer")
+    paths = {"corpus": "train.jsonl", "eval_corpus": "held_out.jsonl", "tokenizer": "tokenizer", "cache_dir": "cache"}
+    config = DataConfig(seq_len=16, **{key: f"~/{name}" for key, name in paths.items()})  # type: ignore[arg-type]
+    loaded = load_data(config, "unused")
+    assert len(loaded.tokenizer) == 300
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "cache").glob("[!.]*")) == ["tokens", "tokens"]
+    assert not (tmp_path / "~").exists()

@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from sparseift_llm import load_pretrained
-from sparseift_llm.data import options as data_module
+from sparseift_llm.data.loading import load_data
+from sparseift_llm.data.options import DataConfig
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.runs import pretrain
 from sparseift_llm.runs.recipe import load_recipe
@@ -314,8 +315,8 @@ def test_the_plain_accelerate_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     loop = load_script("recipes/accelerate_loop.py")
     train_file, held_out = write_corpus(tmp_path)
-    tiny = data_module.DataConfig(str(train_file), eval_corpus=str(held_out), vocab_size=VOCAB, seq_len=16)
-    monkeypatch.setattr(loop, "load_data", lambda _, folder: data_module.load_data(tiny, folder))
+    tiny = DataConfig(str(train_file), eval_corpus=str(held_out), vocab_size=VOCAB, seq_len=16)
+    monkeypatch.setattr(loop, "load_data", lambda _, folder: load_data(tiny, folder))
     monkeypatch.setattr(loop, "BATCH", 4)
     loss = loop.main(str(tmp_path / "out"), steps=20)
     assert 0 < loss < math.log(VOCAB)
