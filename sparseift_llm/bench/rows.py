@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
 
@@ -23,6 +22,7 @@ from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
 from sparseift_llm.conversion.install import sparsify
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.block_ffn import BlockFeedForward
 from sparseift_llm.layers.masked import masked_projection
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.presets import load_config
@@ -147,15 +147,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, up: nn.Module, down: nn.Module) -> None:
         super().__init__()
-        self.up, self.down = up, down
+        self.up, self.act, self.down = up, nn.GELU(approximate="tanh"), down
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, hidden) -> (T, hidden)."""
-        h = self.up(x)
-        return self.down(h if getattr(self.up, "is_taken_over", False) else F.gelu(h, approximate="tanh"))
+        y: Tensor = self.down(self.act(self.up(x)))
+        return y
 
 
-def _feed_forwards(row: Row) -> dict[str, FeedForward]:
+def _feed_forwards(row: Row) -> dict[str, nn.Module]:
     """The dense FFN of sides (hidden, 4 hidden), and its Wide 75% twins of twice those sides with equal tiles."""
     hidden = row.hidden
     dense = FeedForward(nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden))
@@ -169,11 +169,10 @@ def _feed_forwards(row: Row) -> dict[str, FeedForward]:
         tiles = tile_mask(slots, rows, columns)
         masked.set_mask(tiles.repeat_interleave(row.tile, 0).repeat_interleave(row.tile, 1))
         pairs.append((masked, block))
-    pairs[1][1].take_over(pairs[0][1])
     return {
         "dense": dense,
         "masked": FeedForward(pairs[0][0], pairs[1][0]),
-        "block": FeedForward(pairs[0][1], pairs[1][1]),
+        "block": BlockFeedForward(FeedForward(pairs[0][1], pairs[1][1]), ("up", "act", "down")),
     }
 
 

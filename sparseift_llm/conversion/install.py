@@ -11,7 +11,6 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.activations import GELUTanh, NewGELUActivation
 
 from sparseift_llm.checkpoints.saving import GATHER, install_saving, restore_saving
 from sparseift_llm.config.transform import SparseIFTConfig
@@ -19,13 +18,14 @@ from sparseift_llm.conversion.from_trained import check_has_weights, start_from
 from sparseift_llm.conversion.scaling import scale_initial_weights
 from sparseift_llm.families.registry import drop_in_of
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
-from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
+from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.block_ffn import BlockFeedForward, can_be_fused
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.layout import mark, missing_layers, unmark
-from sparseift_llm.models.quirks import ACTIVATIONS
+from sparseift_llm.models.quirks import FEED_FORWARD_CHAINS
 from sparseift_llm.planning.planner import LayerPlan, Plan, plan, record
 from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.heads import random_mask_per_head
@@ -110,8 +110,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in sparse_layers(dense).items():
         _replace(dense, name, layer.to_dense())
     for name, module in list(dense.named_modules()):
-        if isinstance(module, AppliedByNextLayer):
-            _replace(dense, name, module.original)
+        if isinstance(module, BlockFeedForward):
+            _replace(dense, name, module.to_stock())
     restore_saving(dense)
     del dense.config.sparse_ift, dense._ddp_params_and_buffers_to_ignore
     unmark(dense.config)
@@ -185,17 +185,14 @@ def _sparse_layer(
 
 
 def _fuse_feed_forwards(model: PreTrainedModel, plan: Plan) -> None:
-    """Let block-sparse mlp_out layers compute mlp_in and GELU, too: the widened activation is then never stored."""
-    act = ACTIVATIONS.get(model.config.model_type)
-    layers = {(layer.name.rpartition(".")[0], layer.kind): model.get_submodule(layer.name) for layer in plan.layers}
-    for (parent, kind), up in layers.items() if act else ():
-        down = layers.get((parent, "mlp_out"))
-        if kind != "mlp_in" or not isinstance(up, BlockSparseLinear) or not isinstance(down, BlockSparseLinear):
-            continue
-        activation = model.get_submodule(f"{parent}.{act}")
-        if isinstance(activation, GELUTanh | NewGELUActivation):  # one formula, with and without its own kernel
-            down.take_over(up)
-            _replace(model, f"{parent}.{act}", AppliedByNextLayer(activation))
+    """Compute both projections of an FFN as one where both are block-sparse and a GELU stands between them."""
+    chain = FEED_FORWARD_CHAINS.get(model.config.model_type)
+    if chain is None:
+        return
+    for name in [layer.name.rpartition(".")[0] for layer in plan.layers if layer.kind == "mlp_out"]:
+        mlp = model.get_submodule(name)
+        if can_be_fused(mlp, chain):
+            _replace(model, name, BlockFeedForward(mlp, chain))
 
 
 def _set_initial_masks(model: PreTrainedModel, config: SparseIFTConfig) -> None:

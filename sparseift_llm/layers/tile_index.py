@@ -80,7 +80,7 @@ class TileIndex(nn.Module):
         self.register_load_state_dict_post_hook(_after_loading)
 
     @property
-    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
+    def index(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three buffers, in the order in which operators take them."""
         return self.columns, self.slots_by_column, self.column_starts
 
@@ -102,7 +102,7 @@ class TileIndex(nn.Module):
         FSDP's and accelerate's loaders send a model there to fill in its weights later. Columns say what the weights
         will mean, and nobody fills them in.
         """
-        kept = self._index
+        kept = self.index
         super()._apply(fn, recurse)
         if self.columns.is_meta and not kept[0].is_meta:
             self.columns, self.slots_by_column, self.column_starts = kept

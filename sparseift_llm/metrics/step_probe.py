@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparseift_llm.layers.base import SparseProjection, plain_name
-from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.block_ffn import BlockFeedForward
 from sparseift_llm.layers.sharding import reshard, whole
 from sparseift_llm.metrics.counts import kinds_in
 
@@ -49,7 +49,6 @@ class StepSample:
         self.saturated: Tensor | None = None
         self._model = model
         self._layers = layers
-        self._ffn_outputs = _ffn_outputs(model)
         self._handles: list[RemovableHandle] = []
         self._sampled: dict[nn.Module, tuple[Tensor, int]] = {}
 
@@ -57,7 +56,7 @@ class StepSample:
         """Let the coming forward pass leave a sample of its activations."""
         self.close()
         self.grad_norm = self.saturated = None
-        self._handles = [module.register_forward_pre_hook(self._sample) for module in self._ffn_outputs]
+        self._handles = [module.register_forward_pre_hook(self._sample) for module in _ffn_outputs(self._model)]
 
     def end(self) -> None:
         """Measure the gradients as they are. With `fully_shard` all ranks must call it: it sums over shards."""
@@ -84,12 +83,19 @@ class StepSample:
     @torch.no_grad()
     def _count(module: nn.Module, input: Tensor) -> tuple[Tensor, int]:
         tokens = input.reshape(-1, input.shape[-1])[:SAMPLE_TOKENS]
-        # a fused feed-forward never stores its activation: it is computed again, for these tokens only
-        hidden = module.hidden(tokens) if isinstance(module, BlockSparseLinear) else tokens
+        # an FFN that is computed as one never stores its activation: it is computed again, for these tokens only
+        hidden = module.hidden(tokens) if isinstance(module, BlockFeedForward) else tokens
         return num_saturated(hidden), hidden.shape[-1]
 
 
 def _ffn_outputs(model: nn.Module) -> list[nn.Module]:
-    """The last projection of every FFN, sparse or not."""
-    kinds = kinds_in(model)
-    return [module for name, module in model.named_modules() if kinds.get(plain_name(name)) == "mlp_out"]
+    """The last projection of every FFN, sparse or not; the whole FFN where it is computed as one.
+
+    A hook on a projection inside of that would make it compute its projections one by one.
+    """
+    kinds, found = kinds_in(model), []
+    for name, module in model.named_modules():
+        if kinds.get(plain_name(name)) == "mlp_out":
+            parent = model.get_submodule(name.rpartition(".")[0])
+            found.append(parent if isinstance(parent, BlockFeedForward) and parent.is_fused else module)
+    return found

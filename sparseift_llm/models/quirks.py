@@ -11,8 +11,12 @@ SEE_LATER_TOKENS = ("cpmant",)
 # Further config fields that must equal the hidden size.
 HIDDEN_TWINS = {"opt": ("word_embed_proj_dim",)}
 
-# The name of the activation module beside mlp_out, where it stands alone between mlp_in and mlp_out.
-ACTIVATIONS = {"gpt2": "act", "gpt_neox": "act"}
+# The children of an MLP in the order of its forward pass, where it is a plain chain: the projection into the FFN, the
+# activation, the projection out of it, and what follows.
+FEED_FORWARD_CHAINS = {
+    "gpt2": ("c_fc", "act", "c_proj", "dropout"),
+    "gpt_neox": ("dense_h_to_4h", "act", "dense_4h_to_h"),
+}
 
 # How a fused QKV matrix orders its output rows:
 #   blocks      all queries, then all keys, then all values

@@ -1,4 +1,7 @@
-"""Checks of what the block-sparse operators are given. A kernel behind them reads memory by pointer."""
+"""What the block-sparse operators are given: brought to one dtype under autocast, and checked.
+
+The kernels behind the operators read memory by pointer, and know no derivatives but their own.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def check_operands(values: Iterable[Tensor | None], indices: Iterable[Tensor]) -> None:
@@ -34,3 +38,23 @@ def check_operands(values: Iterable[Tensor | None], indices: Iterable[Tensor]) -
             f"input, weight, bias and indices must be on one device, got {found}; move the whole model, and if it is "
             "offloaded, offload whole MLPs, not their projections (accelerate: preload_module_classes)"
         )
+
+
+def autocast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the dtype of autocast where it is on, as `nn.functional.linear` would have them."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError if a tensor carries a tangent, which a custom operator would drop without a word."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "block-sparse layers have no forward-mode derivatives (torch.func.jvp); differentiate with backward()"
+            )

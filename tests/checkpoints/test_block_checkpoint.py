@@ -19,6 +19,7 @@ from sparseift_llm import SparseIFTConfig, load_pretrained, sparsify, to_dense
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, digest, masks_of, read_masks
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.block_ffn import BlockFeedForward
 from tests.helpers.models import ARCHS, gradients_of, logits_of, shake, tiny_model
 from tests.helpers.tiny_runs import differences
 
@@ -41,11 +42,13 @@ def block_model(arch: str = "llama", seed: int = 0, scope: str = "model", **chan
 def whole_state(model: PreTrainedModel) -> dict[str, Any]:
     """Parameters and buffers, stored or derived, and what each layer knows of itself."""
     layers = {
-        name: (layer.num_active, layer.dense_shape, layer.block_size, layer.is_taken_over, layer.out_features)
+        name: (layer.num_active, layer.dense_shape, layer.block_size, layer.out_features)
         for name, layer in sparse_layers(model).items()
         if isinstance(layer, BlockSparseLinear)
     }
-    return {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers()), "layers": layers}
+    fused = [name for name, module in model.named_modules() if isinstance(module, BlockFeedForward)]
+    values = {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers())}
+    return {**values, "layers": layers, "fused": fused}
 
 
 def check_equal(found: PreTrainedModel, expected: PreTrainedModel) -> None:

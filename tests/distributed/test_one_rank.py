@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 
 from sparseift_llm import SparseIFTConfig, sparsify
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.block_ffn import BlockFeedForward
+from sparseift_llm.layers.sharding import whole
 from tests.helpers.models import tiny_model
 
 
@@ -43,11 +46,34 @@ def test_ddp_broadcasts_neither_masks_nor_indices(structure: str, prepare: Calla
     assert of_layers <= {buffer.data_ptr() for buffer in DistributedDataParallel(prepare(model)).modules_buffers}
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # which the layer before the second returns its input from
-def test_fsdp_of_single_projections_of_a_fused_ffn_is_refused() -> None:
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # of stock layers, too: they return a view
+def test_fsdp_of_single_projections_computes_an_ffn_one_by_one() -> None:
+    """A shard is whole only while the module that was sharded is called."""
     model, mesh = sparse_model("block"), init_device_mesh("cpu", (1,))
+    tokens = torch.arange(4)[None]
+    expected = copy.deepcopy(model)
+    expected(tokens, labels=tokens).loss.backward()
     for layer in sparse_layers(model).values():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match="give fully_shard the MLP or the block"):
-        model(torch.ones(1, 4, dtype=torch.long))
+    ffns = [module for module in model.modules() if isinstance(module, BlockFeedForward)]
+    assert ffns
+    assert not any(ffn.is_fused for ffn in ffns)
+    model(tokens, labels=tokens).loss.backward()
+    for (name, found), parameter in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(whole(found.grad), parameter.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # of stock layers, too: they return a view
+def test_fsdp_of_the_mlp_keeps_it_fused() -> None:
+    model, mesh = sparse_model("block"), init_device_mesh("cpu", (1,))
+    tokens = torch.arange(4)[None]
+    expected = copy.deepcopy(model)
+    expected(tokens, labels=tokens).loss.backward()
+    for block in model.transformer.h:
+        fully_shard(block.mlp, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(block.mlp.is_fused for block in model.transformer.h)
+    model(tokens, labels=tokens).loss.backward()
+    for (name, found), parameter in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(whole(found.grad), parameter.grad), name

@@ -1,4 +1,4 @@
-"""`BlockSparseLinear` in a model: parity, compilation, autocast, checkpointing, masks, and what it refuses."""
+"""`BlockSparseLinear`: parity, compilation, autocast, checkpointing, masks, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from sparseift_llm import SparseIFTConfig, sparsify, to_dense
-from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.layers.block import AppliedByNextLayer, BlockSparseLinear
+from sparseift_llm import SparseIFTConfig, sparsify
+from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.topology.blocks import random_columns
-from tests.helpers.models import gradients_of, logits_of, tiny_model
+from tests.helpers.models import tiny_model
 
 KINDS = ("linear", "linear_without_bias", "conv1d")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -189,105 +188,9 @@ def test_repr_says_what_it_is() -> None:
     layer = make()
     expected = "in_features=32, out_features=24, tiles 8x8, sparsity=0.5833, active 320 of 768, replaces 4->3"
     assert layer.extra_repr() == expected
-    layer.take_over(make(rows=4, columns=2))
-    assert "tiles 8x8, with the layer before it, sparsity" in layer.extra_repr()
-
-
-# ---- two layers as one
-
-
-class FeedForward(nn.Module):
-    """As in a model: three modules one after the other, whoever computes what."""
-
-    def __init__(self, up: nn.Module, down: nn.Module, fused: bool, gelu: bool = True) -> None:
-        super().__init__()
-        self.up, self.down = up, down
-        self.act: nn.Module = nn.GELU(approximate="tanh")
-        if fused:
-            assert isinstance(up, BlockSparseLinear)
-            assert isinstance(down, BlockSparseLinear)
-            down.take_over(up)
-            self.act = AppliedByNextLayer(self.act)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(self.act(self.up(x)))
-        return y
-
-
-def feed_forward(kind: str = "linear", fused: bool = True, dtype: Any = None) -> FeedForward:
-    return FeedForward(make(kind, 6, 3, 7, dtype=dtype), make(kind, 2, 6, 5, dtype=dtype), fused)
-
-
-@every_kind
-def test_two_layers_as_one_equal_two(kind: str) -> None:
-    fused, plain = feed_forward(kind), feed_forward(kind, fused=False)
-    x = inputs(fused.up)  # type: ignore[arg-type]
-    for found, expected in zip(backward(fused, x), backward(plain, x), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_two_layers_as_one_capture_the_same_dense_gradients() -> None:
-    pair = feed_forward(), feed_forward(fused=False)
-    for module in pair:
-        for layer in (module.up, module.down):
-            layer.dense_gradient = DenseGradient()  # type: ignore[assignment]
-        backward(module, inputs(module.up))  # type: ignore[arg-type]
-    for name in ("up", "down"):
-        fused, plain = (getattr(module, name).dense_gradient.total for module in pair)
-        torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)
-        assert fused.abs().max() > 0
-
-
-def test_two_layers_as_one_compile_copy_and_checkpoint() -> None:
-    module = feed_forward(dtype=torch.float32)
-    x = inputs(module.up, torch.float32)  # type: ignore[arg-type]
-    expected = backward(module, x)
-    twin = copy.deepcopy(module)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for run in (twin, compiled, lambda x: checkpoint(module, x, use_reentrant=False)):
-        for found, value in zip(backward(twin if run is twin else module, x, run), expected, strict=True):
-            assert torch.equal(found, value)
-    with torch.no_grad():
-        twin.up.weight.zero_()  # type: ignore[operator]
-    assert not torch.equal(twin(x), expected[0])  # the copy uses its own layer
-
-
-def test_two_layers_as_one_under_autocast_have_its_dtype() -> None:
-    module = feed_forward(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert module(inputs(module.up, torch.float32)).dtype == torch.bfloat16  # type: ignore[arg-type]
-
-
-def test_layers_that_do_not_fit_together_are_refused() -> None:
-    with pytest.raises(ValueError, match="cannot feed"):
-        make(columns=5).take_over(make(rows=4))
-
-
-def test_a_layer_put_in_between_fails_loudly() -> None:
-    module = feed_forward(dtype=torch.float32)
-    module.act = nn.Sequential(module.act, nn.Linear(48, 48))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        module(inputs(module.up, torch.float32))  # type: ignore[arg-type]
 
 
 # ---- models
-
-
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"])
-def test_a_models_activation_is_fused_where_it_is_the_tanh_gelu(activation: str) -> None:
-    config = SparseIFTConfig(structure="block", block_size=8)
-    model = sparsify(tiny_model("gpt2", activation_function=activation), config)
-    fused = activation in ("gelu_new", "gelu_pytorch_tanh")
-    for block in model.transformer.h:
-        assert block.mlp.c_fc.is_taken_over == fused
-        assert isinstance(block.mlp.act, AppliedByNextLayer) == fused
-    dense = to_dense(model)
-    assert not any(isinstance(module, AppliedByNextLayer) for module in dense.modules())
-    torch.testing.assert_close(logits_of(model), logits_of(dense), rtol=1e-9, atol=1e-9)
-    mine, stock_gradients = gradients_of(model), gradients_of(dense)
-    tiles = {f"{name}.weight" for name in sparse_layers(model)}
-    for name in mine.keys() - tiles:
-        torch.testing.assert_close(mine[name], stock_gradients[name], rtol=1e-7, atol=1e-9)
 
 
 def test_meta_models_take_no_memory() -> None:

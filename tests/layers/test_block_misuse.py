@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,14 @@ from torch.autograd import forward_ad
 from transformers import AutoModelForCausalLM
 
 from sparseift_llm import load_pretrained
-from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.block_ffn import BlockFeedForward
 from sparseift_llm.ops.block_linear import block_input_gradient_op, block_weight_gradient_op
 from sparseift_llm.ops.dense_gradient import DenseGradient, capture_dense_gradient
 from tests.checkpoints.test_block_checkpoint import WEIGHTS, block_model, check_equal
 from tests.helpers.models import logits_of
-from tests.layers.test_block_layer import feed_forward, inputs, make
+from tests.layers.test_block_ffn import feed_forward
+from tests.layers.test_block_layer import inputs, make
 
 
 def test_operands_of_unequal_dtypes_are_refused() -> None:
@@ -91,17 +91,20 @@ def test_gradients_of_operands_on_different_devices_are_refused() -> None:
         block_weight_gradient_op(grad.to("meta"), x, layer.weight, layer.columns)
 
 
-def test_offloading() -> None:
-    """By projection it would take the first one's weight away before the second multiplies with it."""
+@pytest.mark.parametrize("classes", [None, ["GPT2MLP"], ["BlockFeedForward"]])
+def test_offloading(classes: list[str] | None) -> None:
+    """By projection, weights come and go while the FFN is computed; a whole FFN is computed as one."""
     model = block_model("gpt2", activation_function="gelu_new")
-    assert any(layer._before for layer in sparse_layers(model).values() if isinstance(layer, BlockSparseLinear))
-    expected, device = logits_of(model), torch.device("cpu")
-    by_projection = copy.deepcopy(model)
-    cpu_offload(by_projection, execution_device=device)
-    with pytest.raises(ValueError, match=r"got cpu, meta.*preload_module_classes"):
-        logits_of(by_projection)
-    cpu_offload(model, execution_device=device, preload_module_classes=["GPT2MLP"])
-    assert torch.equal(logits_of(model), expected)
+    ffns = [module for module in model.modules() if isinstance(module, BlockFeedForward)]
+    assert ffns
+    expected = logits_of(model)
+    cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=classes)
+    assert all(ffn.in_order()[2].weight.is_meta for ffn in ffns)
+    assert all(ffn.is_fused == (classes == ["BlockFeedForward"]) for ffn in ffns)
+    if classes == ["BlockFeedForward"]:
+        assert torch.equal(logits_of(model), expected)
+    else:
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func's own

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from sparseift_llm import SparseIFTConfig, SparseTrainingCallback, sparsify
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.block_ffn import BlockFeedForward
 from sparseift_llm.metrics.step_probe import FLAT, StepSample, num_saturated
 from tests.families.test_families import STORAGES, VARIANTS, WIDTHS
 from tests.helpers.models import ARCHS, tiny_config, token_ids
@@ -59,7 +59,7 @@ def test_saturated_share_of_a_model(structure: str, units: int) -> None:
     sample.end()
     hidden = model.config.n_inner or 4 * model.config.n_embd
     assert float(sample.saturated) == pytest.approx(units / hidden)  # type: ignore[arg-type]
-    fused = [layer for layer in sparse_layers(model).values() if getattr(layer, "_before", ())]
+    fused = [module for module in model.modules() if isinstance(module, BlockFeedForward) and module.is_fused]
     assert len(fused) == (2 if structure == "block" else 0)
 
 
@@ -77,13 +77,14 @@ def test_the_sample_is_the_first_tokens_of_the_first_micro_batch(
     hidden = len(up.bias)
     expected: list[Tensor] = []
     sample = sample_of(model)
-    down = model.get_submodule("transformer.h.0.mlp.c_proj")
+    mlp = model.get_submodule("transformer.h.0.mlp")
+    watched = mlp if isinstance(mlp, BlockFeedForward) else mlp.get_submodule("c_proj")
 
     def note(module: Any, args: tuple[Tensor]) -> None:
-        activation = down.hidden(args[0]) if isinstance(down, BlockSparseLinear) else args[0]
+        activation = watched.hidden(args[0]) if isinstance(watched, BlockFeedForward) else args[0]
         expected.append(activation.detach().abs().reshape(-1, hidden))
 
-    down.register_forward_pre_hook(note)
+    watched.register_forward_pre_hook(note)
     with torch.no_grad():
         up.bias.copy_(torch.linspace(-6.0, -2.5, hidden))
     sample.begin()
