@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.helpers.fresh_environment import FreshEnvironment
 
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -64,3 +68,14 @@ def every_structure(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs all tests of a module once per structure; for modules in which every test asks for it."""
     with tiny_models_of(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def fresh_environment(tmp_path_factory: pytest.TempPathFactory) -> FreshEnvironment:
+    """The package as users install it, see tests/helpers/fresh_environment.py; one for all workers of a session."""
+    from tests.helpers.fresh_environment import shared_environment
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folder is one of several in the folder of the session
+        folder = folder.parent
+    return shared_environment(folder / "fresh_environment")
