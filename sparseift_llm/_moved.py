@@ -103,6 +103,9 @@ NAMES = {
     "checkpoint.recorded_by_callback": "checkpoints.trainer_folder.recorded_by_callback",
     "checkpoint.set_aside_incomplete": "checkpoints.trainer_folder.set_aside_incomplete",
     "cli.render_plan": "cli.plan.render_plan",
+    "data.LoadedData": "data.loading.LoadedData",
+    "data.load_data": "data.loading.load_data",
+    "data.load_tokenizer": "data.tokenizer.load_tokenizer",
     "families.drop_in.rule_for": "families.registry.rule_for",
     "loading.LayoutConfig": "checkpoints.registry_entry.LayoutConfig",
     "ops.block_blas.forward": "ops.kernels.blas.BLAS.forward",
@@ -127,10 +130,12 @@ NAMES = {
     "ops.block_triton.input_gradient": "ops.kernels.triton.TRITON.input_gradient",
     "ops.block_triton.is_available": "ops.kernels.triton.TRITON.is_available",
     "ops.block_triton.weight_gradient": "ops.kernels.triton.TRITON.weight_gradient",
+    "outputs.set_aside": "utils.files.set_aside",
+    "outputs.written_whole": "utils.files.written_whole",
     "run_record.commit": "utils.provenance.commit",
     "run_record.machine": "utils.provenance.machine",
     "run_record.versions": "utils.provenance.versions",
-    "run_record.write_json": "utils.outputs.write_json",
+    "run_record.write_json": "utils.files.write_json",
 }
 
 # folders that were folders in 0.1, too, and whose modules have all moved

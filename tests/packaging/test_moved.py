@@ -18,12 +18,13 @@ from tests.helpers.processes import output_of
 # All public functions and classes at the top level of modules, written by a walk over the source of 0.1.0.
 OLD_NAMES = (Path(__file__).parent / "names_of_0_1_0.txt").read_text(encoding="utf-8").split()
 OLD_MODULES = sorted({name.rpartition(".")[0] for name in OLD_NAMES})
-# Functions that modules of families shared with each other, and that are methods of classes with other arguments now.
-REPLACED_BY_METHODS = {
+# What modules of the package shared with each other, and what is now an object with other arguments.
+REPLACED = {
     "sparseift_llm.families.wide": {"start", "wide_config"},
     "sparseift_llm.families.parallel": {"num_norm_params", "parts", "start"},
     "sparseift_llm.families.factorized": {"num_norm_params", "parts", "start"},
     "sparseift_llm.families.doped": {"num_norm_params", "parts", "start"},
+    "sparseift_llm.layers.block": {"AppliedByNextLayer"},
     "sparseift_llm.families.drop_in": {"build", "num_norm_params", "parts_of", "start"},
 }
 
@@ -41,7 +42,7 @@ def taken(module: str, name: str) -> tuple[Any, list[str]]:
 def test_names_are_found_where_they_were(module: str) -> None:
     old = module.removeprefix("sparseift_llm.")
     names = {name.rpartition(".")[2] for name in OLD_NAMES if name.rpartition(".")[0] == module}
-    for name in sorted(names - REPLACED_BY_METHODS.get(module, set())):
+    for name in sorted(names - REPLACED.get(module, set())):
         value, said = taken(module, name)
         assert callable(value), name
         place = NAMES.get(f"{old}.{name}") or (f"{MODULES[old]}.{name}" if old in MODULES else None)
@@ -54,8 +55,8 @@ def test_names_are_found_where_they_were(module: str) -> None:
             assert not said
 
 
-def test_names_replaced_by_methods_are_missing_by_name() -> None:
-    for module, names in REPLACED_BY_METHODS.items():
+def test_replaced_names_are_missing_by_name() -> None:
+    for module, names in REPLACED.items():
         for name in names:
             with pytest.raises(ImportError, match=name):
                 taken(module, name)
