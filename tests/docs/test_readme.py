@@ -24,7 +24,8 @@ from tests.helpers.scripts import load_script
 from tests.helpers.tiny_runs import sparse_gpt2, sparse_trainer
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = {path: path.read_text(encoding="utf-8") for path in PATHS}
 ALL_TEXT = "\n".join(PAGES.values())
 
 

@@ -223,7 +223,7 @@ def test_exploration_is_not_reported_when_updates_were_missed(caplog: pytest.Log
         metrics.values()
     assert "exploration" not in values
     assert values["mask_churn"] > 0
-    messages = [record.getMessage() for record in caplog.records if record.name.endswith("tracking")]
+    messages = [record.getMessage() for record in caplog.records if record.name.endswith("mask_history")]
     assert len(messages) == 1
     assert "exploration is not reported: of 3 mask updates so far only 2" in messages[0]
 
