@@ -94,6 +94,10 @@ MODULES = {
 
 # old name -> new place, of names that are not in the new module of the others, or under another name there
 NAMES = {
+    "bench.bench": "bench.run.bench",
+    "bench.FeedForward": "bench.layer.FeedForward",
+    "bench.render": "bench.tables.render",
+    "bench.render_crossover": "bench.tables.render_crossover",
     "checkpoint.INCOMPLETE_PREFIX": "checkpoints.trainer_folder.INCOMPLETE_PREFIX",
     "checkpoint.find_resumed_checkpoint": "checkpoints.trainer_folder.find_resumed_checkpoint",
     "checkpoint.is_complete": "checkpoints.trainer_folder.is_complete",

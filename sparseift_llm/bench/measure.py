@@ -1,6 +1,6 @@
 """How time and memory are measured: contestants take turns, medians count, and peaks are what allocators count.
 
-What is measured is in bench.py.
+What is measured is in layer.py and step.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def seconds_of(run: Callable[[], Any], device: str) -> float:
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
     """Most bytes that torch's allocator held during `run` beyond what it held before.
 
-    On a CPU what native block kernels hold of their own counts, too: they keep it for the next layer.
+    On a CPU, the memory that native block kernels keep for the next layer counts as well.
     """
     if device == "cuda":
         torch.cuda.synchronize()

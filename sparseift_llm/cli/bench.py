@@ -23,7 +23,9 @@ def run(arguments: argparse.Namespace) -> str:
     """The measurements as a Markdown table, or as JSON."""
     import torch
 
-    from sparseift_llm.bench.rows import CROSSOVER, ROWS, bench, render, render_crossover
+    from sparseift_llm.bench.rows import CROSSOVER, ROWS
+    from sparseift_llm.bench.run import bench
+    from sparseift_llm.bench.tables import render, render_crossover
     from sparseift_llm.config.parsing import check_choice
     from sparseift_llm.utils.files import write_json
     from sparseift_llm.utils.outputs import refuse_foreign

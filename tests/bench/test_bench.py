@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparseift_llm.bench import rows as bench
 from sparseift_llm.bench.measure import peak_bytes, take_turns
-from sparseift_llm.bench.rows import CROSSOVER, ROWS, Row, render
+from sparseift_llm.bench.rows import CROSSOVER, ROWS, Row
+from sparseift_llm.bench.run import bench
+from sparseift_llm.bench.tables import render
 from sparseift_llm.cli import main
 from sparseift_llm.cli.bench import RESULT_BEGINNING
 from sparseift_llm.ops.kernels.native import NATIVE
@@ -36,7 +37,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
-    return {name: bench.bench([row], repeats=3)["rows"][0] for name, row in TINY.items()}
+    return {name: bench([row], repeats=3)["rows"][0] for name, row in TINY.items()}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -120,7 +121,7 @@ def test_the_command_writes_what_it_prints(
 def test_a_file_of_others_is_kept(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparseift_llm.bench.rows.bench", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr("sparseift_llm.bench.run.bench", lambda *_: pytest.fail("measured first"))
     (tmp_path / "notes").write_text(text)
     assert main(["bench", "--output", str(tmp_path / "notes")]) == 2
     assert "notes is there already, and not from sparseift bench; " in capsys.readouterr().err

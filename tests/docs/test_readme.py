@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
 
 from sparseift_llm import SparseIFTConfig, sparsify
-from sparseift_llm.bench.rows import render, render_crossover
+from sparseift_llm.bench.tables import render, render_crossover
 from sparseift_llm.cli import main as sparseift
 from sparseift_llm.config.parsing import parse_yaml
 from sparseift_llm.layers.base import sparse_layers
