@@ -1,6 +1,7 @@
-"""A folder of data sets under their hub names: what is missing or damaged there, and reading it without a cache.
+"""A folder of data sets under their hub names: which pieces are missing or damaged, and reading it without a cache.
 
-Each data set has a README.md whose front matter names its configurations and files, as on the hub.
+Each data set has a README.md whose front matter names its configurations and files, as on the hub. Whether the rows
+mean what a task takes them for is checked in documents.py.
 """
 
 from __future__ import annotations
@@ -8,33 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sparseift_llm.evaluation.data_files import DataError, count_rows, is_parquet
+
 CHECKSUMS_NAME = "checksums.json"
-# What the suites' tasks read of each row; a data set that is not listed is only checked for being readable.
-COLUMNS = {
-    "allenai/ai2_arc": ("question", "choices", "answerKey"),
-    "Rowan/hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-    "truthfulqa/truthful_qa": ("question", "mc1_targets", "mc2_targets"),
-    "cais/mmlu": ("question", "choices", "answer"),
-    "allenai/winogrande": ("sentence", "option1", "option2", "answer"),
-    "openai/gsm8k": ("question", "answer"),
-    "SaylorTwift/bbh": ("input", "target"),
-    "TAUR-Lab/MuSR": ("narrative", "question", "choices", "answer_index", "answer_choice"),
-    "wis-k/instruction-following-eval": ("key", "prompt", "instruction_id_list", "kwargs"),
-    "TIGER-Lab/MMLU-Pro": ("question", "options", "answer", "answer_index"),
-    "Idavidrein/gpqa": ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
-    "DigitalLearningGmbH/MATH-lighteval": ("problem", "solution", "level"),
-}
-
-
-class DataError(ValueError):
-    """Data for an evaluation is missing or damaged; the message names every such piece and what to do."""
 
 
 @dataclass(frozen=True, order=True)
@@ -74,8 +58,8 @@ def check_folder(data_dir: str | Path, requirements: Iterable[Requirement]) -> d
         `{"cais/mmlu (anatomy)": {"sha256": ..., "rows": {split: number}}, ...}`, what the scores belong to.
 
     Raises:
-        DataError: the folder, a data set, a split or a file is missing, a file is truncated, lacks a
-            column or is not what `checksums.json` says; all such pieces are named, with what to fetch.
+        DataError: the folder, a data set, a split or a file is missing, a file is truncated or damaged, or is not
+            what `checksums.json` says; all such pieces are named, with what to fetch.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -107,15 +91,49 @@ def load_local(data_dir: str | Path, dataset: str, config: str | None = None) ->
     Raises:
         DataError: files that README.md names are missing; `check_folder` finds whatever else may be wrong.
     """
+    return load_files(split_files(data_dir, dataset, config))
+
+
+def load_files(by_split: Mapping[str, Sequence[Path]]) -> Any:
+    """The `datasets.DatasetDict` of the splits' files, built in memory without a cache.
+
+    Splits whose columns differ are allowed: a task may well read only those that they share.
+
+    Raises:
+        DataError: `datasets` cannot read the files.
+    """
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
-    by_split = _files(Path(data_dir) / dataset, dataset, config or "")
-    is_parquet = all(path.suffix == ".parquet" for paths in by_split.values() for path in paths)
-    files = {split: [str(path) for path in paths] for split, paths in by_split.items()}
-    with tempfile.TemporaryDirectory() as cache_dir:  # nothing of an earlier run can turn up
-        return datasets.load_dataset(
-            "parquet" if is_parquet else "json", data_files=files, cache_dir=cache_dir, keep_in_memory=True
-        )
+    def load(files: Mapping[str, Sequence[Path]]) -> Any:
+        kind = "parquet" if all(is_parquet(path) for paths in files.values() for path in paths) else "json"
+        names = {split: [str(path) for path in paths] for split, paths in files.items()}
+        with tempfile.TemporaryDirectory() as cache_dir:  # nothing of an earlier run can turn up
+            # not datasets.load_dataset, in whose place task_loading.py puts a function that comes here
+            return datasets.load.load_dataset(kind, data_files=names, cache_dir=cache_dir, keep_in_memory=True)
+
+    try:
+        return load(by_split)
+    except datasets.exceptions.DatasetGenerationError:
+        pass  # the columns of the splits may differ
+    splits = {}
+    for split, paths in by_split.items():
+        try:
+            splits.update(load({split: paths}))
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise DataError(
+                f"{', '.join(map(str, paths))} cannot be read by datasets ({error.__cause__ or error}); are all rows "
+                "of one kind?"
+            ) from error
+    return datasets.DatasetDict(splits)
+
+
+def split_files(data_dir: str | Path, dataset: str, config: str | None = None) -> dict[str, list[Path]]:
+    """The files of every split, as the front matter of the data set's README.md names them.
+
+    Raises:
+        DataError: the data set, its README.md, the configuration or a file is missing.
+    """
+    return _files(Path(data_dir) / dataset, dataset, config or "")
 
 
 def _describe(root: Path, item: Requirement) -> dict[str, Any]:
@@ -136,13 +154,11 @@ def _describe(root: Path, item: Requirement) -> dict[str, Any]:
                 raise DataError(
                     f"{item}: {path} is not the file that {CHECKSUMS_NAME} speaks of; it changed or was cut"
                 )
-            columns, count = _columns_and_rows(item, path)
-            wanted = COLUMNS.get(item.dataset, ()) if split in item.splits else ()
-            missing = [column for column in wanted if column not in columns]
-            if missing:
-                raise DataError(f"{item}: {path} has no column {missing[0]!r}, only {sorted(columns)}; was it renamed?")
+            try:
+                rows[split] += count_rows(path)
+            except DataError as error:
+                raise DataError(f"{item}: {error}") from error
             digest.update(f"{split}\0{content_hash}\0".encode())
-            rows[split] += count
     return {"sha256": digest.hexdigest(), "rows": rows}
 
 
@@ -180,38 +196,6 @@ def _configuration(folder: Path, name: str, config: str) -> Mapping[str, Any]:
         raise DataError(f"{name}: the configuration is missing; {folder}/README.md names {sorted(by_name)}")
     chosen: Mapping[str, Any] = by_name[config] if config else default
     return chosen
-
-
-def _columns_and_rows(item: Requirement, path: Path) -> tuple[set[str], int]:
-    """The columns that all rows of the file have, and the number of rows."""
-    if path.suffix == ".parquet":
-        return _parquet_columns_and_rows(item, path)
-    columns: set[str] | None = None
-    count = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for count, line in enumerate(file, start=1):  # noqa: B007 - the number of rows
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"it is a {type(row).__name__}, not an object")
-                columns = set(row) if columns is None else columns & set(row)
-    except ValueError as error:
-        raise DataError(
-            f"{item}: {path}, line {count} cannot be read ({error}); the file is truncated or damaged"
-        ) from error
-    if columns is None:
-        raise DataError(f"{item}: {path} is empty; the file is truncated or damaged")
-    return columns, count
-
-
-def _parquet_columns_and_rows(item: Requirement, path: Path) -> tuple[set[str], int]:
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        with parquet.ParquetFile(path) as table:
-            return set(table.schema_arrow.names), table.metadata.num_rows
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{item}: {path} cannot be read ({error}); the file is truncated or damaged") from error
 
 
 def _read_checksums(folder: Path) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import constants, get_session
 
-from sparseift_llm.evaluation.data_folder import CHECKSUMS_NAME, DataError, Requirement, merge
+from sparseift_llm.evaluation.data_files import DataError
+from sparseift_llm.evaluation.data_folder import CHECKSUMS_NAME, Requirement, merge
 from sparseift_llm.utils.files import write_text, written_whole
 
 _SECONDS = 5

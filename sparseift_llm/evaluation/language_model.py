@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseift_llm.checkpoints.loading import load_pretrained
@@ -55,6 +56,10 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTok
         raise ValueError(f"--model {name} cannot be loaded: {error}") from error
 
 
+class TooLongError(ValueError):
+    """An item of a task does not fit the model's context; the message names the task, the item and both lengths."""
+
+
 class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
     """lm-eval's Hugging Face model whose batches are dealt out to all processes of an `accelerate launch`.
 
@@ -66,6 +71,7 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         tokenizer: its tokenizer.
         batch_size: sequences per call, or `auto`: what fits a GPU, or by the size of the logits on a CPU.
         state: accelerate's view of the processes.
+        bars: draw progress bars; by default only where a person looks at the standard error output.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = "auto",
         state: PartialState | None = None,
+        bars: bool | None = None,
     ) -> None:
         own_tokenizer = copy.deepcopy(tokenizer)  # lm-eval sets its padding
         lm_eval_logger = logging.getLogger("lm_eval")
@@ -83,18 +90,35 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         lm_eval_logger.setLevel(level)
         state = state or PartialState()
         self._process_index, self._num_processes = state.process_index, state.num_processes
-        self._quiet = state.process_index != 0 or not sys.stderr.isatty()
+        self._quiet = state.process_index != 0 or not (sys.stderr.isatty() if bars is None else bars)
+        self._asked: Sequence[Any] = ()  # the requests that _loglikelihood_tokens answers
+        self._cut: dict[tuple[int, int], int] = {}
         if batch_size == "auto":
             self.batch_size_per_gpu = min(self._gather(self._fitting_batch_size()))
 
     @property
     def max_gen_toks(self) -> int:
-        """lm-eval's 256, or half of a shorter context: the prompt needs room, too."""
-        return min(super().max_gen_toks, self.max_length // 2)
+        """lm-eval's 256 where that leaves room for a prompt, else half of the model's context."""
+        stock: int = super().max_gen_toks
+        return stock if stock < self.max_length else self.max_length // 2
+
+    def take_cut_tokens(self) -> dict[tuple[int, int], int]:
+        """How many tokens were left out at the beginning of the prompts answered since the last call.
+
+        Returns:
+            (number of the item among those asked, number of its request) -> tokens that did not fit; equal on all
+            processes. Whole texts, which are read window by window, are not among them.
+        """
+        cut, self._cut = self._cut, {}
+        return cut
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding gives it."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm or self._quiet)
+        self._asked = requests
+        try:
+            answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm or self._quiet)
+        finally:
+            self._asked = ()
         return answers
 
     def _loglikelihood_tokens(
@@ -103,14 +127,15 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         """Answers to (strings, context tokens, continuation tokens), in order; each process runs its batches.
 
         Raises:
-            ValueError: a continuation alone is longer than the model's context.
+            TooLongError: a continuation alone is longer than the model's context.
         """
-        longest = max((len(continuation) for _, _, continuation in requests), default=0)
-        if longest > self.max_length:
-            raise ValueError(
-                f"an answer of {longest} tokens does not fit the model's context of {self.max_length}; leave the task "
-                "out with --only, or evaluate a model with a longer context"
-            )
+        for index, (_, context, continuation) in enumerate(requests):
+            asked = self._asked[index] if self._asked else None
+            if len(continuation) > self.max_length:
+                raise TooLongError(too_long(_item_name(asked), len(continuation), self.max_length))
+            if asked is not None:
+                # the model sees all but the last token
+                self._note_cut(asked, len(context) + len(continuation) - 1 - self.max_length)
         quiet = disable_tqdm or self._quiet
 
         def run(own: list[Any]) -> list[tuple[float, bool]]:
@@ -159,7 +184,11 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, in order; each process runs its batches."""
+        """Greedy continuations, in order; each process runs its batches.
+
+        Raises:
+            TooLongError: the tokens to generate leave no room for a prompt.
+        """
         quiet = disable_tqdm or self._quiet
 
         def run(own: list[Any]) -> list[str]:
@@ -168,6 +197,11 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
 
         contexts = [request.args[0] for request in requests]
         lengths = [len(self.tok_encode(context)) for context in contexts]
+        for request, length in zip(requests, lengths, strict=True):
+            generated = int(normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"])
+            if generated >= self.max_length:
+                raise TooLongError(f"{_item_name(request)} {no_room(generated, self.max_length)}")
+            self._note_cut(request, length + generated - self.max_length)
         return self._deal(
             requests,
             run,
@@ -201,6 +235,9 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
         collected = dict(pair for pairs in self._gather(list(zip(own, answers, strict=True))) for pair in pairs)
         return [collected[index] for index in range(len(requests))]
 
+    def _note_cut(self, request: Any, tokens: int) -> None:
+        self._cut[request.doc_id, request.idx] = max(tokens, 0)
+
     def _gather(self, value: T) -> list[T]:
         """`value` of every process, by process index."""
         if self._num_processes == 1:
@@ -214,6 +251,20 @@ class SplitLM(HFLM):  # type: ignore[misc, unused-ignore]
             return int(self._detect_batch_size())
         bytes_per_sequence = self.max_length * self.model.config.get_text_config().vocab_size * 4
         return max(1, min(_MAX_BATCH, _LOGIT_BYTES // bytes_per_sequence))
+
+
+def too_long(what: str, num_tokens: int, context: int) -> str:
+    """Why an answer cannot be scored, in words."""
+    return f"{what} has an answer of {num_tokens:,} tokens, more than the model's context of {context:,}"
+
+
+def no_room(num_generated: int, context: int) -> str:
+    """Why a task cannot generate its answers, in words that follow its name."""
+    return f"generates up to {num_generated:,} tokens, which leaves no room for a prompt in the context of {context:,}"
+
+
+def _item_name(request: Any) -> str:
+    return "a request" if request is None else f"item {request.doc_id} of {request.task_name}"
 
 
 def _batches(

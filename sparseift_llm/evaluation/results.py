@@ -1,6 +1,6 @@
-"""Result files of evaluations: headlines and averages, what was evaluated, per-item records, and going on after a kill.
+"""Results of an evaluation: headlines and averages from the tasks' scores, the table that a person reads, item records.
 
-`F.json` is the result, `F.items/TASK.jsonl` the items, `F.progress.json` what an unfinished run has so far.
+Nothing here needs lm-eval. Files are written in result_file.py.
 """
 
 from __future__ import annotations
@@ -8,16 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from sparseift_llm.evaluation import builtin
 from sparseift_llm.evaluation.suites import (
     Headline,
     Score,
@@ -28,12 +23,6 @@ from sparseift_llm.evaluation.suites import (
     headline_value,
     is_ratio,
 )
-from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.models.projections import find_projections
-from sparseift_llm.planning.planner import cost_of
-from sparseift_llm.runs.record import RECIPE_NAME, SUMMARY_NAME
-from sparseift_llm.utils.files import write_json, write_text
-from sparseift_llm.utils.provenance import commit, machine, versions
 from sparseift_llm.utils.tables import markdown_table
 
 Leaves = Mapping[str, Mapping[str, Any]]
@@ -50,6 +39,8 @@ def summarize(suite: Suite, leaves: Leaves) -> dict[str, Any]:
         JSON-ready. A headline's `value` is in lm-eval's unit, accuracies from 0 to 1. Averages are means of
         `value`, or of `normalized`, 0 to 100, where the suite normalises.
     """
+    if suite.is_named:
+        suite = _with_metrics_given(suite, leaves)
     results = {line.name: _headline_result(suite, line, leaves) for line in suite.headlines}
     key = "normalized" if suite.normalized else "value"
     return {
@@ -59,6 +50,32 @@ def summarize(suite: Suite, leaves: Leaves) -> dict[str, Any]:
         "average_of": key,
         "subtasks": {task: dict(leaves[task]) for task in suite.tasks()},
     }
+
+
+def _with_metrics_given(suite: Suite, leaves: Leaves) -> Suite:
+    """The suite with a line for every metric that its tasks gave; some only name their metrics while they run."""
+    lines: list[Headline] = []
+    for task in suite.tasks():
+        own = [line for line in suite.headlines if line.tasks() == [task]]
+        if not own:
+            continue  # a part of a group, which has a line of its own
+        given = [key for key in leaves[task]["metrics"] if "_stderr" not in key.partition(",")[0]]
+        kept = [line for line in own if line.scores[0].key in given]
+        declared = {line.scores[0].key for line in kept}
+        for key in given:
+            if key not in declared:
+                metric, _, filter_name = key.partition(",")
+                score = Score(task, metric, filter_name)
+                kept.append(
+                    Headline(f"{task}/{key.removesuffix(',none')}", (score,), own[0].num_fewshot, is_further=True)
+                )
+        if kept and kept[0].is_further:
+            kept[0] = replace(kept[0], name=task, is_further=False)
+        lines += kept
+    groups = [line for line in suite.headlines if len(line.tasks()) > 1]
+    order = {line.name: number for number, line in enumerate(suite.headlines)}
+    lines = sorted([*groups, *lines], key=lambda line: order.get(line.name, order.get(line.tasks()[0], 0)))
+    return replace(suite, headlines=tuple(lines))
 
 
 def _headline_result(suite: Suite, line: Headline, leaves: Leaves) -> dict[str, Any]:
@@ -75,7 +92,10 @@ def _headline_result(suite: Suite, line: Headline, leaves: Leaves) -> dict[str, 
         "chance": headline_chance(line),
         "version": " ".join(dict.fromkeys(str(leaves[task]["version"]) for task in tasks)),
         "task_hash": _joined_hash([leaves[task]["task_hash"] for task in tasks]),
+        "truncated_items": _total(leaves[task].get("truncated_items") for task in tasks),
+        "truncated_prompts": _total(leaves[task].get("truncated_prompts") for task in tasks),
         "pooled": line.pooled,
+        "is_further": line.is_further,
         "scores": [asdict(score) for score in line.scores],
     }
     if suite.normalized:
@@ -96,139 +116,72 @@ def _stderr(line: Headline, leaves: Leaves, weights: Mapping[Score, float]) -> f
     return by_task.popitem()[1] if len(by_task) == 1 else math.sqrt(sum(value**2 for value in by_task.values()))
 
 
+def _total(counts: Iterable[int | None]) -> int | None:
+    """The sum, or None if a count is not known."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
+
+
 def _joined_hash(hashes: Sequence[str]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def describe_model(model: PreTrainedModel, name: str, seq_len: int) -> dict[str, Any]:
-    """What was evaluated: a digest of all weights, sparsity as it is, FLOPs, and what its training run left behind.
-
-    Args:
-        model: as loaded.
-        name: folder or hub id.
-        seq_len: tokens that FLOPs per token are counted at.
-    """
-    found: dict[str, Any] = {
-        "name": name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "sha256": weights_digest(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "num_parameters": model.num_parameters(),
-        "seq_len": seq_len,
-        **_cost(model, seq_len),
-    }
-    for folder in (Path(name), Path(name).parent):
-        if (folder / SUMMARY_NAME).is_file():
-            summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
-            keys = ("train_flops", "train_tokens", "eval_loss", "commit")
-            found["run"] = {key: summary.get(key) for key in keys}
-            found["run"]["seed"] = summary.get("config", {}).get("training", {}).get("seed")
-            break
-    return found
+def table(result: Mapping[str, Any]) -> str:
+    """The headlines of a result file as markdown, with what was left out and what a reader should know below."""
+    header = ("task", "metric", "shots", "items", "truncated", "score", "stderr", "chance")
+    rows: list[list[str]] = []
+    for name, line in result["results"].items():
+        cells = [shown(line[key], line["metric"]) for key in ("value", "stderr", "chance")]
+        if "normalized" in line:
+            cells[0] += f" ({line['normalized']:.2f} normalised)"
+        cut = line.get("truncated_items")
+        counts = [str(line["num_fewshot"]), f"{line['num_items']:,}", "-" if cut is None else f"{cut:,}"]
+        rows.append([name, metric_in_words(line), *counts, *cells])
+    left_out = result.get("left_out", {})
+    rows += [[name, "", "", "", "", "left out", "", ""] for name in left_out]
+    for name in result["averages"]:
+        average = result[name] if result["average_of"] == "normalized" else 100 * result[name]
+        rows.append([f"**{name}**", "", "", "", "", f"{average:.2f}", "", ""])
+    text = markdown_table(header, rows, "llrrrrrr")
+    notes = [f"{name} was left out: {reason}." for name, reason in left_out.items()] + _notes(result)
+    return "\n\n".join([text, *notes]) + "\n"
 
 
-def _cost(model: PreTrainedModel, seq_len: int) -> dict[str, Any]:
-    try:
-        cost = cost_of(model, seq_len)
-    except ValueError as error:
-        return {"linear_sparsity": None, "forward_flops_per_token": None, "cost_unknown": str(error)}
-    active = cost.linear_active_params
-    if not sparse_layers(model):  # a stock model may hold zeros, too
-        names = [projection.name for projection in find_projections(model)]
-        parameters = dict(model.named_parameters())
-        active = sum(int(torch.count_nonzero(parameters[f"{name}.weight"])) for name in names)
-    return {**cost.to_dict(), "linear_active_params": active, "linear_sparsity": 1 - active / cost.linear_params}
+def metric_in_words(line: Mapping[str, Any]) -> str:
+    """The metric of a headline, and how it is put together if it is made of several tasks."""
+    number = len({score["task"] for score in line["scores"]})
+    if number == 1:
+        return str(line["metric"])
+    kind = "over all items" if line["pooled"] else "each counting the same"
+    return f"{line['metric']}, mean of {number} subtasks, {kind}"
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the names, types and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    notes = []
+    cut = [name for name, line in result["results"].items() if line.get("truncated_items") and not line["is_further"]]
+    if cut:
+        notes.append(
+            f"Truncated: items whose prompt is longer than the model's context of {result['model']['seq_len']:,} "
+            f"tokens lost its beginning, examples first ({', '.join(cut)})."
+        )
+    wrong = result.get("wrong_labels", {})
+    if wrong:
+        listed = ", ".join(f"{number:,} of {name}" for name, number in wrong.items())
+        notes.append(f"The gold answer is none of the choices in some items, which are wrong for all models: {listed}.")
+    shortened = result.get("shortened_answers", {})
+    if shortened:
+        notes.append(
+            f"Answers to {', '.join(shortened)} end after {next(iter(shortened.values())):,} tokens, half of the "
+            "model's context; lm-eval allows 256, for which the context has no room."
+        )
+    return notes
 
 
-def check_held_out(name: str, suite: Suite) -> None:
-    """Refuse the built-in suite for a run that trained on text the suite's items are drawn from.
-
-    Raises:
-        ValueError: the run's recipe says it held out less of the built-in corpus.
-    """
-    if not any(task.startswith("builtin_") for task in suite.tasks()):
-        return
-    for folder in (Path(name), Path(name).parent):
-        if (folder / RECIPE_NAME).is_file():
-            data = json.loads((folder / RECIPE_NAME).read_text(encoding="utf-8"))["data"]
-            if data["corpus"] == "builtin" and data["eval_fraction"] < builtin.EVAL_FRACTION:
-                raise ValueError(
-                    f"{folder} trained with data.eval_fraction={data['eval_fraction']}, so on some of the suite's "
-                    f"items; the built-in suite needs {builtin.EVAL_FRACTION} or more"
-                )
-
-
-class ResultFile:
-    """Where one evaluation goes, and what an interrupted one has left there.
-
-    Args:
-        path: `F.json`.
-        settings: what the scores depend on; an evaluation only goes on with the same.
-        resume: go on with what is there.
-        is_writer: whether this process writes.
-
-    Raises:
-        ValueError: something is there and `resume` is not set, or it is from other settings.
-    """
-
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], resume: bool, is_writer: bool = True) -> None:
-        self.path = Path(path)
-        if self.path.suffix != ".json":
-            raise ValueError(f"--output must end in .json, got {path}")
-        self.items_dir = self.path.with_suffix(".items")
-        self.progress_path = self.path.with_suffix(".progress.json")
-        self.settings = json.loads(json.dumps(settings))
-        self.is_writer = is_writer
-        self.is_complete = self.path.is_file()
-        self.leaves: dict[str, dict[str, Any]] = {}
-        before = next((p for p in (self.path, self.progress_path) if p.is_file()), None)
-        if before is None:
-            return
-        if not resume:
-            raise ValueError(f"{before} is there already; go on with --resume, or give another --output")
-        values = json.loads(before.read_text(encoding="utf-8"))
-        changed = [key for key, value in self.settings.items() if values["settings"].get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{before} was begun with another {changed[0]}: {values['settings'].get(changed[0])}, now "
-                f"{self.settings[changed[0]]}; give another --output"
-            )
-        self.leaves = values["subtasks"]
-
-    def add(self, task: str, leaf: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
-        """Keep a finished task, items first, so that a kill never leaves a result without its items."""
-        self.leaves[task] = dict(leaf)
-        if not self.is_writer:
-            return
-        write_text(self.items_dir / f"{task}.jsonl", "".join(json.dumps(item) + "\n" for item in items))
-        write_json(self.progress_path, {"settings": self.settings, "subtasks": self.leaves})
-
-    def finish(self, suite: Suite, model: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-        """Write `F.json` and return what it holds; `values` are entered as they are."""
-        result = {
-            "suite": suite.name,
-            **summarize(suite, self.leaves),
-            "items": self.items_dir.name,
-            "model": dict(model),
-            "settings": self.settings,
-            **values,
-            "commit": commit(),
-            "versions": {**versions(), "lm_eval": version("lm_eval")},
-            "machine": machine(),
-        }
-        if self.is_writer:
-            write_json(self.path, result)
-            self.progress_path.unlink(missing_ok=True)
-        return result
+def shown(value: float | None, metric: str) -> str:
+    """Accuracies in percent, everything else as it is."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if is_ratio(metric) else f"{100 * value:.2f}"
 
 
 def read_items(items_dir: Path, task: str) -> list[dict[str, Any]]:
@@ -242,25 +195,3 @@ def read_items(items_dir: Path, task: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"the item records {path} are missing or damaged: {error}") from error
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The headlines of a result file as markdown."""
-    header = ("task", "metric", "shots", "items", "score", "stderr", "chance")
-    rows = []
-    for name, line in result["results"].items():
-        cells = [shown(line[key], line["metric"]) for key in ("value", "stderr", "chance")]
-        if "normalized" in line:
-            cells[0] += f" ({line['normalized']:.2f} normalised)"
-        rows.append([name, line["metric"], str(line["num_fewshot"]), f"{line['num_items']:,}", *cells])
-    for name in result["averages"]:
-        average = result[name] if result["average_of"] == "normalized" else 100 * result[name]
-        rows.append([f"**{name}**", "", "", "", f"{average:.2f}", "", ""])
-    return markdown_table(header, rows, "llrrrrr") + "\n"
-
-
-def shown(value: float | None, metric: str) -> str:
-    """Accuracies in percent, everything else as it is."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if is_ratio(metric) else f"{100 * value:.2f}"

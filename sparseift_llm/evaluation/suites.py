@@ -43,6 +43,7 @@ class Headline:
         num_fewshot: examples in the prompt; None leaves the task's own number.
         pooled: the mean over all items of all tasks; otherwise the unweighted mean over `scores`.
         group: lm-eval group whose tasks take the place of the one score given, as a template.
+        is_further: it shows a further metric of a task that has a line already, and is part of no average.
     """
 
     name: str
@@ -50,6 +51,11 @@ class Headline:
     num_fewshot: int | None = None
     pooled: bool = False
     group: str | None = None
+    is_further: bool = False
+
+    def tasks(self) -> list[str]:
+        """The tasks it is made of, in order."""
+        return list(dict.fromkeys(score.task for score in self.scores))
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Suite:
         averages: name -> headlines whose mean it is; `average` is the suite's own.
         normalized: averages are over normalised headlines, 0 (guessing) to 100.
         folders: folders below lm-eval's tasks that hold the suite; None means all of them.
+        is_named: it consists of tasks that the user named, whose metrics are found out from lm-eval.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Suite:
     averages: Mapping[str, tuple[str, ...]]
     normalized: bool = False
     folders: tuple[str, ...] | None = None
+    is_named: bool = False
 
     def roots(self) -> list[str]:
         """The tasks and groups to ask lm-eval for, in order."""
@@ -227,6 +235,26 @@ def select(suite: Suite, names: Iterable[str]) -> Suite:
     if unknown:
         known = ", ".join(line.name for line in suite.headlines)
         raise ValueError(f"suite {suite.name} has no task {unknown[0]!r}; it has {known}")
-    lines = tuple(line for line in suite.headlines if line.name in wanted)
-    kept = {name: of for name, of in suite.averages.items() if set(of) <= set(wanted)}
-    return replace(suite, headlines=lines, averages=kept)
+    return _kept(suite, tuple(line for line in suite.headlines if line.name in wanted))
+
+
+def without(suite: Suite, tasks: Iterable[str]) -> tuple[Suite, list[str]]:
+    """The suite without headlines that any of `tasks` is part of, and without averages that need one of those.
+
+    Returns:
+        The smaller suite, and the names of the headlines left out, further metrics not counted.
+    """
+    unwanted = set(tasks)
+    lines = tuple(line for line in suite.headlines if not unwanted & set(line.tasks()))
+    dropped = [line.name for line in suite.headlines if line not in lines and not line.is_further]
+    return _kept(suite, lines), dropped
+
+
+def _kept(suite: Suite, lines: tuple[Headline, ...]) -> Suite:
+    names = {line.name for line in lines}
+    if suite.is_named:  # whose average is over whatever is there
+        averages = {name: tuple(one for one in of if one in names) for name, of in suite.averages.items()}
+        averages = {name: of for name, of in averages.items() if of}
+    else:
+        averages = {name: of for name, of in suite.averages.items() if set(of) <= names}
+    return replace(suite, headlines=lines, averages=averages)

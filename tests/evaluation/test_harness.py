@@ -20,19 +20,13 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 
 from sparseift_llm.evaluation import builtin
-from sparseift_llm.evaluation.harness import (
-    LoadedSuite,
-    _task_manager,
-    evaluate_task,
-    load_suite,
-    named_suite,
-    ratio_stderr,
-    requirements_of,
-    seeded,
-)
+from sparseift_llm.evaluation.harness import evaluate_task, ratio_stderr
 from sparseift_llm.evaluation.language_model import SplitLM
+from sparseift_llm.evaluation.options import EvaluationOptions
+from sparseift_llm.evaluation.quiet import seeded
 from sparseift_llm.evaluation.results import summarize
 from sparseift_llm.evaluation.suites import BUILTIN, V1
+from sparseift_llm.evaluation.task_loading import LoadedSuite, _task_manager, load_suite, named_suite, requirements_of
 from tests.helpers.evaluation import GuessingLM, RiggedLM, save_model, tiny_gpt2, tokenizer, write_leaderboard_data
 from tests.helpers.paths import ROOT
 
@@ -54,7 +48,9 @@ def v1(data: Path) -> LoadedSuite:
 
 
 def evaluate(loaded: LoadedSuite, lm: LM, limit: int | None = None) -> dict[str, Any]:
-    leaves = {name: evaluate_task(lm, name, task, limit)[0] for name, task in loaded.tasks.items()}
+    leaves = {
+        name: evaluate_task(lm, name, task, EvaluationOptions(limit)).result for name, task in loaded.tasks.items()
+    }
     return summarize(loaded.suite, leaves)
 
 
@@ -105,7 +101,9 @@ def test_a_random_network_scores_chance_and_a_memorising_one_100_percent(builtin
     for task in ("builtin_continuation", "builtin_identifier"):
         docs = [builtin_suite.tasks[task].eval_docs[index] for index in range(60)]
         texts = [d["context"] + (d["choices"][d["answer"]] if "choices" in d else d["identifier"]) for d in docs]
-        metrics = evaluate_task(SplitLM(memorising(texts), tokenizer(), 8), task, builtin_suite.tasks[task], 60)[0]
+        metrics = evaluate_task(
+            SplitLM(memorising(texts), tokenizer(), 8), task, builtin_suite.tasks[task], EvaluationOptions(60)
+        ).result
         assert {
             key: value for key, value in metrics["metrics"].items() if key.startswith("acc") and "std" not in key
         } == ({"acc,none": 1.0, "acc_mutual_info,none": 1.0} if "choices" in docs[0] else {"acc,none": 1.0})
@@ -155,9 +153,9 @@ def test_scores_equal_lm_evals_own_to_the_digit(
     )  # fmt: skip
     assert stock is not None
     lm = SplitLM(tiny_gpt2(num_positions=700), tokenizer(), 7)
-    result, items = evaluate_task(lm, task, v1.tasks[task], 12)
-    assert_same(result, stock, task)
-    assert len(items) == stock["n-samples"][task]["effective"]
+    found = evaluate_task(lm, task, v1.tasks[task], EvaluationOptions(12))
+    assert_same(found.result, stock, task)
+    assert len(found.items) == stock["n-samples"][task]["effective"]
 
 
 def assert_same(result: Mapping[str, Any], stock: Any, task: str) -> None:
@@ -184,27 +182,31 @@ def test_scores_equal_lm_evals_command_line_to_the_digit(data: Path, model_folde
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = (tmp_path / "stock").rglob("results_*.json")
     stock = json.loads(path.read_text())
-    loaded = load_suite(replace(named_suite(",".join(tasks), 4), folders=("arc",)), data)
+    named = replace(named_suite(",".join(tasks)), folders=("arc",))
+    shots = tuple(replace(line, num_fewshot=4 if line.name == "arc_challenge" else None) for line in named.headlines)
+    loaded = load_suite(replace(named, headlines=shots), data)
     lm = SplitLM(tiny_gpt2(num_positions=700), tokenizer(), 1)
     for task in tasks:
-        result, _ = evaluate_task(lm, task, loaded.tasks[task], 9)
+        result = evaluate_task(lm, task, loaded.tasks[task], EvaluationOptions(9)).result
         assert_same(result, stock, task)
         assert result["task_hash"] == stock["task_hashes"][task]
 
 
 def test_items_add_up_to_the_scores(v1: LoadedSuite) -> None:
-    result, items = evaluate_task(GuessingLM(), "arc_challenge", v1.tasks["arc_challenge"], 30)
+    found = evaluate_task(GuessingLM(), "arc_challenge", v1.tasks["arc_challenge"], EvaluationOptions(30))
+    result, items = found.result, found.items
     assert [item["id"] for item in items] == list(range(30))
     for key in ("acc,none", "acc_norm,none"):
         assert sum(item["values"][key] for item in items) / 30 == pytest.approx(result["metrics"][key])
     assert all(len(item["responses"]["none"]) == 4 and item["doc_hash"] for item in items)
-    result, items = evaluate_task(GuessingLM(), "gsm8k", v1.tasks["gsm8k"], 5)
+    items = evaluate_task(GuessingLM(), "gsm8k", v1.tasks["gsm8k"], EvaluationOptions(5)).items
     assert set(items[0]["values"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
 
 
 def test_bits_per_byte_has_a_standard_error(builtin_suite: LoadedSuite) -> None:
     task = builtin_suite.tasks["builtin_bits_per_byte"]
-    result, items = evaluate_task(GuessingLM(), "builtin_bits_per_byte", task, 50)
+    found = evaluate_task(GuessingLM(), "builtin_bits_per_byte", task, EvaluationOptions(50))
+    result, items = found.result, found.items
     pairs = [item["values"]["bits_per_byte,none"] for item in items]
     assert sum(a for a, _ in pairs) / sum(b for _, b in pairs) == pytest.approx(result["metrics"]["bits_per_byte,none"])
     draw = np.random.default_rng(0)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from sparseift_llm.evaluation import builtin, results
+from sparseift_llm.evaluation import builtin, command
 from sparseift_llm.evaluation.language_model import SplitLM, load_model
-from sparseift_llm.evaluation.results import describe_model, weights_digest
+from sparseift_llm.evaluation.model_facts import check_held_out, describe_model, weights_digest
+from sparseift_llm.evaluation.task_loading import named_suite
 from tests.helpers.evaluation import save_model, tiny_gpt2, tokenizer, write_leaderboard_data
 from tests.helpers.paths import ROOT
-from tests.helpers.scripts import load_script
 
 SPARSE: dict[str, Any] = {"sparsity": 0.75, "init": "paper"}
 BLOCK: dict[str, Any] = {**SPARSE, "structure": "block", "block_size": 16}
@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leaderboard(*words: str | Path) -> None:
-    load_script("eval/leaderboard.py").main([str(word) for word in words])
+    command.main([str(word) for word in words])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -120,38 +120,37 @@ def test_an_interrupted_evaluation_goes_on(model: Path, tmp_path: Path, monkeypa
     leaderboard("--model", model, *BUILTIN, "--output", whole)
     output = tmp_path / "f.json"
     asked: list[str] = []
-    script = load_script("eval/leaderboard.py")
-    stock = script.evaluate_task
+    stock = command.evaluate_task
 
     def until(stop: str | None) -> Any:
-        def evaluate(lm: Any, name: str, task: Any, limit: int | None) -> Any:
+        def evaluate(lm: Any, name: str, *rest: Any, **options: Any) -> Any:
             if name == stop:
                 raise Killed
             asked.append(name)
-            return stock(lm, name, task, limit)
+            return stock(lm, name, *rest, **options)
 
         return evaluate
 
     words = ["--model", str(model), *BUILTIN, "--output", str(output)]
-    monkeypatch.setattr(script, "evaluate_task", until("builtin_bits_per_byte"))
+    monkeypatch.setattr(command, "evaluate_task", until("builtin_bits_per_byte"))
     with pytest.raises(Killed):
-        script.main(words)
+        command.main(words)
     assert not output.exists()
     with pytest.raises(SystemExit, match=r"f.progress.json is there already; go on with --resume"):
-        script.main(words)
-    monkeypatch.setattr(script, "evaluate_task", until(None))
-    script.main([*words, "--resume"])
+        command.main(words)
+    monkeypatch.setattr(command, "evaluate_task", until(None))
+    command.main([*words, "--resume"])
     assert asked == ["builtin_continuation", "builtin_identifier", "builtin_bits_per_byte"]  # none twice
     for key in ("results", "subtasks", "average", "settings"):
         assert read(output)[key] == read(whole)[key], key
     for path in (tmp_path / "whole.items").iterdir():
         assert path.read_text() == (tmp_path / "f.items" / path.name).read_text()
-    script.main([*words, "--resume"])  # nothing is left to do
+    command.main([*words, "--resume"])  # nothing is left to do
     assert len(asked) == 3
     with pytest.raises(SystemExit, match=r"f.json is there already; go on with --resume, or give another --output"):
-        script.main(words)
+        command.main(words)
     with pytest.raises(SystemExit, match=r"f.json was begun with another limit: 12, now 13; give another --output"):
-        script.main([*words, "--limit", "13", "--resume"])
+        command.main([*words, "--limit", "13", "--resume"])
 
 
 def test_another_model_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
@@ -221,11 +220,11 @@ def test_batches_are_dealt_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> No
         (["--model", "no/such/folder"], "--model no/such/folder is not a folder"),
         (["--model", "owner/name", "--output", "x.json"], "owner/name is not a folder, and cannot be had from the hub"),
         (["--model", "{empty}"], "holds no model .no config.json.; in it: checkpoint-5"),
-        (["--model", "{model}", "--limit", "0"], "--limit must be a whole number of at least 1, got 0"),
+        (["--model", "{model}", "--limit", "0"], "--limit must be a whole number of at least 1, .*, got 0"),
         (["--model", "{model}", "--batch-size", "many"], "--batch-size must be a whole number .*got 'many'"),
         (["--model", "{model}", "--only", "arc"], "suite builtin has no task 'arc'"),
         (["--model", "{model}", "--output", "x.txt"], "--output must end in .json, got x.txt"),
-        (["--model", "{model}", "--limit", "1", "--output", "{empty}/a/x.json"], "cannot read or write .*/a/x.items"),
+        (["--model", "{model}", "--limit", "1", "--output", "{empty}/a/x.json"], "cannot read or write .*/a/x.lm_eval"),
         (["--model", "{model}", "--suite", "v1"], "no --data-dir is given and HF_HUB_OFFLINE"),
         (["--model", "{model}", "--suite", "v1", "--data-dir", "{empty}"], "gsm8k .main.: the folder .* is missing"),
     ],
@@ -248,14 +247,16 @@ def test_a_run_that_trained_on_the_items_is_refused(model: Path, tmp_path: Path)
                 SystemExit, match=r"trained with data.eval_fraction=0.01, so on some of the suite's items"
             ):
                 leaderboard("--model", folder, *BUILTIN)
-    results.check_held_out(str(folder), load_script("eval/leaderboard.py").named_suite("builtin"))
+    check_held_out(str(folder), named_suite("builtin"))
 
 
 def test_an_answer_longer_than_the_context_is_named() -> None:
     lm = SplitLM(tiny_gpt2(), tokenizer(), 1)
     fits = [(("a", "b"), [1], [2] * lm.max_length)]
     assert len(lm._loglikelihood_tokens(fits)) == 1
-    with pytest.raises(ValueError, match=f"{lm.max_length + 1} tokens does not fit .* context of {lm.max_length}"):
+    with pytest.raises(
+        ValueError, match=f"an answer of {lm.max_length + 1} tokens, more than .* context of {lm.max_length}"
+    ):
         lm._loglikelihood_tokens([*fits, (("a", "b"), [1], [2] * (lm.max_length + 1))])
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from sparseift_llm.evaluation.harness import load_suite, named_suite, requirements_of
 from sparseift_llm.evaluation.suites import (
     BBH_CHOICES,
     BUILTIN,
@@ -27,6 +26,7 @@ from sparseift_llm.evaluation.suites import (
     normalized_score,
     select,
 )
+from sparseift_llm.evaluation.task_loading import load_suite, named_suite, requirements_of
 
 STOCK = Path(lm_eval.tasks.__file__).parent
 # Raw values of the leaderboard's own runs (data sets open-llm-leaderboard/EleutherAI__pythia-160m-details, run

@@ -10,18 +10,22 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lm_eval.api.model import LM
+from pyarrow import Table, parquet  # type: ignore[import-untyped, unused-ignore]
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseift_llm import SparseIFTConfig, sparsify
 from sparseift_llm.data.options import DataConfig
 from sparseift_llm.data.tokenizer import load_tokenizer
 from sparseift_llm.evaluation.builtin import held_out_documents
+from sparseift_llm.evaluation.suites import Suite
+from sparseift_llm.evaluation.task_loading import LoadedSuite, load_suite, named_suite
 
 WORDS = (
     "stone",
@@ -63,16 +67,21 @@ def save_model(folder: Path, **options: Any) -> Path:
     return folder
 
 
-def write_dataset(folder: Path, configs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
-    """`{config: {split: rows}}` as JSON lines with the README that names them."""
+def write_dataset(
+    folder: Path, configs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], kind: str = "jsonl"
+) -> None:
+    """`{config: {split: rows}}` as JSON lines or parquet, with the README that names the files."""
     entries = []
     for number, (config, splits) in enumerate(configs.items()):
         files = []
         for split, rows in splits.items():
-            path = folder / config / f"{split}.jsonl"
+            path = folder / config / f"{split}.{kind}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            files.append({"split": split, "path": f"{config}/{split}.jsonl"})
+            if kind == "parquet":
+                parquet.write_table(Table.from_pylist(list(rows)), path)
+            else:
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files.append({"split": split, "path": f"{config}/{split}.{kind}"})
         entries.append({"config_name": config, "data_files": files, **({"default": True} if number == 0 else {})})
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': entries})}---\n")
 
@@ -147,6 +156,91 @@ def _truthfulqa_rows(draw: random.Random, number: int) -> list[dict[str, Any]]:
         }
         for _ in range(number)
     ]
+
+
+QUIZ = "owner/quiz"
+QUIZ_TASKS: dict[str, dict[str, Any]] = {
+    # a choice whose answer is a column, as it is
+    "quiz_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
+    },
+    # a choice whose answer is written by a template
+    "quiz_template": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "question",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    # an answer that the model writes
+    "quiz_words": {
+        "output_type": "generate_until",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+    # an answer whose likelihood is asked for
+    "quiz_cloze": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+def quiz_rows(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of the data set that QUIZ_TASKS read."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(number):
+        choices = draw.sample(WORDS, 3)
+        label = draw.randrange(3)
+        rows.append({"question": sentence(draw), "choices": choices, "label": label, "answer": choices[label]})
+    return rows
+
+
+def write_quiz(
+    folder: Path, kind: str = "jsonl", splits: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> Path:
+    """A folder with the data set and the tasks of QUIZ_TASKS, see `quiz_suite`.
+
+    Args:
+        folder: the data sets go into its `data`, the task files into its `tasks`.
+        kind: of the data files, jsonl or parquet.
+        splits: the rows, by default 8 to draw examples from and 12 to be scored.
+    """
+    splits = splits or {"train": quiz_rows(8), "test": quiz_rows(12, 1)}
+    write_dataset(folder / "data" / QUIZ, {"default": splits}, kind)
+    tasks = folder / "tasks"
+    tasks.mkdir(parents=True, exist_ok=True)
+    for name, values in QUIZ_TASKS.items():
+        shared = {"task": name, "dataset_path": QUIZ, "test_split": "test", "fewshot_split": "train"}
+        (tasks / f"{name}.yaml").write_text(yaml.safe_dump({**shared, **values, "metadata": {"version": 1.0}}))
+    return folder
+
+
+def quiz_suite(folder: Path, names: str, num_fewshot: int | None = None) -> LoadedSuite:
+    """Some of QUIZ_TASKS, loaded from what `write_quiz` wrote; lm-eval's own tasks are not looked through."""
+    return load_suite(replace(named_suite(names, num_fewshot), folders=()), folder / "data", folder / "tasks")
+
+
+def own_tasks_only(name: str, num_fewshot: int | None = None) -> Suite:
+    """`named_suite` without lm-eval's own tasks, whose index takes seconds; tests put it in the command's place."""
+    suite = named_suite(name, num_fewshot)
+    return replace(suite, folders=()) if suite.is_named else suite
+
+
+def quiz_words_of(folder: Path, names: str = ",".join(QUIZ_TASKS)) -> list[str]:
+    """Arguments of the command that evaluate tasks of `write_quiz`."""
+    return ["--suite", names, "--data-dir", str(folder / "data"), "--include-path", str(folder / "tasks")]
 
 
 def sentence(draw: random.Random, length: int = 5) -> str:
