@@ -1,19 +1,21 @@
-"""Comparing result files: the same questions side by side, differences with paired bootstrap intervals.
+"""Comparing result files: the same questions side by side, and differences with intervals over seeds and items.
 
-Reads result files and item records; loads no model and no lm-eval.
+Reads result files and item records; loads no model and no lm-eval. How wide intervals are is decided in intervals.py,
+how they are shown in comparison_table.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparseift_llm.evaluation.intervals import Floats, Uncertainty, uncertainty
 from sparseift_llm.evaluation.results import read_items
 from sparseift_llm.evaluation.suites import (
     Headline,
@@ -22,11 +24,9 @@ from sparseift_llm.evaluation.suites import (
     averages,
     headline_normalized,
     headline_value,
-    is_ratio,
 )
-from sparseift_llm.utils.tables import markdown_table
+from sparseift_llm.utils.outputs import user_path
 
-Floats = NDArray[np.float64]
 COMPARISON_BEGINNING = r'\{\s*"suite": "[^"]*",\s*"arms": \['  # a pattern, see refuse_foreign
 _CHUNK = 2**22  # resampled counts held at a time
 
@@ -54,11 +54,16 @@ class Arm:
 def read_arm(text: str) -> Arm:
     """`F.json`, or several seeds' files joined by commas, optionally as `name=F.json,G.json`.
 
+    What stands before the first `=` is a name only if it has no path separator; a text that is the path of a file is
+    that file, whatever characters it has.
+
     Raises:
-        ValueError: a file is missing, unfinished or no result file.
+        ValueError: a file is missing, unfinished or no result file; two are the same file, hold the same model or are
+            of the same training seed.
     """
-    name, _, files = text.rpartition("=")
-    paths = tuple(Path(part) for part in files.split(",") if part)
+    name, files = _name_and_files(text)
+    whole = user_path(files)
+    paths = (whole,) if whole.is_file() else tuple(user_path(part) for part in files.split(",") if part)
     results = []
     for path in paths:
         try:
@@ -71,7 +76,35 @@ def read_arm(text: str) -> Arm:
         results.append(result)
     if not results:
         raise ValueError(f"{text!r} names no result file")
-    return Arm(name or Path(results[0]["model"]["name"]).name, paths, tuple(results))
+    arm = Arm(name or Path(results[0]["model"]["name"]).name, paths, tuple(results))
+    _refuse_repeats(arm)
+    return arm
+
+
+def _name_and_files(text: str) -> tuple[str, str]:
+    name, sign, files = text.partition("=")
+    is_name = bool(sign) and not any(separator in name for separator in ("/", "\\", ","))
+    return (name, files) if is_name and not Path(text).is_file() else ("", text)
+
+
+def _refuse_repeats(arm: Arm) -> None:
+    """One training run is one seed, however often it is named.
+
+    Raises:
+        ValueError: two files are of the same run.
+    """
+    kinds = (
+        ("the same file", [path.resolve() for path in arm.paths]),
+        ("evaluations of the same model", [result["model"].get("sha256") for result in arm.results]),
+        ("of the same training seed", arm.seeds),
+    )
+    for what, values in kinds:
+        for number, value in enumerate(values):
+            if value is not None and value in values[:number]:
+                first, second = arm.paths[values.index(value)], arm.paths[number]
+                raise ValueError(
+                    f"{first} and {second} are {what}, and not two seeds of {arm.name}; name every training run once"
+                )
 
 
 def check_comparable(arms: Sequence[Arm]) -> None:
@@ -107,19 +140,23 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tu
 
 
 def compare(arms: Sequence[Arm], num_samples: int = 2000, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """Headlines and averages of every arm, and each arm's difference to the first with its interval.
+    """Headlines and averages of every arm, and each arm's difference to the first with its intervals.
 
-    The bootstrap draws items within each task, the same for all models (they answered the same questions), and,
-    where an arm has several seeds, seeds: together where both arms have the same seeds, else independently.
+    Items are resampled within each task, the same for all models (they answered the same questions). Where an arm has
+    several seeds, the spread between seeds counts: of the differences seed by seed where both arms have the same
+    seeds, else of each arm.
 
     Args:
         arms: the baseline first.
-        num_samples: bootstrap samples.
-        confidence: of the percentile intervals, in (0, 1).
-        seed: of the bootstrap.
+        num_samples: resamples of the items.
+        confidence: of the intervals, in (0, 1).
+        seed: of the resampling.
 
     Returns:
-        JSON-ready: `arms`, `rows` with `values` and `differences` (`difference`, `low`, `high`), and the settings.
+        JSON-ready: `arms`, `rows` with `values` and `differences`, and the settings. A difference has `difference`,
+        its interval `low` to `high`, and the wider one `joint_low` to `joint_high`: with the given confidence, all
+        joint intervals of the comparison hold the truth at once (Bonferroni). `is_clear` says that the joint interval
+        does not hold 0.
 
     Raises:
         ValueError: see `check_comparable`; fewer than two arms; settings out of range; damaged item records.
@@ -129,38 +166,93 @@ def compare(arms: Sequence[Arm], num_samples: int = 2000, confidence: float = 0.
     if not 0 < confidence < 1 or num_samples < 100:
         raise ValueError(f"confidence must be in (0, 1) and num_samples at least 100, got {confidence}, {num_samples}")
     check_comparable(arms)
-    suite = _suite_of(arms[0].results[0])
-    exact = [np.array([_lines(suite, _exact(suite, r)) for r in _item_sums(suite, arm)]) for arm in arms]
-    samples = _resample(suite, arms, num_samples, np.random.default_rng(seed))  # (num_samples, seeds, lines) each
-    draws = _seed_draws(arms, num_samples, np.random.default_rng([seed, 1]))
-    means = [np.take_along_axis(s, d[:, :, None], axis=1).mean(axis=1) for s, d in zip(samples, draws, strict=True)]
-    tail = 100 * (1 - confidence) / 2
+    records = [_read_records(arm) for arm in arms]
+    suite, dropped = _comparable_part(_suite_of(arms[0].results[0]), records)
+    items = [_item_sums(suite, arm, found) for arm, found in zip(arms, records, strict=True)]
+    exact = [np.array([_lines(suite, _exact(one)) for one in seeds]) for seeds in items]
+    samples = _resample(suite, items, num_samples, np.random.default_rng(seed))  # (num_samples, seeds, lines) each
+    names = _names(suite, arms[0].results[0])
+    sizes = _smallest_tasks(suite, items)
+    joint = 1 - (1 - confidence) / (len(names) * (len(arms) - 1))
     rows = []
-    for index, (name, metric) in enumerate(_names(suite, arms[0].results[0])):
-        values = [float(values[:, index].mean()) for values in exact]
+    for index, (name, metric) in enumerate(names):
+        values = [float(one[:, index].mean()) for one in exact]
         differences = []
         for number in range(1, len(arms)):
-            low, high = np.percentile(means[number][:, index] - means[0][:, index], [tail, 100 - tail])
-            differences.append({"difference": values[number] - values[0], "low": float(low), "high": float(high)})
+            found = uncertainty(
+                exact[0][:, index],
+                exact[number][:, index],
+                samples[0][:, :, index],
+                samples[number][:, :, index],
+                is_paired(arms[0], arms[number]),
+                sizes[index],
+            )
+            differences.append(_difference(values[number] - values[0], found, confidence, joint))
         rows.append({"task": name, "metric": metric, "values": values, "differences": differences})
     return {
         "suite": suite.name,
-        "arms": [_describe(arm) for arm in arms],
+        "arms": [_describe(arm, arms[0]) for arm in arms],
         "rows": rows,
         "num_samples": num_samples,
         "confidence": confidence,
         "seed": seed,
         "over": "items and seeds" if any(len(arm.results) > 1 for arm in arms) else "items",
+        "not_compared": dropped,
+        "versions_differ": _version_differences(arms),
+    }
+
+
+def is_paired(first: Arm, second: Arm) -> bool:
+    """Whether differences are taken seed by seed: both have the same several seeds, and all are known."""
+    return len(second.results) > 1 and first.seeds == second.seeds and None not in first.seeds
+
+
+def _difference(value: float, found: Uncertainty, confidence: float, joint: float) -> dict[str, Any]:
+    half, joint_half = found.half_width(confidence), found.half_width(joint)
+    return {
+        "difference": value,
+        "low": value - half,
+        "high": value + half,
+        "joint_low": value - joint_half,
+        "joint_high": value + joint_half,
+        "is_clear": abs(value) > joint_half,
     }
 
 
 def _suite_of(result: Mapping[str, Any]) -> Suite:
     lines = tuple(
-        Headline(name, tuple(Score(**score) for score in line["scores"]), pooled=line["pooled"])
+        Headline(
+            name,
+            tuple(Score(**score) for score in line["scores"]),
+            pooled=line["pooled"],
+            is_further=line.get("is_further", False),
+        )
         for name, line in result["results"].items()
     )
     of = {name: tuple(lines) for name, lines in result["averages"].items()}
     return Suite(result["suite"], lines, of, normalized=result["average_of"] == "normalized")
+
+
+Records = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> the records of its items
+
+
+def _read_records(arm: Arm) -> list[Records]:
+    """The item records of every seed."""
+    return [
+        {task: read_items(path.parent / result["items"], task) for task in result["subtasks"]}
+        for path, result in zip(arm.paths, arm.results, strict=True)
+    ]
+
+
+def _comparable_part(suite: Suite, records: Sequence[Sequence[Records]]) -> tuple[Suite, list[str]]:
+    """The suite without further metrics that are no means over items, and the names of those."""
+
+    def has_values(score: Score) -> bool:
+        found = (item["values"].get(score.key) for arm in records for seed in arm for item in seed[score.task])
+        return all(value is not None for value in found)
+
+    dropped = [line.name for line in suite.headlines if line.is_further and not has_values(line.scores[0])]
+    return replace(suite, headlines=tuple(line for line in suite.headlines if line.name not in dropped)), dropped
 
 
 def _names(suite: Suite, result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -168,6 +260,12 @@ def _names(suite: Suite, result: Mapping[str, Any]) -> list[tuple[str, str]]:
     kind = "normalised" if suite.normalized else ""
     lines = [(line.name, kind or result["results"][line.name]["metric"]) for line in suite.headlines]
     return lines + [(name, kind or "mean") for name in suite.averages]
+
+
+def _smallest_tasks(suite: Suite, items: Sequence[Sequence[Mapping[Score, tuple[Floats, Floats]]]]) -> list[int]:
+    """Number of items in the smallest task of each line and average, as `_lines` orders them."""
+    sizes = {line.name: min(len(items[0][0][score][0]) for score in line.scores) for line in suite.headlines}
+    return [*sizes.values(), *(min(sizes[line] for line in of) for of in suite.averages.values())]
 
 
 def _lines(suite: Suite, sums: Mapping[Score, tuple[Floats, Floats]]) -> Floats:
@@ -179,13 +277,12 @@ def _lines(suite: Suite, sums: Mapping[Score, tuple[Floats, Floats]]) -> Floats:
     return np.stack([*lines.values(), *averages(suite, lines).values()], axis=-1)
 
 
-def _item_sums(suite: Suite, arm: Arm) -> list[dict[Score, tuple[Floats, Floats]]]:
+def _item_sums(suite: Suite, arm: Arm, records: Sequence[Records]) -> list[dict[Score, tuple[Floats, Floats]]]:
     """Per seed and score, each item's value and weight, (num_items,) each."""
-    found = []
-    for path, result in zip(arm.paths, arm.results, strict=True):
-        items = {task: read_items(path.parent / result["items"], task) for task in suite.tasks()}
-        found.append({s: _values(items[s.task], s, result, path) for line in suite.headlines for s in line.scores})
-    return found
+    return [
+        {s: _values(items[s.task], s, result, path) for line in suite.headlines for s in line.scores}
+        for path, result, items in zip(arm.paths, arm.results, records, strict=True)
+    ]
 
 
 def _values(
@@ -195,18 +292,22 @@ def _values(
     if len(values) != result["subtasks"][score.task]["num_items"]:
         raise ValueError(f"{path}: {score.task} has {len(values)} item records, not as many as its result says")
     if any(value is None for value in values):
-        raise ValueError(f"{path}: {score.metric} of {score.task} is no mean over items; it cannot be resampled")
+        raise ValueError(f"{path}: {score.metric} of {score.task} is not a mean over items; it cannot be resampled")
     pairs = np.array([value if isinstance(value, list) else [value, 1.0] for value in values], dtype=np.float64)
     return pairs[:, 0], pairs[:, 1]
 
 
-def _exact(suite: Suite, items: Mapping[Score, tuple[Floats, Floats]]) -> dict[Score, tuple[Floats, Floats]]:
+def _exact(items: Mapping[Score, tuple[Floats, Floats]]) -> dict[Score, tuple[Floats, Floats]]:
     return {score: (above.sum(), below.sum()) for score, (above, below) in items.items()}
 
 
-def _resample(suite: Suite, arms: Sequence[Arm], num_samples: int, rng: np.random.Generator) -> list[Floats]:
+def _resample(
+    suite: Suite,
+    items: Sequence[Sequence[Mapping[Score, tuple[Floats, Floats]]]],
+    num_samples: int,
+    rng: np.random.Generator,
+) -> list[Floats]:
     """Lines of every arm and seed, (num_samples, seeds, lines); within a task all models share the drawn items."""
-    items = [_item_sums(suite, arm) for arm in arms]
     sums: list[list[dict[Score, tuple[Floats, Floats]]]] = [[{} for _ in seeds] for seeds in items]
     by_task: dict[str, list[Score]] = {}
     for score in items[0][0]:
@@ -232,74 +333,23 @@ def _counts(num_items: int, num_samples: int, rng: np.random.Generator) -> list[
     return [rng.multinomial(num_items, shares, size=part) for part in parts]
 
 
-def _seed_draws(arms: Sequence[Arm], num_samples: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Which seeds each sample takes, (num_samples, seeds) per arm; arms with the first one's seeds share its draw."""
-    draws: list[NDArray[np.int64]] = []
-    for arm in arms:
-        num_seeds = len(arm.results)
-        is_paired = bool(draws) and arm.seeds == arms[0].seeds and None not in arm.seeds
-        drawn = draws[0] if is_paired else rng.integers(num_seeds, size=(num_samples, num_seeds))
-        draws.append(drawn)
-    return draws
-
-
-def _describe(arm: Arm) -> dict[str, Any]:
+def _describe(arm: Arm, first: Arm) -> dict[str, Any]:
     models = [result["model"] for result in arm.results]
     keys = ("linear_sparsity", "linear_active_params", "num_parameters", "forward_flops_per_token")
     return {
         "name": arm.name,
         "files": [str(path) for path in arm.paths],
         "seeds": arm.seeds,
+        "num_seeds": len(arm.results),
+        "is_paired": is_paired(first, arm),
         **{key: models[0].get(key) for key in keys},
         "train_flops": models[0].get("run", {}).get("train_flops"),
         "train_tokens": models[0].get("run", {}).get("train_tokens"),
     }
 
 
-_FACTS = (
-    ("linear sparsity", "linear_sparsity", "{:.4f}"),
-    ("active linear parameters", "linear_active_params", "{:,}"),
-    ("whole-model FLOPs/token (forward)", "forward_flops_per_token", "{:,}"),
-    ("training FLOPs, whole model", "train_flops", "{:.4g}"),
-    ("training tokens", "train_tokens", "{:,}"),
-)
-
-
-def markdown(comparison: Mapping[str, Any]) -> str:
-    """The comparison as a table: scores, differences to the first arm with intervals, and what the models cost."""
-    names = [arm["name"] for arm in comparison["arms"]]
-    percent = f"{100 * comparison['confidence']:g}%"
-    heads = [heading for name in names[1:] for heading in (f"{name} - {names[0]}", f"{percent} interval")]
-    header = ["task", "metric", *names, *heads]
-    lines = []
-    for row in comparison["rows"]:
-        cells = [_shown(row, value) for value in row["values"]]
-        for entry in row["differences"]:
-            cells += [
-                _shown(row, entry["difference"], "+"),
-                f"{_shown(row, entry['low'])} to {_shown(row, entry['high'])}",
-            ]
-        lines.append([row["task"], row["metric"], *cells])
-    for title, key, form in _FACTS:
-        values = [arm[key] for arm in comparison["arms"]]
-        if any(value is not None for value in values):
-            shown_values = ["-" if value is None else form.format(value) for value in values]
-            lines.append([title, "", *shown_values, *[""] * len(heads)])
-    text = markdown_table(header, lines, "ll" + "r" * (len(header) - 2))
-    return f"{text}\n\n{_note(comparison, percent)}\n"
-
-
-def _shown(row: Mapping[str, Any], value: float, sign: str = "") -> str:
-    if row["metric"] == "normalised":
-        return f"{value:{sign}.2f}"
-    return f"{value:{sign}.4f}" if is_ratio(row["metric"]) else f"{100 * value:{sign}.2f}"
-
-
-def _note(comparison: Mapping[str, Any], percent: str) -> str:
-    note = (
-        f"Intervals ({percent}): paired bootstrap over {comparison['over']}, {comparison['num_samples']} samples. "
-        "Accuracies are in percent; of bits per byte, less is better."
-    )
-    if comparison["over"] == "items":
-        note += " One training run each: how much the training seed changes is not in the intervals."
-    return note
+def _version_differences(arms: Sequence[Arm]) -> list[str]:
+    """Packages whose versions are not the same in all files, which may change scores by roundings."""
+    versions = [result.get("versions", {}) for arm in arms for result in arm.results]
+    names = dict.fromkeys(name for found in versions for name in found)
+    return [name for name in names if any(found.get(name) != versions[0].get(name) for found in versions)]

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from sparseift_llm.evaluation.comparison import compare, markdown, read_arm
-from sparseift_llm.evaluation.results import ResultFile
+from sparseift_llm.evaluation.comparison import compare, read_arm
+from sparseift_llm.evaluation.comparison_table import markdown
+from sparseift_llm.evaluation.harness import TaskResult
+from sparseift_llm.evaluation.result_file import ResultFile
 from sparseift_llm.evaluation.suites import Headline, Score, Suite
 from tests.helpers.scripts import load_script
 
@@ -26,7 +29,7 @@ SUITE = Suite(
 
 def write(path: Path, values: dict[str, Any], suite: Suite = SUITE, seed: int | None = None, **leaf: Any) -> Path:
     """A result file whose items have these values, one list per task; pairs for ratios."""
-    file = ResultFile(path, {}, resume=False)
+    file = ResultFile(path, {}, {task: {} for task in values}, resume=False)
     for task, entries in values.items():
         key = next(s.key for line in suite.headlines for s in line.scores if s.task == task)
         array = np.array([entry if isinstance(entry, list) else [entry, 1.0] for entry in entries])
@@ -38,8 +41,9 @@ def write(path: Path, values: dict[str, Any], suite: Suite = SUITE, seed: int | 
             "metrics": {key: float(array[:, 0].sum() / array[:, 1].sum())},
             **leaf,
         }
-        file.add(task, result, [{"id": i, "values": {key: entry}} for i, entry in enumerate(entries)])
-    file.finish(suite, {"name": path.stem, "run": {"seed": seed}})
+        items = [{"id": i, "values": {key: entry}} for i, entry in enumerate(entries)]
+        file.add(task, TaskResult(result, items, [], {}))
+    file.finish(suite, {"name": path.stem, "sha256": str(path), "run": {"seed": seed}})
     return path
 
 
@@ -150,6 +154,133 @@ def test_equal_seeds_are_paired(tmp_path: Path) -> None:
     assert widths[0] < 0.5 * widths[1]
 
 
+NAMES = {
+    "{folder}/lr=1e-3/eval.json": "eval",
+    "dense={folder}/lr=1e-3/eval.json": "dense",
+    "lr=1e-3={folder}/lr=1e-3/eval.json": None,  # the name ends at the first sign
+    "{folder}/lr=1e-3/eval.json,{folder}/lr=2e-3/eval.json": "eval",
+    "two={folder}/lr=1e-3/eval.json,{folder}/lr=2e-3/eval.json": "two",
+    "{folder}/a,b.json": "a,b",
+}
+
+
+@pytest.mark.parametrize("text", list(NAMES))
+def test_paths_may_have_equals_signs_and_commas(tmp_path: Path, text: str) -> None:
+    for number, rate in enumerate(("1e-3", "2e-3")):
+        (tmp_path / f"lr={rate}").mkdir()
+        write(tmp_path / f"lr={rate}" / "eval.json", values_of(0.3, 0.5), seed=number)
+    write(tmp_path / "a,b.json", values_of(0.3, 0.5))
+    filled = text.format(folder=tmp_path)
+    if NAMES[text] is None:
+        with pytest.raises(ValueError, match=r"1e-3=.*eval.json is missing"):
+            read_arm(filled)
+        return
+    arm = read_arm(filled)
+    assert arm.name == NAMES[text]
+    assert len(arm.results) == text.count("{folder}")
+
+
+def test_a_file_here_with_an_equals_sign_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "lr=1.json", values_of(0.3, 0.5))
+    monkeypatch.chdir(tmp_path)
+    assert read_arm("lr=1.json").paths == (Path("lr=1.json"),)
+    assert read_arm("dense=lr=1.json").name == "dense"
+
+
+def test_one_run_named_several_times_is_not_several_seeds(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / f"{name}.json", values_of(0.3, 0.5), seed=7) for name in "ab")
+    c = write(tmp_path / "c.json", values_of(0.3, 0.5), seed=8)
+    with pytest.raises(ValueError, match=r"a.json and .*a.json are the same file, and not two seeds of x; name every"):
+        read_arm(f"x={a},{c},{a}")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="are the same file"):
+        read_arm(f"x={a},{tmp_path}/folder/../a.json")
+    with pytest.raises(ValueError, match=r"a.json and .*b.json are of the same training seed, and not two seeds of x"):
+        read_arm(f"x={a},{b}")
+    values = json.loads(c.read_text())
+    values["model"]["sha256"] = json.loads(a.read_text())["model"]["sha256"]
+    c.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"a.json and .*c.json are evaluations of the same model, and not two seeds"):
+        read_arm(f"x={a},{c}")
+    assert len(compare(arms(a, a))["rows"]) == 4  # two arms may be the same
+
+
+@pytest.mark.parametrize(("number", "has_warning"), [(2, True), (3, False)])
+def test_too_few_seeds_are_said(tmp_path: Path, number: int, has_warning: bool) -> None:
+    rates = [0.4, 0.5, 0.6][:number]
+    found = [read_arm(seeds(tmp_path, name, rates, list(range(number)))) for name in "ab"]
+    text = markdown(compare(found, 100))
+    assert ("2 training seeds are too few to tell much" in text) == has_warning
+    assert (
+        "reaches 12.7 standard errors to either side, against 4.3 with 3 seeds and 2.8 with 5" in text
+    ) == has_warning
+    assert "Differences of b are taken seed by seed, as a has the same seeds." in text
+    assert f"| training seeds |  | {number} | {number} |" in text
+
+
+def test_a_single_run_among_seeds_is_said(tmp_path: Path) -> None:
+    several = read_arm(seeds(tmp_path, "many", [0.4, 0.5, 0.6], [0, 1, 2]))
+    single = arms(write(tmp_path / "one.json", values_of(0.5, 0.5, 7), seed=9))[0]
+    assert "Of one there is one training run; seeds are taken to spread as those of many." in markdown(
+        compare([several, single], 100)
+    )
+    assert "one has one training run; its seeds are taken to spread as those of many." in markdown(
+        compare([single, several], 100)
+    )
+
+
+def test_differences_are_judged_together(tmp_path: Path) -> None:
+    """A difference that just clears 0 alone does not among many; a large one does."""
+    draw = np.random.default_rng(3)
+    scores = tuple(Score(f"task{number}") for number in range(20))
+    suite = Suite("many", tuple(Headline(score.task, (score,)) for score in scores), {})
+    first = {score.task: [float(x) for x in draw.random(400) < 0.5] for score in scores}
+    second = {task: [float(x) for x in draw.random(400) < 0.5] for task in first}
+    second["task7"] = [float(x) for x in draw.random(400) < 0.75]
+    found = compare(arms(write(tmp_path / "a.json", first, suite), write(tmp_path / "b.json", second, suite)), 300)
+    alone = [line["task"] for line in found["rows"] for e in line["differences"] if not e["low"] <= 0 <= e["high"]]
+    clear = [line["task"] for line in found["rows"] for e in line["differences"] if e["is_clear"]]
+    assert clear == ["task7"]
+    assert len(alone) > 1  # chance alone gives one of 20
+    entry = row(found, "task7")["differences"][0]
+    width, joint = entry["high"] - entry["low"], entry["joint_high"] - entry["joint_low"]
+    assert joint / width == pytest.approx(stats.t.ppf(1 - 0.025 / 20, 399) / stats.t.ppf(0.975, 399))
+    assert "* marks the 1 of 20 differences that are clear of 0 even when all are looked at together" in markdown(found)
+    second["task7"] = first["task7"]
+    (tmp_path / "b.json").unlink()
+    found = compare(arms(tmp_path / "a.json", write(tmp_path / "c.json", second, suite)), 300)
+    assert "Looked at together, none of the 20 differences is clear of 0 at 95% (Bonferroni)" in markdown(found)
+
+
+def test_further_metrics_are_compared_where_they_are_means(tmp_path: Path) -> None:
+    further = Headline("one/f1", (Score("one", "f1"),), is_further=True)
+    suite = Suite("s", (Headline("one", (Score("one", "acc"),)), further), {"average": ("one",)})
+    paths = []
+    for name in "ab":
+        file = ResultFile(tmp_path / f"{name}.json", {}, {"one": {}}, resume=False)
+        items = [{"id": i, "values": {"acc,none": float(i % 2), "f1,none": float(i % 3)}} for i in range(12)]
+        leaf = {"version": 1, "num_fewshot": 0, "num_items": 12, "task_hash": "x"}
+        file.add("one", TaskResult({**leaf, "metrics": {"acc,none": 0.5, "f1,none": 1.0}}, items, [], {}))
+        file.finish(suite, {"name": name})
+        paths.append(file.path)
+    assert [line["task"] for line in compare(arms(*paths), 100)["rows"]] == ["one", "one/f1", "average"]
+    for name in "ab":
+        items_path = tmp_path / f"{name}.items" / "one.jsonl"
+        items_path.write_text(items_path.read_text().replace('"f1,none"', '"other,none"'))
+    found = compare(arms(*paths), 100)
+    assert [line["task"] for line in found["rows"]] == ["one", "average"]
+    assert "Not compared, as they are not means over items: one/f1." in markdown(found)
+
+
+def test_other_versions_are_noted(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / f"{name}.json", values_of(0.3, 0.5)) for name in "ab")
+    assert "different versions" not in markdown(compare(arms(a, b), 100))
+    values = json.loads(b.read_text())
+    values["versions"]["torch"] = ["2.11.0", "2.13.0"]
+    b.write_text(json.dumps(values))
+    assert "The files were made with different versions of torch, which can" in markdown(compare(arms(a, b), 100))
+
+
 def test_normalised_suites_are_compared_normalised(tmp_path: Path) -> None:
     suite = Suite("v", (Headline("both", SCORES),), {"average": ("both",)}, normalized=True)
     values = {"one": [1.0, 0.0, 1.0, 1.0], "two": [1.0, 1.0, 1.0, 0.0]}
@@ -213,7 +344,7 @@ def test_metrics_that_are_no_means_are_refused(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json", {"one": [1.0, 0.0]}, suite)
     items = tmp_path / "a.items" / "one.jsonl"
     items.write_text(items.read_text().replace('"f1,none": 1.0', '"f1,none": null'))
-    with pytest.raises(ValueError, match="f1 of one is no mean over items"):
+    with pytest.raises(ValueError, match="f1 of one is not a mean over items"):
         compare(arms(a, a))
 
 

@@ -258,13 +258,21 @@ def test_spectral_curves(full_run: Path) -> None:
 
 def test_evaluations(tmp_path: Path) -> None:
     runs = [write_full_run(tmp_path / name) for name in ("first", "second")]
-    (runs[1] / "eval_tiny.json").write_text(json.dumps(evaluation(0.5)))
+    result = evaluation(0.5)
+    result["results"]["pick"]["truncated_items"] = 78
+    result["model"]["run"] = {"seed": 3}
+    result["left_out"] = {"long": "answers do not fit"}
+    (runs[1] / "eval_tiny.json").write_text(json.dumps(result))
     tables = table_rows(report(*runs)[0], "eval_tiny.json: suite tiny")
+    first = "31.25% ± 4.32% (22.78% to 39.72%), 1,200 items"
+    second = "50.00% ± 4.32% (41.53% to 58.47%), 1,200 items, 78 truncated"
     assert tables["tasks"] == [
-        ["pick", "acc", "5", "25.00%", "31.25% ± 4.32%, 1,200 items", "50.00% ± 4.32%, 1,200 items"],
+        ["pick", "acc", "5", "25.00%", first, second],
         ["bytes", "bits_per_byte", "5", "\u2013", "2.3457, 1,200 items", "2.3457, 1,200 items"],
     ]
     assert tables["averages"] == [["average", "mean", "", "", "31.25%", "50.00%"]]
+    assert tables["models"] == [["training seed", "", "", "", "\u2013", "3"]]
+    assert tables["left out"] == [["long", "", "", "", "\u2013", "answers do not fit"]]
 
 
 def test_settings_that_differ(tmp_path: Path) -> None:

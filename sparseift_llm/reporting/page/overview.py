@@ -1,15 +1,13 @@
-"""Tables that put runs side by side: headline numbers, evaluations, configurations; and the notes below them."""
+"""Tables that put runs side by side: headline numbers, configurations; and the notes below them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparseift_llm.evaluation.comparison import Arm, check_comparable
-from sparseift_llm.evaluation.suites import is_ratio
 from sparseift_llm.reporting.comparison import HEADLINES, MASKED_NOTE, NOTES, WITH_RATIO, differing_data
-from sparseift_llm.reporting.page.markup import NONE, Body, Table, formatted, short
+from sparseift_llm.reporting.page.markup import NONE, Body, Table, formatted
 from sparseift_llm.reporting.page.reading import finite, flattened, mapping, text
 from sparseift_llm.reporting.page.runs import Run
 
@@ -36,57 +34,6 @@ def _headline(run: Run, key: str, form: str) -> str:
         return formatted(run.last_step, form)
     lines = [line for line in run.metrics if key in line] if key in _FROM_LOG and not run.summary else []
     return f"{formatted(lines[-1][key], form)} at step {lines[-1]['step']:,}" if lines else NONE
-
-
-def evaluation_tables(runs: Sequence[Run]) -> list[Table]:
-    """A table for every result file's name: tasks by runs, in percent where a score is a share of items."""
-    tables = []
-    for name in dict.fromkeys(name for run in runs for name in run.evaluations):
-        results = {run.name: run.evaluations[name] for run in runs if name in run.evaluations}
-        tasks = dict.fromkeys(task for result in results.values() for task in mapping(result["results"]))
-        bodies = [Body([_task_row(task, list(results.values())) for task in tasks], "tasks")]
-        averages = dict.fromkeys(key for result in results.values() for key in mapping(result.get("averages")))
-        if averages:
-            rows = [[key, "mean", "", "", *(_average(result, key) for result in results.values())] for key in averages]
-            bodies.append(Body(rows, "averages"))
-        suites = dict.fromkeys(text(result.get("suite", "unknown")) for result in results.values())
-        header = ["task", "metric", "shots", "chance", *(f"{run}: score ± standard error, items" for run in results)]
-        tables.append(Table(f"{name}: suite {', '.join(suites)}", header, bodies))
-    return tables
-
-
-def _task_row(task: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [mapping(mapping(result["results"]).get(task)) for result in results]
-    columns = [_agreed(lines, key) for key in ("metric", "num_fewshot")]
-    metric = text(next((line["metric"] for line in lines if "metric" in line), ""))
-    chances = dict.fromkeys(_score(line.get("chance"), metric) for line in lines if line)
-    return [task, *columns, " / ".join(chances), *(_scored(line, metric) for line in lines)]
-
-
-def _agreed(lines: Sequence[Mapping[str, Any]], key: str) -> str:
-    return " / ".join(dict.fromkeys(NONE if line.get(key) is None else text(line[key]) for line in lines if line))
-
-
-def _scored(line: Mapping[str, Any], metric: str) -> str:
-    if not line:
-        return NONE
-    words = _score(line.get("value"), metric)
-    if finite(line.get("stderr")) is not None:
-        words += f" ± {_score(line['stderr'], metric)}"
-    if "normalized" in line:
-        words += f", {formatted(line['normalized'], '{:.2f}')} normalised"
-    return f"{words}, {formatted(line.get('num_items'), '{:,}')} items"
-
-
-def _score(value: Any, metric: str) -> str:
-    """Accuracies in percent, everything else as it is."""
-    if finite(value) is None:
-        return short(value)
-    return formatted(value, "{:.4f}") if is_ratio(metric) else formatted(value, "{:.2%}")
-
-
-def _average(result: Mapping[str, Any], key: str) -> str:
-    return formatted(result.get(key), "{:.2f}" if result.get("average_of") == "normalized" else "{:.2%}")
 
 
 def difference_table(runs: Sequence[Run]) -> Table | None:

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 import sparseift_llm
-from sparseift_llm.reporting.page import curves, layer_maps, overview
+from sparseift_llm.reporting.page import curves, evaluations, layer_maps, overview
 from sparseift_llm.reporting.page.charts import MARKERS, marker_of, style_class
 from sparseift_llm.reporting.page.runs import Run, read_runs
 from sparseift_llm.utils.files import written_whole
@@ -96,7 +96,8 @@ def _sections(runs: Sequence[Run]) -> dict[str, Any]:
         ),
         "spectral_layers": layer_maps.spectral_figures(runs),
         "training": curves.multiples("training", "Speed and gradients", runs, curves.TRAINING_QUANTITIES),
-        "evaluations": overview.evaluation_tables(runs),
+        "evaluations": evaluations.evaluation_tables(runs),
+        "evaluation_differences": evaluations.difference_tables(runs),
         "differences": overview.difference_table(runs),
         "settings": overview.setting_tables(runs),
         "notes": overview.notes(runs),
