@@ -28,12 +28,15 @@ class Command:
         help: one line for `sparseift --help`.
         takes_overrides: whether words that are not options of the command are handed on to it as
             `arguments.overrides`, in order. `--learning_rate 1e-3` of `pretrain` is an example.
+        is_foreign: whether all words after the name are those of another program, which parses them and prints by
+            itself. They are handed on as `arguments.words`, and the file has no `add_arguments`.
     """
 
     name: str
     module: str
     help: str
     takes_overrides: bool = False
+    is_foreign: bool = False
 
     def load(self) -> ModuleType:
         """The module with `add_arguments` and `run`."""
@@ -49,6 +52,7 @@ COMMANDS = {
         Command("report", "report", "write one HTML page about runs, finished or not"),
         Command("analyze", "analyze", "compute spectral quantities of the checkpoints of runs, and correlations"),
         Command("export", "export", "write a run's model as a stock dense one, or as active weights alone"),
+        Command("lm-eval", "lm_eval", "run lm-eval's own command line on Sparse-IFT checkpoints", is_foreign=True),
         Command("bench", "bench", "time dense, masked and block-sparse twins side by side"),
     )
 }
@@ -77,12 +81,15 @@ def main(words: Sequence[str] | None = None) -> int:
     if command is None:
         return _without_command(words)
     module = command.load()
-    arguments = _arguments(command, module, words[1:])
+    rest = words[1:]
+    arguments = argparse.Namespace(words=rest) if command.is_foreign else _arguments(command, module, rest)
     try:
-        print(module.run(arguments))
+        text = module.run(arguments)
     except (ValueError, OSError) as error:
         print(f"sparseift: {in_words(error)}", file=sys.stderr)
         return 2
+    if text:
+        print(text)
     return 0
 
 
