@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
 from sparseift_llm import DSTConfig, plan, sparsify
-from sparseift_llm.conversion.scaling import cosine_to_plateau
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.runs import pretrain
 from sparseift_llm.runs.model import model_config
 from sparseift_llm.runs.recipe import Recipe, load_recipe
+from sparseift_llm.runs.trainer import Pretrainer
+from sparseift_llm.training.schedules import stop_step
+from tests.helpers.models import tiny_model
 from tests.helpers.pretrain_runs import RECIPES, VOCAB, curve, read_json, write_corpus
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-PAPER = [name for name in NAMES if name.startswith("gpt3_small")]
+PILE = [name for name in NAMES if name.startswith("gpt3_small_pile")]
+WIKITEXT = [name for name in NAMES if name.startswith("gpt3_small") and name not in PILE]
+PAPER = WIKITEXT + PILE
 PAIRS = [
     ("gpt3_small_dense", "gpt3_small_wide50_static"),
     ("gpt3_small_dense", "gpt3_small_wide75_rigl"),
+    ("gpt3_small_pile_dense", "gpt3_small_pile_wide75_rigl"),
     ("small_cpu_dense", "small_cpu_wide75_rigl"),
     ("small_gpu_dense", "small_gpu_wide75_rigl"),
 ]
@@ -35,7 +42,7 @@ def recipe_of(name: str) -> Recipe:
 
 def test_all_recipes_are_known_here() -> None:
     assert set(NAMES) == {"demo"} | {name for pair in PAIRS for name in pair}
-    assert len(PAPER) == 3
+    assert (len(WIKITEXT), len(PILE)) == (3, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,26 +82,78 @@ def test_full_size_on_the_meta_device(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_paper_settings(name: str) -> None:
+def test_settings_that_all_of_the_papers_recipes_share(name: str) -> None:
     """Source: the authors' GPT-3 125M configurations."""
     recipe, training = recipe_of(name), recipe_of(name).training
     assert (training["learning_rate"], training["weight_decay"]) == (6e-4, 0.1)
     assert (training["adam_beta1"], training["adam_beta2"], training["adam_epsilon"]) == (0.9, 0.95, 1e-8)
     assert training["max_grad_norm"] == 1.0
-    assert (training["warmup_steps"], recipe.lr_decay_steps, training["max_steps"]) == (2151, 19360, 21511)
-    rates = training["lr_scheduler_kwargs"]
-    schedule = cosine_to_plateau(2151, 19360, rates["min_lr_rate"])
-    assert [6e-4 * schedule(step) for step in (0, 2151, 19360, 21511)] == pytest.approx([0, 6e-4, 6e-5, 6e-5])
-    assert recipe.data.seq_len == 1024
-    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 512
     assert training["bf16"] is True
     assert recipe.model.init_truncation == 2.0
     config = model_config(recipe)
     assert (config.n_embd, config.n_layer, config.n_head, config.n_inner) == (768, 12, 12, None)
-    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.1, 0.1, 0.1)
-    assert (config.initializer_range, config.n_positions) == (0.02, 1024)
-    assert (recipe.data.corpus, recipe.data.corpus_config) == ("Salesforce/wikitext", "wikitext-103-raw-v1")
+    assert (config.initializer_range, config.activation_function) == (0.02, "gelu")
+    with torch.device("meta"):
+        activation = build_model(config).transformer.h[0].mlp.act
+    x = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(activation(x), x * (1 + torch.erf(x / math.sqrt(2))) / 2)
     assert recipe.data.tokenizer == "openai-community/gpt2"
+
+
+@pytest.mark.parametrize("name", WIKITEXT)
+def test_settings_on_wikitext(name: str) -> None:
+    recipe, training = recipe_of(name), recipe_of(name).training
+    assert recipe.data.seq_len == 1024
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 512
+    config = model_config(recipe)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.n_positions) == (0.1, 0.1, 0.1, 1024)
+    assert (recipe.data.corpus, recipe.data.corpus_config) == ("Salesforce/wikitext", "wikitext-103-raw-v1")
+
+
+@pytest.mark.parametrize("name", PILE)
+def test_settings_on_the_pile(name: str) -> None:
+    recipe, training = recipe_of(name), recipe_of(name).training
+    assert recipe.data.seq_len == 2048
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 256
+    assert 256 * 2048 * training["max_steps"] == pytest.approx(2.5e9, rel=0.01)
+    config = model_config(recipe)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.n_positions) == (0, 0, 0, 2048)
+    assert recipe.data.streaming
+    assert "pile" in recipe.data.corpus
+    local = load_recipe(RECIPES / f"{name}.yaml", ["--corpus", "pile/*.jsonl.zst", "--eval_corpus", "val.jsonl.zst"])
+    assert (local.data.corpus, local.data.eval_corpus) == ("pile/*.jsonl.zst", "val.jsonl.zst")
+
+
+def reference_rate(step: int, warmup: int, cosine: int, peak: float, lowest: float) -> float:
+    """The authors' two schedulers one after the other: a line from 0, then a cosine that counts from its own start."""
+    if step < warmup:
+        return peak * step / warmup
+    return lowest + (peak - lowest) * (1 + math.cos(math.pi * (step - warmup) / cosine)) / 2
+
+
+def rates_of(recipe: Recipe, args: TrainingArguments) -> list[float]:
+    """The learning rate at every step, from the scheduler that the recipe's own Trainer makes."""
+    trainer = Pretrainer(model=tiny_model("gpt2"), args=args)
+    trainer.recipe = recipe
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=args.learning_rate)
+    (factor,) = trainer.create_scheduler(args.max_steps, optimizer).lr_lambdas
+    return [args.learning_rate * factor(step) for step in range(args.max_steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "cosine"), [*((name, 2151, 19360) for name in WIKITEXT), *((name, 716, 4062) for name in PILE)]
+)
+def test_the_whole_learning_rate_curve_is_the_references(name: str, warmup: int, cosine: int, tmp_path: Path) -> None:
+    words = ["--use_cpu=true", "--bf16=false", "--eval_strategy=no", f"--output_dir={tmp_path}"]
+    recipe = load_recipe(RECIPES / f"{name}.yaml", words)
+    args = pretrain.training_arguments(recipe)
+    expected = [reference_rate(step, warmup, cosine, 6e-4, 6e-5) for step in range(warmup + cosine + 1)]
+    rates = rates_of(recipe, args)
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected), rtol=1e-6, atol=1e-12)
+    assert (rates[0], rates[warmup], rates[-1]) == pytest.approx((0, 6e-4, 6e-5))
+    early = rates_of(replace(recipe, lr_decay_steps=cosine), args)  # the fault of these recipes in version 0.1
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(torch.tensor(early), torch.tensor(expected), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +164,11 @@ def test_paper_settings(name: str) -> None:
             "gpt3_small_wide75_rigl",
             1536,
             DSTConfig("rigl", update_every_steps=500, drop_fraction=0.3, stop_fraction=0.8),
+        ),
+        (
+            "gpt3_small_pile_wide75_rigl",
+            1536,
+            DSTConfig("rigl", update_every_steps=100, drop_fraction=0.3, stop_fraction=0.7502),
         ),
     ],
 )
@@ -123,6 +187,12 @@ def test_paper_widths_and_mask_updates(name: str, hidden: int, dst: DSTConfig) -
     }
     assert all(layer.is_sparse for layer in result.layers)
     assert result.hf_config.n_head == 12
+
+
+def test_masks_on_the_pile_are_final_where_the_authors_stop() -> None:
+    config = recipe_of("gpt3_small_pile_wide75_rigl").sparse_ift
+    assert config is not None
+    assert stop_step(4778, config.dst.stop_fraction) == 3584
 
 
 def test_weights_are_truncated_at_two_deviations(tmp_path: Path) -> None:
