@@ -107,6 +107,8 @@ NAMES = {
     "checkpoint.recorded_by_callback": "checkpoints.trainer_folder.recorded_by_callback",
     "checkpoint.set_aside_incomplete": "checkpoints.trainer_folder.set_aside_incomplete",
     "cli.render_plan": "cli.plan.render_plan",
+    "config.DSTConfig": "config.dst.DSTConfig",
+    "config.FamilyRule": "config.rules.FamilyRule",
     "data.LoadedData": "data.loading.LoadedData",
     "data.load_data": "data.loading.load_data",
     "data.load_tokenizer": "data.tokenizer.load_tokenizer",
@@ -140,6 +142,10 @@ NAMES = {
     "run_record.machine": "utils.provenance.machine",
     "run_record.versions": "utils.provenance.versions",
     "run_record.write_json": "utils.files.write_json",
+    "strict.check_choice": "utils.words.check_choice",
+    "strict.load_yaml": "config.yaml_files.load_yaml",
+    "strict.nearest": "utils.words.nearest",
+    "strict.parse_yaml": "config.yaml_files.parse_yaml",
 }
 
 # folders that were folders in 0.1, too, and whose modules have all moved

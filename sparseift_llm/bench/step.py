@@ -14,6 +14,7 @@ from transformers import GPT2Config, PreTrainedModel
 from sparseift_llm.bench.measure import peak_bytes, take_turns
 from sparseift_llm.bench.results import buffer_bytes, floor_seconds, row_result
 from sparseift_llm.bench.rows import SPARSITY, VARIANTS, Row
+from sparseift_llm.config.families import Wide
 from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
 from sparseift_llm.conversion.install import sparsify
 from sparseift_llm.layers.base import sparse_layers
@@ -78,8 +79,8 @@ def _models(row: Row) -> dict[str, PreTrainedModel]:
     for key, value in fields.items():
         setattr(config, key, value)
     dst = DSTConfig("rigl", update_every_steps=1)
-    masked = SparseIFTConfig(scope="ffn", sparsity=SPARSITY, dst=dst)
-    block = SparseIFTConfig(scope="ffn", sparsity=SPARSITY, dst=dst, structure="block", block_size=row.tile)
+    masked = SparseIFTConfig(family=Wide("ffn"), sparsity=SPARSITY, dst=dst)
+    block = SparseIFTConfig(family=Wide("ffn"), sparsity=SPARSITY, dst=dst, structure="block", block_size=row.tile)
     models = {
         "dense": build_model(copy.deepcopy(config)),
         "masked": sparsify(config, masked),

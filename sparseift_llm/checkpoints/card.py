@@ -91,9 +91,9 @@ def _facts(
     size = sum(layer.num_weights for layer in layers)
     cost = cost_of(model, plan.seq_len)
     sizes = sizes_of(model.config)
-    yield "family", config.family + (f", scope `{config.scope}`" if config.family == "wide" else "")
+    yield "family", config.family.name + (f", scope `{config.scope}`" if config.family == "wide" else "")
     if config.rules:
-        yield "rules, the first that covers a projection", "; ".join(rule.family for rule in config.rules)
+        yield "rules, the first that covers a projection", "; ".join(rule.family.name for rule in config.rules)
     yield "structure", config.structure + (f", tiles {plan.config.block_size}" if plan.config.block_size else "")
     yield "masks", config.dst.algorithm
     yield "sparsity asked for", f"{config.sparsity:g}"

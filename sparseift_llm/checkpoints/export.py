@@ -20,7 +20,6 @@ from sparseift_llm.checkpoints.loading import load_pretrained
 from sparseift_llm.checkpoints.mask_file import digest, masks_of
 from sparseift_llm.checkpoints.saving import GATHER
 from sparseift_llm.checkpoints.trainer_folder import INCOMPLETE_PREFIX, is_complete, numbered_checkpoints
-from sparseift_llm.config.parsing import check_choice
 from sparseift_llm.conversion.install import to_dense
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
@@ -28,6 +27,7 @@ from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.models.layout import mark
 from sparseift_llm.planning.planner import read_record
 from sparseift_llm.utils.files import written_whole
+from sparseift_llm.utils.words import check_choice
 
 FORMATS = ("dense", "sparse")
 _TOKENIZER_NAME = "tokenizer_config.json"

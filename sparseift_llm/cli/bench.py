@@ -26,9 +26,9 @@ def run(arguments: argparse.Namespace) -> str:
     from sparseift_llm.bench.rows import CROSSOVER, ROWS
     from sparseift_llm.bench.run import bench
     from sparseift_llm.bench.tables import render, render_crossover
-    from sparseift_llm.config.parsing import check_choice
     from sparseift_llm.utils.files import write_json
     from sparseift_llm.utils.outputs import refuse_foreign
+    from sparseift_llm.utils.words import check_choice
 
     if arguments.only is not None:
         check_choice("--only", arguments.only, tuple(ROWS))

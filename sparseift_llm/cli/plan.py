@@ -14,6 +14,20 @@ if TYPE_CHECKING:
     from sparseift_llm.planning.planner import LayerPlan, Plan
 
 
+_OPTIONS = (
+    "family",
+    "scope",
+    "sparsity",
+    "structure",
+    "block_size",
+    "distribution",
+    "accounting",
+    "seq_len",
+    "exclude",
+    "width_multiple",
+)  # that `plan` takes over as they are
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `sparseift plan`."""
     parser.add_argument("--model", required=True, help="preset, config.json, model folder or hub id")
@@ -37,19 +51,8 @@ def run(arguments: argparse.Namespace) -> str:
     from sparseift_llm.models.presets import load_config
     from sparseift_llm.planning.planner import plan
 
-    config = SparseIFTConfig(
-        family=arguments.family,
-        scope=arguments.scope,
-        sparsity=arguments.sparsity,
-        structure=arguments.structure,
-        block_size=arguments.block_size,
-        distribution=arguments.distribution,
-        accounting=arguments.accounting,
-        seq_len=arguments.seq_len,
-        targets=tuple(arguments.targets) if arguments.targets else None,
-        exclude=tuple(arguments.exclude),
-        width_multiple=arguments.width_multiple,
-    )
+    values = {name: getattr(arguments, name) for name in _OPTIONS}
+    config = SparseIFTConfig.from_dict({**values, "targets": arguments.targets or None})
     result = plan(load_config(arguments.model), config, arguments.seq_len)
     return json.dumps(result.to_dict(), indent=2) if arguments.json else render_plan(result)
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from sparseift_llm.config.parsing import nearest
 from sparseift_llm.utils.outputs import in_words
+from sparseift_llm.utils.words import nearest
 
 
 @dataclass(frozen=True)

@@ -1,152 +1,142 @@
-"""Strict parsing shared by every config file: unknown keys, wrong types and doubled keys are errors.
+"""Config classes: frozen dataclasses whose fields pydantic checks strictly, from Python, YAML and JSON alike.
 
-Knows nothing of this library's configs; those are in config.py, data.py and recipe.py.
+Strictly means that nothing is converted (a word is not a number, True is not 1) but three harmless things: a whole
+number for a float, a list for a tuple, and a mapping for a nested config. What a mistake is told is in messages.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
-import types
-import typing
-from pathlib import Path
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import pydantic
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ArgsKwargs
+from pydantic_core.core_schema import no_info_before_validator_function
+from typing_extensions import dataclass_transform
+
+from sparseift_llm.config.fields import positional_fields
+from sparseift_llm.config.messages import explain
+
 _Config = TypeVar("_Config")
-_BOOL = "tag:yaml.org,2002:bool"
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_DOCUMENTED = ConfigDict(use_attribute_docstrings=True)  # the string below a field says what it means
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError, with the nearest allowed word, when `value` is not in `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{nearest(value, allowed)}")
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
+def config_class(cls: type[_Config]) -> type[_Config]:
+    """Make `cls` a frozen dataclass that checks its fields; a string below a field is its documentation.
+
+    The class is built by its constructor, or from a mapping by `from_dict`. Both raise ValueError for unknown names
+    (naming the nearest valid one), wrong types, values out of range and what `__post_init__` refuses.
+    """
+    cls.__get_pydantic_core_schema__ = classmethod(_schema)  # type: ignore[attr-defined]
+    has_equality = cls.__eq__ is not object.__eq__
+    made: Any = pydantic_dataclass(frozen=True, eq=not has_equality, config=ConfigDict(**_STRICT, **_DOCUMENTED))(cls)
+    checked: Callable[..., None] = made.__init__
+
+    @functools.wraps(checked)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        try:
+            checked(self, *args, **kwargs)
+        except ValidationError as error:
+            given = {**dict(zip(positional_fields(made), args, strict=False)), **kwargs}
+            raise ValueError(explain(error, made, "", given)) from None
+
+    made.__init__ = __init__
+    return made
 
 
-def nearest(word: Any, candidates: typing.Iterable[str]) -> str:
-    """The phrase `; did you mean 'x'?` for the candidate closest to `word`, or an empty string."""
-    matches = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+def _schema(cls: type, source: Any, handler: Callable[[Any], Any]) -> Any:
+    """pydantic's strict schema of a config class, but mappings are taken for the class itself, and lists for tuples."""
+    schema = handler(source)
+    _below_validators(schema, "dataclass")["strict"] = False
+    for field in _below_validators(schema, "dataclass-args")["fields"]:
+        field["schema"] = _with_lists_for_tuples(field["schema"])
+    return schema
+
+
+def _below_validators(schema: Any, kind: str) -> Any:
+    """The schema of this kind inside of those of the class's own validators."""
+    while schema["type"] != kind:
+        schema = schema["schema"]
+    return schema
+
+
+def _with_lists_for_tuples(schema: Any) -> Any:
+    """The schema of a field with a list accepted wherever it has a tuple."""
+    if schema["type"] == "tuple":
+        return no_info_before_validator_function(_as_tuple, schema)
+    if schema["type"] in ("default", "nullable"):
+        return {**schema, "schema": _with_lists_for_tuples(schema["schema"])}
+    return schema
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def keyword_arguments(cls: type, values: Any) -> dict[str, Any] | None:
+    """What a `model_validator(mode="before")` of a config class was given, by name of the field.
+
+    Returns:
+        The arguments of the constructor or the mapping; None for anything else, or for too many arguments.
+    """
+    if isinstance(values, Mapping):
+        return dict(values)
+    if not isinstance(values, ArgsKwargs):
+        return None
+    names = positional_fields(cls)
+    arguments, keywords = values.args, values.kwargs or {}
+    named = dict(zip(names, arguments, strict=False))
+    return None if len(arguments) > len(names) or named.keys() & keywords.keys() else {**named, **keywords}
 
 
 def from_dict(cls: type[_Config], values: Any, where: str = "") -> _Config:
-    """Build the dataclass `cls` from a mapping, rejecting unknown keys and wrong types.
+    """Build a config class from a mapping, as read from YAML or JSON.
 
     Args:
-        cls: a dataclass type; nested dataclass fields take nested mappings.
-        values: the mapping, as read from YAML or JSON.
-        where: how to call this mapping in error messages, e.g. `"data"`.
+        cls: made by `config_class`; fields that are configs take nested mappings.
+        values: the mapping.
+        where: how to call it in error messages, e.g. `"data"`; default: the name of the class.
 
     Raises:
-        ValueError: unknown key (naming the nearest valid one), missing key, wrong type, or a value
-            that the class itself refuses. The message starts with the key's dotted path.
+        ValueError: unknown key, missing key, wrong type, or a value that the class itself refuses. The message
+            starts with the dotted path.
     """
-    name = where or cls.__name__
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} must be a mapping of options, got {type(values).__name__}: {values!r}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    converted = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{name}: unknown key {key!r}{nearest(key, known)} (valid keys: {', '.join(known)})")
-        converted[key] = convert(value, hints[key], f"{name}.{key}")
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.init and required and field.name not in converted:
-            raise ValueError(f"{name}: the key {field.name!r} is missing")
-    try:
-        return cls(**converted)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    return checked(cls, values, where or cls.__name__)
 
 
-def check_fields(config: Any) -> None:
-    """Check the types of a frozen dataclass's fields in `__post_init__`, as `from_dict` would.
-
-    Lists become tuples, mappings nested configs, whole numbers floats where the annotation says so.
+def checked(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the type or config class `kind`, which may be any annotation such as `float | None`.
 
     Raises:
-        ValueError: a value of the wrong type, naming the field.
-    """
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        object.__setattr__(config, field.name, convert(getattr(config, field.name), hints[field.name], field.name))
-
-
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`; int is accepted for float, list for tuple, nothing else."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        (hint,) = [option for option in options if option is not type(None)]
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_dict(typing.cast(type, hint), value, where)  # type: ignore[arg-type]
-    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item := typing.get_args(hint)[0]):
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} must be a list of mappings, got {value!r}")
-        return tuple(convert(entry, item, f"{where}[{index}]") for index, entry in enumerate(value))
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{where} must be a list of strings, got {value!r}")
-        return tuple(value)
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {value!r}")
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where} must be {hint.__name__}, got {type(value).__name__}: {value!r}")
-    return value
-
-
-def load_yaml(path: str | Path) -> Any:
-    """Parse a YAML file as YAML 1.2 reads it: `6e-4` is a number, `no` and `off` are words; keys are unique.
-
-    Raises:
-        ValueError: the file is not valid YAML or names a key twice; the message has the path and line.
-        FileNotFoundError: no such file.
+        ValueError: it is of another type; the message starts with `where`.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file: {error}") from error
-    return parse_yaml(text, str(path))
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(explain(error, kind, where, value)) from None
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text as `load_yaml` does; `where` names the text in errors."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {  # noqa: RUF012 - read once, never changed
-            first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    def unique_mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            key = loader.construct_object(key_node)
-            if key in seen:
-                raise _DoubledKeyError(f"{where}: key {key!r} stands twice (line {key_node.start_mark.line + 1})")
-            seen.append(key)
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique_mapping)
-    Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-    try:
-        return yaml.load(text, Loader)
-    except _DoubledKeyError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
-        raise ValueError(f"{where} is not valid YAML: {error}") from error
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    is_config = inspect.isclass(kind) and hasattr(kind, "__pydantic_fields__")
+    return TypeAdapter(kind, config=None if is_config else _STRICT)
 
 
-class _DoubledKeyError(ValueError):
-    """An error whose message already says where."""
+def check_finite(value: Any, where: str) -> None:
+    """Raise ValueError where a number in nested lists and mappings is infinite or not a number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value!r}")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_finite(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            check_finite(item, f"{where}[{index}]")

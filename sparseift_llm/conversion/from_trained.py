@@ -79,7 +79,7 @@ def _starts(old: nn.Module, layer: LayerPlan, plan: Plan, num_units: tuple[int, 
     starts_dense = plan.config.dst.algorithm == "gmp"
     parts = layer.parts or (replace(layer.matrices[0], name=""),)
     parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts)
-    family = family_of(plan.config.options) if layer.rule is None else drop_in_of(layer.rule)
+    family = family_of(plan.config.family) if layer.rule is None else drop_in_of(layer.rule)
     trained = TrainedProjection(stock_matrix(old), layer.kind, num_units)
     return family.start(trained, parts, plan.config.block_size or 1, seed)
 

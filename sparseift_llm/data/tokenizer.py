@@ -49,7 +49,7 @@ def load_tokenizer(config: DataConfig, documents: Iterable[str]) -> PreTrainedTo
     Raises:
         ValueError: the tokenizer cannot be loaded or has no end-of-text token.
     """
-    tokenizer = _train_bpe(config.vocab_size, documents) if config.tokenizer == "bpe" else _pretrained(config.tokenizer)
+    tokenizer = _pretrained(config.tokenizer) if config.vocab_size is None else _train_bpe(config.vocab_size, documents)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer={config.tokenizer!r} has no end-of-text token, which must separate documents; "

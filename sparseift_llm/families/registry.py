@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sparseift_llm.config.families import FamilyOptions
-from sparseift_llm.config.transform import FamilyRule, SparseIFTConfig
+from sparseift_llm.config.families import Dense, FamilyOptions
+from sparseift_llm.config.rules import FamilyRule
+from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.families.base import DropInFamily, Family
 from sparseift_llm.families.doped import DopedFamily
 from sparseift_llm.families.factorized import FactorizedFamily
@@ -29,9 +30,10 @@ def drop_in_of(rule: FamilyRule) -> DropInFamily[Any]:
     Raises:
         ValueError: the rule leaves them dense.
     """
-    family = None if rule.options is None else family_of(rule.options)
-    if not isinstance(family, DropInFamily):
-        raise ValueError(f"family={rule.family!r} puts nothing in the place of a projection")
+    if isinstance(rule.family, Dense):
+        raise ValueError(f"family={rule.family.name!r} puts nothing in the place of a projection")
+    family = family_of(rule.family)
+    assert isinstance(family, DropInFamily), "rules have no other families"
     return family
 
 

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparseift_llm.config.parsing import nearest
 from sparseift_llm.models.architectures import sizes_of
+from sparseift_llm.utils.words import nearest
 
 _GPT3 = {  # hidden, layers, heads: arXiv 2005.14165, table 2.1 (XL with 16 heads, so that they divide the width)
     "gpt3-small": (768, 12, 12),

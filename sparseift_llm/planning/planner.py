@@ -136,7 +136,7 @@ class Plan:
                     "sparse_shape": list(layer.sparse_shape),
                     "num_active": layer.num_active,
                     "sparsity": layer.sparsity,
-                    "family": layer.rule.family if layer.rule else "wide" if layer.is_sparse else "dense",
+                    "family": layer.rule.family.name if layer.rule else "wide" if layer.is_sparse else "dense",
                     "matrices": [
                         {"name": part.name, "shape": list(part.shape), "num_active": part.num_active}
                         for part in layer.matrices
@@ -245,7 +245,7 @@ def _plan(
     config = resolve_block_size(dense_config, config)
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
-    widened_config = family_of(config.options).sparse_config(dense_config, config)
+    widened_config = family_of(config.family).sparse_config(dense_config, config)
     widened_model = build_widened(widened_config)
     projections = find_projections(widened_model)
     check_widths(dense_projections, projections, dense_config, widened_config)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+from pydantic import Field
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sparseift_llm.config.parsing import checked
 from sparseift_llm.conversion.install import sparsify
 from sparseift_llm.conversion.scaling import truncate_weights
 from sparseift_llm.data.loading import LoadedData
 from sparseift_llm.models.architectures import build_model, set_tokenizer_fields
 from sparseift_llm.models.presets import load_config, load_trained
 from sparseift_llm.runs.recipe import Recipe
+from sparseift_llm.utils.words import nearest
 
 
 def make_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
     """Build the recipe's model, with the vocabulary and the special tokens of the data's tokenizer.
 
     Raises:
-        ValueError: the tokenizer has more entries than a trained model, or see `model_config` and `sparsify`.
+        ValueError: the tokenizer has more entries than the model, or see `model_config` and `sparsify`.
     """
     config = model_config(recipe)
     if recipe.model.from_pretrained is not None:
@@ -28,6 +33,12 @@ def make_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
         dense = load_trained(recipe.model.from_pretrained, config)
         return sparsify(dense, recipe.sparse_ift) if recipe.sparse_ift else dense
     set_tokenizer_fields(config, data.tokenizer)
+    _change(config, recipe.model.config)  # what the recipe says of tokens counts
+    if config.vocab_size < len(data.tokenizer):
+        raise ValueError(
+            f"model.config.vocab_size={config.vocab_size} is below the {len(data.tokenizer)} entries of "
+            "data.tokenizer; leave it out to have as many, or raise it"
+        )
     model = sparsify(config, recipe.sparse_ift) if recipe.sparse_ift else build_model(config)
     if recipe.model.init_truncation is not None:
         truncate_weights(model, recipe.model.init_truncation)
@@ -38,17 +49,49 @@ def model_config(recipe: Recipe) -> PreTrainedConfig:
     """The dense config that the recipe names, with the recipe's changes.
 
     Raises:
-        ValueError: a changed field does not exist, or sequences are longer than the model's positions.
+        ValueError: a changed field does not exist, has another type or an impossible value, or sequences are longer
+            than the model's positions.
     """
     name = recipe.model.from_pretrained or recipe.model.name
     assert name is not None  # ModelConfig sees to it
     config = load_config(name)
-    for key, value in recipe.model.config.items():
-        if not hasattr(config, key):
-            raise ValueError(f"model.config: {config.model_type} has no field {key!r}")
-        setattr(config, key, value)
+    config.use_cache = False
+    _change(config, recipe.model.config)
     max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and recipe.data.seq_len > max_positions:
         raise ValueError(f"data.seq_len={recipe.data.seq_len} is above the model's {max_positions} positions")
-    config.use_cache = False
     return config
+
+
+def _change(config: PreTrainedConfig, changes: dict[str, Any]) -> None:
+    """Set fields of a transformers config, which checks the types of some.
+
+    Raises:
+        ValueError: a field that does not exist, or a value that it cannot have.
+    """
+    for key, value in changes.items():
+        if not hasattr(config, key):
+            raise ValueError(f"model.config: {config.model_type} has no field {key!r}{nearest(key, vars(config))}")
+        value = _like(getattr(config, key), value, key)
+        try:
+            setattr(config, key, value)
+        except Exception as error:  # of transformers' own kinds
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"model.config.{key}={value!r} is refused by {config.model_type}: {reason}") from error
+
+
+def _like(own: Any, value: Any, key: str) -> Any:
+    """`value` for a field of a transformers config, to judge by the value `own` that the field has.
+
+    A whole number above 0 is a size or a count, so another one has to be above 0, too; token ids may be 0.
+    """
+    if value is None or type(own) not in (int, float, bool, str):
+        return value
+    kind: Any = type(own)
+    if kind is int and key.endswith("_token_id"):
+        kind = Annotated[int, Field(ge=0)] | list[int]
+    elif kind is int and own > 0:
+        kind = Annotated[int, Field(ge=1)]
+    elif kind is float and own >= 0:
+        kind = Annotated[float, Field(ge=0)]
+    return checked(kind, value, f"model.config.{key}")

@@ -6,42 +6,42 @@ Parsing and checking only; recipes/pretrain.py trains what a recipe says.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from transformers import TrainingArguments
+from pydantic import Field
+from pydantic_core import to_jsonable_python
 
-from sparseift_llm.config.parsing import convert, from_dict, load_yaml, nearest, parse_yaml
-from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
+from sparseift_llm.config.describe import Option, describe_options
+from sparseift_llm.config.parsing import check_finite, checked, config_class
+from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.config.yaml_files import load_yaml, parse_yaml
 from sparseift_llm.data.options import DataConfig
+from sparseift_llm.runs.training_options import checked_training, training_options
+from sparseift_llm.utils.words import nearest
 
 
-@dataclass(frozen=True)
+@config_class
 class ModelConfig:
-    """Which dense model to start from: freshly initialised (`name`), or trained (`from_pretrained`).
-
-    Args:
-        name: a preset (default: gpt3-small), a path to a config.json, a model folder, or a hub id; only its config
-            is read.
-        config: fields of the transformers config to change, e.g. `{n_layer: 4}`; of a trained model no sizes, but
-            e.g. dropout. A fresh model takes vocabulary size and special tokens from the tokenizer.
-        init_truncation: redraw initial weights beyond this many standard deviations; None keeps all.
-        from_pretrained: folder or hub id of a trained dense model, in place of `name`; `sparse_ift.init` is then
-            `pretrained` unless it says otherwise.
-    """
+    """Which dense model to start from: freshly initialised (`name`), or trained (`from_pretrained`)."""
 
     name: str | None = None
+    """A preset (default: gpt3-small), a path to a config.json, a model folder, or a hub id; only its config is read."""
     config: dict[str, Any] = field(default_factory=dict)
-    init_truncation: float | None = None
+    """Fields of the transformers config to change, e.g. `{n_layer: 4}`; of a trained model no sizes, but e.g. dropout.
+    A fresh model takes vocabulary size and special tokens from the tokenizer, unless they are given here."""
+    init_truncation: Annotated[float, Field(gt=0)] | None = None
+    """Redraw initial weights beyond this many standard deviations; null keeps all."""
     from_pretrained: str | None = None
+    """Folder or hub id of a trained dense model, in place of `name`; `sparse_ift.init` is then `pretrained` unless it
+    says otherwise."""
 
     def __post_init__(self) -> None:
+        check_finite(self.config, "config")
         if self.from_pretrained is not None and (self.name is not None or self.init_truncation is not None):
             given = "name" if self.name is not None else "init_truncation"
             raise ValueError(
@@ -50,38 +50,50 @@ class ModelConfig:
             )
         if self.from_pretrained is None and self.name is None:
             object.__setattr__(self, "name", "gpt3-small")
-        if self.init_truncation is not None and self.init_truncation <= 0:
-            raise ValueError(f"init_truncation must be above 0, got {self.init_truncation}")
 
 
-@dataclass(frozen=True)
+@config_class
 class Recipe:
-    """One pretraining run.
-
-    Args:
-        model: the dense model.
-        data: text, tokenizer, sequence length.
-        sparse_ift: the transformation, or None to train the dense model.
-        training: fields of `transformers.TrainingArguments`.
-        lr_decay_steps: optimizer step at which a cosine schedule reaches its minimum and stays there;
-            None means the last step.
-    """
+    """One pretraining run."""
 
     model: ModelConfig
+    """The dense model."""
     data: DataConfig
+    """Text, tokenizer, sequence length."""
     sparse_ift: SparseIFTConfig | None
+    """The transformation; null trains the dense model."""
     training: dict[str, Any]
-    lr_decay_steps: int | None = None
+    """Fields of `transformers.TrainingArguments`."""
+    lr_decay_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer step at which a cosine schedule reaches its minimum and stays there; null means the last step."""
+
+    def __post_init__(self) -> None:
+        if self.model.from_pretrained is not None and self.data.tokenizer == "bpe":
+            raise ValueError(
+                f"model.from_pretrained={self.model.from_pretrained!r} knows the tokens of its own tokenizer; set "
+                "data.tokenizer to it, usually the same folder or hub id"
+            )
+        starts_trained = self.sparse_ift is not None and self.sparse_ift.init == "pretrained"
+        if starts_trained and self.model.from_pretrained is None:
+            raise ValueError("sparse_ift.init='pretrained' needs model.from_pretrained, a trained dense model")
+        schedule = self.training.get("lr_scheduler_kwargs")
+        if self.lr_decay_steps is not None and (
+            self.training.get("lr_scheduler_type") != "cosine_with_min_lr"
+            or not isinstance(schedule, dict)
+            or "min_lr_rate" not in schedule
+        ):
+            raise ValueError(
+                "lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in lr_scheduler_kwargs"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping of the same layout as a recipe file."""
-        values = dataclasses.asdict(self)
-        values["sparse_ift"] = self.sparse_ift.to_dict() if self.sparse_ift else None
+        values: dict[str, Any] = to_jsonable_python(self)
         return values
 
 
 SECTIONS = ("model", "data", "sparse_ift", "training", "lr_decay_steps")
-_TRAINING_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+_FAMILY = "sparse_ift.family"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -117,88 +129,43 @@ def recorded_recipe(path: str | Path) -> dict[str, Any]:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         compared = {key: record[key] for key in ("model", "data", "sparse_ift")}
+        compared["data"] = _without_unused_vocab_size(compared["data"])
         recipe = _build({**compared, "training": {"output_dir": "the run's"}}).to_dict()
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, or of another version of this package: {error!r}") from error
     return {**record, **{key: recipe[key] for key in compared}}
 
 
+def _without_unused_vocab_size(data: dict[str, Any]) -> dict[str, Any]:
+    """The data section of a record; version 0.1 wrote the size of a tokenizer to train beside one that was given."""
+    return {**data, "vocab_size": None} if data.get("tokenizer", "bpe") != "bpe" else data
+
+
 def _build(values: dict[str, Any]) -> Recipe:
-    sections = {key: {} if values.get(key) is None else values[key] for key in ("model", "data", "training")}
-    training = _checked_training(sections["training"])
-    model = from_dict(ModelConfig, sections["model"], "model")
-    data = from_dict(DataConfig, sections["data"], "data")
-    if model.from_pretrained is not None and data.tokenizer == "bpe":
-        raise ValueError(
-            f"model.from_pretrained={model.from_pretrained!r} knows the tokens of its own tokenizer; set "
-            "data.tokenizer to it, usually the same folder or hub id"
-        )
-    sparse_values = values.get("sparse_ift")
-    if sparse_values is not None:
-        if not isinstance(sparse_values, dict):
-            raise ValueError(f"sparse_ift must be a mapping or null, got {sparse_values!r}")
-        sparse_values = {"seed": training.get("seed", 42), "seq_len": data.seq_len, **sparse_values}
-        if model.from_pretrained is not None:
-            sparse_values.setdefault("init", "pretrained")
-        elif sparse_values.get("init") == "pretrained":
-            raise ValueError("sparse_ift.init='pretrained' needs model.from_pretrained, a trained dense model")
-    decay_steps = values.get("lr_decay_steps")
-    if decay_steps is not None and (type(decay_steps) is not int or decay_steps < 1):
-        raise ValueError(f"lr_decay_steps must be a whole number of steps, at least 1, got {decay_steps!r}")
-    if decay_steps is not None and (
-        training.get("lr_scheduler_type") != "cosine_with_min_lr"
-        or not isinstance(training.get("lr_scheduler_kwargs"), dict)
-        or "min_lr_rate" not in training["lr_scheduler_kwargs"]
-    ):
-        raise ValueError(
-            "lr_decay_steps needs lr_scheduler_type: cosine_with_min_lr and min_lr_rate in lr_scheduler_kwargs"
-        )
-    return Recipe(
-        model=model,
-        data=data,
-        sparse_ift=None if sparse_values is None else SparseIFTConfig.from_dict(sparse_values),
-        training=training,
-        lr_decay_steps=decay_steps,
-    )
+    """The recipe from the sections of its file, of which any may be missing or null."""
+    given = {key: values.get(key) for key in SECTIONS}
+    for key in ("model", "data", "training"):
+        given[key] = {} if given[key] is None else given[key]
+    given["training"] = checked_training(given["training"])
+    if given["sparse_ift"] is not None:
+        given["sparse_ift"] = _with_inherited(given["sparse_ift"], given)
+    recipe: Recipe = checked(Recipe, given, "")
+    return recipe
 
 
-def _checked_training(training: Any) -> dict[str, Any]:
-    """The training section with names and simple types checked; the rest is left to TrainingArguments."""
-    if not isinstance(training, dict):
-        raise ValueError(f"training must be a mapping of TrainingArguments fields, got {training!r}")
-    _check_keys(training, _TRAINING_FIELDS, "training")
-    hints = typing.get_type_hints(TrainingArguments)
-    checked = {}
-    for key, value in training.items():
-        hint = hints[key]
-        simple = {float, int, bool, str, type(None)}
-        parts = set(typing.get_args(hint)) or {hint}
-        if key != "resume_from_checkpoint" and parts <= simple and len(parts - {type(None)}) == 1:
-            value = convert(value, hint, f"training.{key}")
-        checked[key] = value
-    resume = checked.get("resume_from_checkpoint")
-    if not isinstance(resume, bool | str | None):
-        raise ValueError(f"training.resume_from_checkpoint must be true, false or a folder, got {resume!r}")
-    _check_save_steps(checked)
-    if not checked.get("output_dir"):
-        raise ValueError("training.output_dir is missing: say where the run is written")
-    return checked
+def _with_inherited(sparse_ift: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The sparse_ift section with what it takes from the other sections unless it says otherwise."""
+    if not isinstance(sparse_ift, dict):
+        raise ValueError(f"sparse_ift must be a mapping or null, got {sparse_ift!r}")
+    inherited = {"seed": given["training"].get("seed", 42)}
+    if isinstance(given["data"], dict):
+        inherited["seq_len"] = given["data"].get("seq_len", DataConfig().seq_len)
+    if isinstance(given["model"], dict) and given["model"].get("from_pretrained") is not None:
+        inherited["init"] = "pretrained"
+    return {**inherited, **sparse_ift}
 
 
-def _check_save_steps(training: dict[str, Any]) -> None:
-    """A checkpoint between two log lines would lose the sum of losses since the last one."""
-    if training.get("save_strategy", "steps") != "steps":
-        return
-    save_every, log_every = training.get("save_steps", 500), training.get("logging_steps", 500)
-    fits = (log_every >= 1) == (save_every >= 1) and Fraction(str(save_every)) % Fraction(str(log_every)) == 0
-    if training.get("logging_strategy", "steps") == "steps" and not fits:
-        raise ValueError(
-            f"training.save_steps={save_every:g} must be a multiple of logging_steps={log_every:g}, "
-            "otherwise a resumed run would log other averages than an uninterrupted one"
-        )
-
-
-def _check_keys(values: Iterable[str], valid: Iterable[str], where: str) -> None:
+def _check_keys(values: Iterable[Any], valid: Iterable[str], where: str) -> None:
     for key in values:
         if key not in valid:
             raise ValueError(f"{where}: unknown key {key!r}{nearest(key, valid)}")
@@ -222,6 +189,8 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Put `value` at the dotted path that `key` means."""
     *sections, last = _resolve(key).split(".")
+    if sections == _FAMILY.split("."):
+        sections, last = _place_in_family(values, last)
     target = values
     for section in sections:
         if target.get(section) is None:
@@ -232,10 +201,26 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     target[last] = value
 
 
+def _place_in_family(values: dict[str, Any], option: str) -> tuple[list[str], str]:
+    """Where a file keeps an option of the family: in the mapping `family`, or beside the name of the family."""
+    *sections, family = _FAMILY.split(".")
+    parent: Any = values
+    for section in sections:
+        parent = parent.get(section) if isinstance(parent, dict) else None
+    if isinstance(parent, dict) and isinstance(parent.get(family), dict):
+        return [*sections, family], option
+    return sections, family if option == "name" else option
+
+
 def _resolve(key: str) -> str:
-    paths = _all_paths()
-    if key in paths or key.startswith("model.config."):
+    """The dotted path that a word on the command line means: a path, or the last part of one."""
+    options = [option.name for option in recipe_options()]
+    paths = list(dict.fromkeys(path for option in options for path in (*_sections_of(option), option)))
+    section, _, last = key.rpartition(".")
+    if key in paths or key.startswith("model.config.") or key == f"{_FAMILY}.name":
         return key
+    if section == _FAMILY.rpartition(".")[0] and f"{_FAMILY}.{last}" in paths:
+        return f"{_FAMILY}.{last}"  # beside the family
     matches = [path for path in paths if path.rpartition(".")[2] == key]
     if f"training.{key}" in matches:
         return f"training.{key}"
@@ -247,15 +232,18 @@ def _resolve(key: str) -> str:
     raise ValueError(f"unknown option --{key}{nearest(key, leaves)}")
 
 
-def _all_paths() -> list[str]:
-    def fields(cls: Any, prefix: str) -> list[str]:
-        return [f"{prefix}.{f.name}" for f in dataclasses.fields(cls)]
+def _sections_of(path: str) -> list[str]:
+    """The mappings that a dotted path goes through."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
-    return [
-        *SECTIONS,
-        *fields(ModelConfig, "model"),
-        *fields(DataConfig, "data"),
-        *fields(SparseIFTConfig, "sparse_ift"),
-        *fields(DSTConfig, "sparse_ift.dst"),
-        *(f"training.{name}" for name in sorted(_TRAINING_FIELDS)),
-    ]
+
+@cache
+def recipe_options() -> tuple[Option, ...]:
+    """Every option of a recipe with its type, default and meaning, in the order of the file's sections."""
+    options: list[Option] = []
+    for option in describe_options(Recipe):
+        options.append(option)
+        if option.name == "training":
+            options += training_options()
+    return tuple(options)

@@ -141,7 +141,7 @@ def test_the_table_of_the_whole_recipe(capsys: pytest.CaptureFixture[str]) -> No
         (["--scope", "modle"], "scope='modle' is not one of 'model', 'ffn'; did you mean 'model'?"),
         (["--structure", "blok"], "structure='blok' is not one of 'unstructured', 'block'; did you mean 'block'?"),
         (["--structure", "block", "--block-size", "7"], "block_size must be one of 4, 8, 16, 32, 64, 128, 256, got 7"),
-        (["--targets", "qq"], "targets/exclude='qq' is not one of 'q', 'k', 'v', 'o'"),
+        (["--targets", "qq"], "sparse_ift.targets[0]='qq' is not one of 'q', 'k', 'v', 'o'"),
         (["--targets", "q"], "holds q, k, v in one matrix"),
         (["--exclude", "q", "k", "v", "o", "mlp_in", "mlp_out"], "no projection of gpt2 is of the kinds ()"),
         (["--accounting", "whole_model", "--sparsity", "0.95"], "accounting='whole_model' cannot be met"),

@@ -102,7 +102,7 @@ def test_pretrain_trains_a_recipe_in_one_process(tmp_path: Path) -> None:
         (["--learning_rte", "1"], "unknown option --learning_rte; did you mean 'learning_rate'?"),
         (["--learning_rate"], "--learning_rate needs a value"),
         (["more"], "expected --field value, got 'more'"),
-        (["--sparse_ift.sparsity", "-1"], "sparse_ift: sparsity must be in [0, 1), got -1.0"),
+        (["--sparse_ift.sparsity", "-1"], "sparse_ift.sparsity must be in [0, 1), got -1.0"),
     ],
 )
 def test_pretrain_refuses_in_one_line(

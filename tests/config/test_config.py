@@ -24,7 +24,7 @@ def read(text: str, folder: Path) -> SparseIFTConfig:
 WRONG = [
     # unknown keys
     ("sparsty: 0.5", "sparse_ift: unknown key 'sparsty'; did you mean 'sparsity'?"),
-    ("zzz: 1", "sparse_ift: unknown key 'zzz' (valid keys: family, scope, "),
+    ("zzz: 1", "sparse_ift: unknown key 'zzz' (valid keys: family, sparsity, "),
     ("dst: {algoritm: set}", "sparse_ift.dst: unknown key 'algoritm'; did you mean 'algorithm'?"),
     ("drop_fraction: 0.3", "sparse_ift: unknown key 'drop_fraction'"),
     # wrong types
@@ -39,7 +39,7 @@ WRONG = [
     ("seed: 1e3", "sparse_ift.seed must be int, got float: 1000.0"),
     ("scope: 3", "sparse_ift.scope must be str, got int: 3"),
     ("targets: mlp_in", "sparse_ift.targets must be a list of strings, got 'mlp_in'"),
-    ("targets: [1, 2]", "sparse_ift.targets must be a list of strings, got [1, 2]"),
+    ("targets: [1, 2]", "sparse_ift.targets[0] must be str, got int: 1"),
     ("exclude: {q: 1}", "sparse_ift.exclude must be a list of strings, got {'q': 1}"),
     ("exclude: null", "sparse_ift.exclude must be a list of strings, got None"),
     ("dst: rigl", "sparse_ift.dst must be a mapping of options, got str: 'rigl'"),
@@ -68,8 +68,8 @@ WRONG = [
     ("accounting: whole", "accounting='whole' is not one of 'linears', 'whole_model'; did you mean 'whole_model'?"),
     ("init: supra", "init='supra' is not one of 'paper', 'preserve', 'supar', 'pretrained'; did you mean 'supar'?"),
     ("dst: {algorithm: RigL}", "algorithm='RigL' is not one of 'static', 'set', 'rigl', 'gmp'; did you mean 'rigl'?"),
-    ("targets: [mlp]", "targets/exclude='mlp' is not one of 'q', 'k', 'v', 'o', 'mlp_in', 'mlp_out'"),
-    ("exclude: [query]", "targets/exclude='query' is not one of "),
+    ("targets: [mlp]", "sparse_ift.targets[0]='mlp' is not one of 'q', 'k', 'v', 'o', 'mlp_in', 'mlp_out'"),
+    ("exclude: [query]", "sparse_ift.exclude[0]='query' is not one of "),
     # combinations
     ("{scope: ffn, targets: [mlp_in, q]}", "targets: scope='ffn' widens only mlp_in and mlp_out, so 'q' cannot be"),
     ("accounting: whole_model", "accounting='whole_model' needs seq_len"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseift_llm.config.parsing import check_choice, from_dict, load_yaml, nearest, parse_yaml
+from sparseift_llm.config.parsing import config_class, from_dict
+from sparseift_llm.config.yaml_files import load_yaml, parse_yaml
 
 
-@dataclass(frozen=True)
+@config_class
 class Inner:
     rate: float = 0.1
     verbose: bool = False
@@ -25,7 +26,7 @@ class Inner:
             raise ValueError(f"rate must not be negative, got {self.rate}")
 
 
-@dataclass(frozen=True)
+@config_class
 class Outer:
     name: str
     steps: int = 1
@@ -80,7 +81,7 @@ def test_the_input_mapping_is_not_shared() -> None:
         ({"name": "a", "steps": True}, "Outer.steps must be int, got bool: True"),
         ({"name": "a", "limit": "5"}, "Outer.limit must be int, got str: '5'"),
         ({"name": "a", "words": "x"}, "Outer.words must be a list of strings, got 'x'"),
-        ({"name": "a", "words": ["x", 1]}, "Outer.words must be a list of strings, got ['x', 1]"),
+        ({"name": "a", "words": ["x", 1]}, "Outer.words[1] must be str, got int: 1"),
         ({"name": "a", "extra": [1]}, "Outer.extra must be a mapping, got [1]"),
         ({"name": "a", "inner": {"rate": False}}, "Outer.inner.rate must be float, got bool: False"),
         ({"name": "a", "inner": {"rate": "6e-4"}}, "Outer.inner.rate must be float, got str: '6e-4'"),
@@ -109,19 +110,6 @@ def test_a_missing_required_key_is_named() -> None:
 def test_a_value_the_class_refuses_is_named_by_its_dotted_path() -> None:
     with pytest.raises(ValueError, match=r"^Outer\.inner.*rate must not be negative"):
         from_dict(Outer, {"name": "a", "inner": {"rate": -1}})
-
-
-def test_nearest() -> None:
-    assert nearest("sparsty", ["scope", "sparsity"]) == "; did you mean 'sparsity'?"
-    assert nearest("zzzz", ["scope", "sparsity"]) == ""
-
-
-def test_check_choice() -> None:
-    check_choice("scope", "ffn", ("model", "ffn"))
-    with pytest.raises(
-        ValueError, match=re.escape("scope='modle' is not one of 'model', 'ffn'; did you mean 'model'?")
-    ):
-        check_choice("scope", "modle", ("model", "ffn"))
 
 
 @pytest.mark.parametrize(
@@ -193,9 +181,42 @@ def test_broken_or_unsafe_yaml_is_an_error_with_path_and_line(text: str) -> None
         parse_yaml(text, "my.yaml")
 
 
-def test_an_impossible_date_is_an_error_with_path() -> None:
-    with pytest.raises(ValueError, match=r"my\.yaml"):
-        parse_yaml("a: 2024-13-45", "my.yaml")
+@pytest.mark.parametrize("text", ["2024-13-45", "2024-01-02", "1:30", "no", "off", "y", "1_000", "0b11", "="])
+def test_what_yaml_1_2_calls_a_word_is_one(text: str) -> None:
+    """Dates, times, `no` and numbers with separators are from YAML 1.1."""
+    assert parse_yaml(f"a: {text}", "t") == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("012", 12), ("0o14", 12), ("0x1F", 31), ("-7", -7), ("+7", 7), ("~", None), ("", None)]
+)
+def test_whole_numbers_and_null(text: str, value: int | None) -> None:
+    parsed = parse_yaml(f"a: {text}", "t")["a"]
+    assert (type(parsed), parsed) == (type(value), value)
+
+
+def test_merge_keys() -> None:
+    text = "base: &base {a: 1, b: 2}\nmore: {<<: *base, b: 3}\n"
+    text += "most: &most {<<: *base, b: 4, c: 5}\ntwo: {<<: [*most, *base]}\n"
+    assert parse_yaml(text, "t") == {
+        "base": {"a": 1, "b": 2},
+        "more": {"a": 1, "b": 3},
+        "most": {"a": 1, "b": 4, "c": 5},
+        "two": {"a": 1, "b": 4, "c": 5},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x: &x {a: 1}\ny:\n  <<: *x\n  <<: *x\n", "t: key '<<' stands twice (line 4)"),
+        ("x: &x {a: 1}\ny: {<<: *x, b: 1, b: 2}\n", "t: key 'b' stands twice (line 2)"),
+        ("y: {<<: 3}\n", "t is not valid YAML: while constructing a mapping"),
+    ],
+)
+def test_wrong_merge_keys(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_yaml(text, "t")
 
 
 def test_load_yaml(tmp_path: Path) -> None:

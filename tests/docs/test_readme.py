@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArgu
 from sparseift_llm import SparseIFTConfig, sparsify
 from sparseift_llm.bench.tables import render, render_crossover
 from sparseift_llm.cli import main as sparseift
-from sparseift_llm.config.parsing import parse_yaml
+from sparseift_llm.config.yaml_files import parse_yaml
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.reporting.comparison import comparison_table
 from tests.helpers.models import tiny_config, tiny_model

@@ -39,7 +39,7 @@ def rotary_size(config: PreTrainedConfig, head_dim: int) -> int:
 def test_widths_are_valid_and_near_what_was_asked(name: str, scope: str, sparsity: float, multiple: int) -> None:
     dense = sizes_of(TINY[name])
     transform = SparseIFTConfig(scope=scope, sparsity=sparsity, width_multiple=multiple)
-    config = family_of(transform.options).sparse_config(TINY[name], transform)
+    config = family_of(transform.family).sparse_config(TINY[name], transform)
     wide = sizes_of(config)
     assert (wide.num_heads, wide.num_layers, wide.vocab) == (dense.num_heads, dense.num_layers, dense.vocab)
     if scope == "ffn":

@@ -18,8 +18,10 @@ from tests.helpers.processes import output_of
 # All public functions and classes at the top level of modules, written by a walk over the source of 0.1.0.
 OLD_NAMES = (Path(__file__).parent / "names_of_0_1_0.txt").read_text(encoding="utf-8").split()
 OLD_MODULES = sorted({name.rpartition(".")[0] for name in OLD_NAMES})
-# What modules of the package shared with each other, and what is now an object with other arguments.
+# What modules of the package shared with each other, and what is now an object with other arguments or pydantic's work.
 REPLACED = {
+    "sparseift_llm.config": {"check_family_options"},
+    "sparseift_llm.strict": {"check_fields", "convert"},
     "sparseift_llm.families.wide": {"start", "wide_config"},
     "sparseift_llm.families.parallel": {"num_norm_params", "parts", "start"},
     "sparseift_llm.families.factorized": {"num_norm_params", "parts", "start"},

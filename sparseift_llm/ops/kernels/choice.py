@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseift_llm.config.parsing import check_choice
 from sparseift_llm.ops.kernels.base import Kernel
 from sparseift_llm.ops.kernels.blas import BLAS
 from sparseift_llm.ops.kernels.native import NATIVE
 from sparseift_llm.ops.kernels.reference import REFERENCE
 from sparseift_llm.ops.kernels.triton import TRITON
+from sparseift_llm.utils.words import check_choice
 
 _ALL: tuple[Kernel, ...] = (NATIVE, BLAS, TRITON, REFERENCE)
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
