@@ -18,14 +18,13 @@ from sparseift_llm.checkpoints.registration import register_with_transformers
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports them, from `_PUBLIC` below
     from sparseift_llm.analysis.spectral import spectral_report
-    from sparseift_llm.checkpoints.export import save_export
-    from sparseift_llm.checkpoints.loading import load_pretrained
+    from sparseift_llm.api import load_pretrained, save_export, sparsify, to_dense
     from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
-    from sparseift_llm.conversion.install import sparsify, to_dense
-    from sparseift_llm.conversion.scaling import optimizer_param_groups
-    from sparseift_llm.planning.planner import count_flops, plan
+    from sparseift_llm.planning.cost import count_flops
+    from sparseift_llm.planning.planner import plan
     from sparseift_llm.trainer.callback import SparseTrainingCallback
     from sparseift_llm.training.controller import SparseTrainingController
+    from sparseift_llm.training.learning_rates import optimizer_param_groups
 
     __version__: str
 
@@ -50,14 +49,14 @@ _PUBLIC = {
     "SparseIFTConfig": "config.transform",
     "SparseTrainingCallback": "trainer.callback",
     "SparseTrainingController": "training.controller",
-    "count_flops": "planning.planner",
-    "load_pretrained": "checkpoints.loading",
-    "optimizer_param_groups": "conversion.scaling",
+    "count_flops": "planning.cost",
+    "load_pretrained": "api",
+    "optimizer_param_groups": "training.learning_rates",
     "plan": "planning.planner",
-    "save_export": "checkpoints.export",
-    "sparsify": "conversion.install",
+    "save_export": "api",
+    "sparsify": "api",
     "spectral_report": "analysis.spectral",
-    "to_dense": "conversion.install",
+    "to_dense": "api",
 }
 
 

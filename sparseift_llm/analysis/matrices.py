@@ -17,13 +17,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm.checkpoints.loading import weight_files
 from sparseift_llm.checkpoints.mask_file import PackedMasks, digest, masks_of, read_packed_masks
+from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import whole
-from sparseift_llm.layers.stock import is_conv1d
-from sparseift_llm.models.architectures import build_model
-from sparseift_llm.models.projections import find_projections
 from sparseift_llm.ops.tiles import dense_weight
-from sparseift_llm.planning.planner import plan_of, read_record
 from sparseift_llm.topology.blocks import are_valid, tile_mask
 
 
@@ -75,12 +72,14 @@ class MatrixEntry:
         kind: of the projection it belongs to.
         shape: (out, in).
         is_transposed: whether mask and weight are stored as (in, out), as a `Conv1D`'s are.
+        block_size: side of a tile; None if the mask's units are weights.
     """
 
     name: str
     kind: str
     shape: tuple[int, int]
     is_transposed: bool
+    block_size: int | None
 
 
 def check_every_nth_layer(every_nth_layer: int) -> None:
@@ -110,14 +109,14 @@ def matrix_source(model_or_folder: PreTrainedModel | str | Path, every_nth_layer
 
 def _source_of_model(model: PreTrainedModel, every_nth_layer: int) -> MatrixSource:
     layers = sparse_layers(model)
-    block_size, entries = matrix_entries(model.config, every_nth_layer, set(layers), "the model")
+    entries = matrix_entries(model.config, every_nth_layer, set(layers), "the model")
 
     def read() -> Iterator[SparseMatrix]:
         for entry in entries:
             layer: Any = layers[entry.name]
-            columns = layer.columns.cpu() if block_size else None
+            columns = layer.columns.cpu() if entry.block_size else None
             weight = whole(layer.weight.detach()).cpu()
-            yield _matrix(entry, layer.current_mask().cpu(), weight, columns, block_size)
+            yield _matrix(entry, layer.current_mask().cpu(), weight, columns)
 
     return MatrixSource(digest(masks_of(model)), len(entries), read)
 
@@ -129,15 +128,16 @@ def _source_of_folder(folder: Path, every_nth_layer: int) -> MatrixSource:
         raise ValueError(f"{folder} has no readable config.json: {str(error).splitlines()[0]}") from error
     read_record(hf_config)
     masks = read_packed_masks(folder)
-    block_size, entries = matrix_entries(hf_config, every_nth_layer, set(masks.shapes), folder)
+    entries = matrix_entries(hf_config, every_nth_layer, set(masks.shapes), folder)
     weights = _Weights(folder)
-    return MatrixSource(masks.digest, len(entries), lambda: _read_folder(folder, entries, masks, weights, block_size))
+    return MatrixSource(masks.digest, len(entries), lambda: _read_folder(folder, entries, masks, weights))
 
 
 def _read_folder(
-    folder: Path, entries: list[MatrixEntry], masks: PackedMasks, weights: _Weights, block_size: int | None
+    folder: Path, entries: list[MatrixEntry], masks: PackedMasks, weights: _Weights
 ) -> Iterator[SparseMatrix]:
     for entry in entries:
+        block_size = entry.block_size
         mask, weight = masks.unpack(entry.name), weights.read(f"{entry.name}.weight")
         columns = weights.read(f"{entry.name}.columns") if block_size else None
         if columns is None and weight.shape == (int(mask.sum()),):  # an export of active values alone
@@ -149,7 +149,7 @@ def _read_folder(
             fits = fits and are_valid(columns, *mask.shape) and torch.equal(tile_mask(columns, *mask.shape), mask)
         if not fits:
             raise ValueError(f"the masks in {folder} are not those of its weights, first in {entry.name}; restore it")
-        matrix = _matrix(entry, mask, weight, columns, block_size)
+        matrix = _matrix(entry, mask, weight, columns)
         if matrix.shape != entry.shape:
             raise ValueError(
                 f"the masks in {folder} are of another model: {entry.name} has shape {matrix.shape}, "
@@ -158,51 +158,41 @@ def _read_folder(
         yield matrix
 
 
-def _matrix(
-    entry: MatrixEntry, mask: Tensor, weight: Tensor, columns: Tensor | None, block_size: int | None
-) -> SparseMatrix:
-    if block_size is not None:
+def _matrix(entry: MatrixEntry, mask: Tensor, weight: Tensor, columns: Tensor | None) -> SparseMatrix:
+    if (size := entry.block_size) is not None:
         assert columns is not None
-        weight = dense_weight(weight, columns, mask.shape[0] * block_size, mask.shape[1] * block_size)
+        weight = dense_weight(weight, columns, mask.shape[0] * size, mask.shape[1] * size)
     elif entry.is_transposed:
         mask, weight = mask.T, weight.T
-    return SparseMatrix(entry.name, entry.kind, mask, block_size or 1, weight)
+    return SparseMatrix(entry.name, entry.kind, mask, entry.block_size or 1, weight)
 
 
 def matrix_entries(
     hf_config: PreTrainedConfig, every_nth_layer: int, names: set[str], where: str | Path
-) -> tuple[int | None, list[MatrixEntry]]:
-    """The side of a tile, and what is known without weights of the sparse matrices of the chosen decoder layers."""
-    try:
-        stock = build_model(hf_config, meta=True)
-        plan = plan_of(stock)
-    except ValueError:
-        raise
-    except Exception as error:  # transformers and torch refuse sizes with exceptions of their own
-        raise ValueError(f"the config of {where} describes no model that can be built: {error}") from error
-    found = [
-        (projection.layer_index, layer, part)
-        for projection, layer in zip(find_projections(stock), plan.layers, strict=True)
-        for part in layer.matrices
-        if part.is_sparse
-    ]
-    different = sorted({part.name for _, _, part in found} ^ names)
+) -> list[MatrixEntry]:
+    """What is known without weights of the sparse matrices of the chosen decoder layers.
+
+    Args:
+        hf_config: the model's, with its record.
+        every_nth_layer: take decoder layers 0, n, 2n, ... only.
+        names: of all sparse matrices that the model's masks are for.
+        where: the masks' origin, for error messages.
+
+    Raises:
+        ValueError: the record is damaged, has other matrices than `names`, or none in the layers chosen.
+    """
+    found = [(layer, m) for layer in read_record(hf_config).layers for m in layer.matrices if m.is_sparse]
+    different = sorted({layer.path_of(matrix) for layer, matrix in found} ^ names)
     if different:
         raise ValueError(f"the masks in {where} are of another model: {different[0]} stands in only one of them")
-    keeps_storage = {layer.name for _, layer, _ in found if plan.config.block_size is None and layer.rule is None}
     entries = [
-        MatrixEntry(
-            part.name,
-            layer.kind,
-            part.shape,
-            layer.name in keeps_storage and is_conv1d(stock.get_submodule(layer.name)),
-        )
-        for layer_index, layer, part in found
-        if layer_index % every_nth_layer == 0
+        MatrixEntry(layer.path_of(matrix), layer.kind, matrix.shape, matrix.transposed, matrix.block_size)
+        for layer, matrix in found
+        if (layer.layer_index or 0) % every_nth_layer == 0
     ]
     if not entries:
         raise ValueError(f"every_nth_layer={every_nth_layer} leaves no sparse matrix of {where}; choose a smaller one")
-    return plan.config.block_size, entries
+    return entries
 
 
 class _Weights:

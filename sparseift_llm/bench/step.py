@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel
 
+from sparseift_llm.api import sparsify
 from sparseift_llm.bench.measure import peak_bytes, take_turns
 from sparseift_llm.bench.results import buffer_bytes, floor_seconds, row_result
 from sparseift_llm.bench.rows import SPARSITY, VARIANTS, Row
 from sparseift_llm.config.families import Wide
 from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
-from sparseift_llm.conversion.install import sparsify
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.presets import load_config
-from sparseift_llm.planning.planner import count_flops
+from sparseift_llm.planning.cost import count_flops
 from sparseift_llm.training.controller import SparseTrainingController
 
 UPDATE_EVERY_STEPS = 100

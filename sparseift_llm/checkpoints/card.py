@@ -9,11 +9,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from transformers import PreTrainedModel
 
-from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.checkpoints.records import read_record
+from sparseift_llm.checkpoints.upgrade import dense_config_of
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.architectures import sizes_of
-from sparseift_llm.models.layout import has_own_layout
-from sparseift_llm.planning.planner import cost_of, plan_of, read_record
+from sparseift_llm.planning.cost import cost_of
+from sparseift_llm.planning.planner import default_seq_len
+from sparseift_llm.record.model_record import ModelRecord
 from sparseift_llm.utils.tables import markdown_table
 
 CARD_NAME = "README.md"
@@ -46,14 +48,14 @@ def model_card(model: PreTrainedModel, name: str, tags: Iterable[str] = ()) -> M
         name: the model's name on the hub.
         tags: further tags.
     """
-    config, dense_sizes = read_record(model.config)
+    record = read_record(model.config)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["sparse-ift", model.config.model_type, *tags])),
     )
-    facts = markdown_table(("", ""), _facts(model, config, dense_sizes), "ll")
-    loading = (_OWN if has_own_layout(config) else _STOCK).format(name=name)
+    facts = markdown_table(("", ""), _facts(model, record), "ll")
+    loading = (_OWN if record.has_own_layout else _STOCK).format(name=name)
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n{_MARK}\n\n# {name.rpartition('/')[2]}\n\nA {model.config.model_type} language "
         f"model made by a Sparse Iso-FLOP Transformation ({_PAPER}).\n\n{facts}\n\n"
@@ -82,28 +84,27 @@ def write_card(
     return True
 
 
-def _facts(
-    model: PreTrainedModel, config: SparseIFTConfig, dense_sizes: dict[str, int]
-) -> Iterable[tuple[str, object]]:
-    plan = plan_of(model)
+def _facts(model: PreTrainedModel, record: ModelRecord) -> Iterable[tuple[str, object]]:
+    config, sizes, dense_model = record.transformation, sizes_of(model.config), record.dense_model
     layers = sparse_layers(model).values()
     inactive = sum(layer.num_weights - layer.count_active() for layer in layers)
     size = sum(layer.num_weights for layer in layers)
-    cost = cost_of(model, plan.seq_len)
-    sizes = sizes_of(model.config)
+    seq_len = default_seq_len(model.config, config)
+    cost, dense_cost = cost_of(model, seq_len), cost_of(dense_config_of(model.config, dense_model), seq_len)
     yield "family", config.family.name + (f", scope `{config.scope}`" if config.family == "wide" else "")
     if config.rules:
         yield "rules, the first that covers a projection", "; ".join(rule.family.name for rule in config.rules)
-    yield "structure", config.structure + (f", tiles {plan.config.block_size}" if plan.config.block_size else "")
+    yield "structure", config.structure + (f", tiles {config.block_size}" if config.block_size else "")
     yield "masks", config.dst.algorithm
     yield "sparsity asked for", f"{config.sparsity:g}"
     yield "sparsity of the sparse matrices", f"{inactive / size:.6f}"
-    yield "linear parameters, active", f"{cost.linear_active_params:,} (dense: {plan.dense.linear_active_params:,})"
-    yield "parameters, stored", f"{cost.stored_params:,} (dense: {plan.dense.stored_params:,})"
+    yield "linear parameters, active", f"{cost.linear_active_params:,} (dense: {dense_cost.linear_active_params:,})"
+    yield "parameters, stored", f"{cost.stored_params:,} (dense: {dense_cost.stored_params:,})"
     for key, ours, theirs in (
-        ("linear", cost.flops.linear, plan.dense.flops.linear),
-        (f"whole-model (T={plan.seq_len})", cost.flops.forward, plan.dense.flops.forward),
+        ("linear", cost.flops.linear, dense_cost.flops.linear),
+        (f"whole-model (T={seq_len})", cost.flops.forward, dense_cost.flops.forward),
     ):
         yield f"{key} FLOPs per token", f"{ours:,} (dense: {theirs:,}; {ours / theirs:.3f}x)"
-    dense = {**dense_sizes, "heads": sizes.num_heads, "layers": sizes.num_layers, "vocabulary": sizes.vocab}
+    dense = {"hidden": dense_model.hidden, "ffn": dense_model.ffn, "head_dim": dense_model.head_dim}
+    dense |= {"heads": sizes.num_heads, "layers": sizes.num_layers, "vocabulary": sizes.vocab}
     yield "the dense model's sizes", ", ".join(f"{key} {value}" for key, value in dense.items())

@@ -1,4 +1,7 @@
-"""`load_pretrained`: a saved sparse model with its masks, whatever its layout."""
+"""`load_pretrained`: a saved sparse model with its masks, however its weights are stored.
+
+Its record says which layers it has; nothing is planned again.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, read_masks
+from sparseift_llm.checkpoints.records import read_record
+from sparseift_llm.checkpoints.saving import install_saving
 from sparseift_llm.conversion.install import install_sparse_layers
-from sparseift_llm.models.layout import has_own_layout, is_marked, mark
-from sparseift_llm.planning.planner import plan_of, read_record
+from sparseift_llm.record.quantization_mark import is_marked, mark
 
 _SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -38,20 +42,20 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise ValueError("tensor parallelism does not know sparse layers; load the model without tp_plan")
     source = {key: kwargs[key] for key in _SOURCE_OPTIONS if key in kwargs}
     hf_config = AutoConfig.from_pretrained(folder, **source)
-    config, _ = read_record(hf_config)
+    record = read_record(hf_config)
     local = Path(folder, kwargs.get("subfolder", "")) if Path(folder).is_dir() else None
     if local is not None and not kwargs.get("variant"):  # whose files have names of their own
         _check_weight_files(local)
     if is_marked(hf_config):
         return _load(folder, **kwargs)
     is_sharded = kwargs.get("distributed_config") is not None  # then layers must be sparse before weights are read
-    if has_own_layout(config) or is_sharded:
-        mark(hf_config, config, always=True)
+    if record.has_own_layout or is_sharded:
+        mark(hf_config, record, always=True)
         return _load(folder, config=hf_config, **kwargs)
     model = _load(folder, **kwargs)
-    plan = plan_of(model)
     masks = read_masks(local or _fetched_masks(folder, source))
-    install_sparse_layers(model, plan)
+    install_sparse_layers(model, record.layers)
+    install_saving(model, record)
     apply_masks(model, masks, folder, check_weights=True)
     return model
 

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparseift_llm.models.layout import QUANT_METHOD
+from sparseift_llm.record.quantization_mark import QUANT_METHOD
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -21,7 +21,7 @@ class LayoutConfig(QuantizationConfigMixin):
 
     Args:
         quant_method: `sparse_ift`.
-        packed_by: see `layout.mark`.
+        packed_by: see `quantization_mark.mark`.
 
     Raises:
         ValueError: there is another field, so the folder was written by a later version.

@@ -1,6 +1,6 @@
 """What `save_pretrained` and `push_to_hub` of a Sparse-IFT model do beyond a stock model's: masks, and a model card.
 
-Reading it all back is in checkpoint.py and loading.py.
+Reading it all back is in loading.py and transformers_hook.py.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from sparseift_llm.checkpoints.card import CARD_NAME, write_card
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, save_masks
-from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.checkpoints.records import write_record
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import stock_weights
 from sparseift_llm.layers.masked import MaskedProjection, has_surplus
 from sparseift_llm.layers.sharding import is_sharded
-from sparseift_llm.models.layout import has_own_layout
+from sparseift_llm.record.model_record import RECORD_KEY, ModelRecord
+from sparseift_llm.record.quantization_mark import mark, unmark
 
 GATHER = (
     "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
@@ -40,19 +41,26 @@ _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "c
 _UPLOADED = (CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model*.safetensors.index*.json", MASKS_NAME)
 
 
-def install_saving(model: PreTrainedModel, config: SparseIFTConfig) -> None:
-    """From now on `model.save_pretrained` and `model.push_to_hub` are the functions below."""
+def install_saving(model: PreTrainedModel, record: ModelRecord) -> None:
+    """From now on `model.save_pretrained` and `model.push_to_hub` are the functions below.
+
+    The model's config carries `record` from now on, so that it is saved in the format of this version.
+    """
+    write_record(model.config, record)
+    mark(model.config, record)
     # a partial, unlike a bound method, follows the model through deepcopy and pickle
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     model.push_to_hub = partial(push_to_hub, model)  # type: ignore[assignment]
-    if has_own_layout(config):
+    if record.has_own_layout:
         model.base_model.save_pretrained = _refuse_base_model  # type: ignore[assignment]
 
 
 def restore_saving(model: PreTrainedModel) -> None:
-    """The inverse of `install_saving`."""
+    """The inverse of `install_saving`: the methods are those of transformers, and the config has no record."""
     del model.save_pretrained, model.push_to_hub
     vars(model.base_model).pop("save_pretrained", None)
+    delattr(model.config, RECORD_KEY)
+    unmark(model.config)
 
 
 def _refuse_base_model(*args: Any, **kwargs: Any) -> None:
@@ -73,8 +81,8 @@ def save_pretrained(
 ) -> None:
     """As the method of transformers, with the masks, and for the hub with a model card.
 
-    A model of own layout is saved so that a stock class raises an error on it, whatever its family: beside the
-    matrices of a composite projection stands a `weight` that does not have a stock weight's shape.
+    A model that no stock class can hold is saved so that loading it as one is an error, whatever its family: beside
+    the matrices of a composite projection stands a `weight` that does not have the shape of a stock weight.
 
     Args:
         model: a Sparse-IFT model.

@@ -1,7 +1,7 @@
-"""How `from_pretrained` restores models of own layout: the loader that the entry in registry_entry.py stands for.
+"""How `from_pretrained` restores models that no stock class can hold: the loader for the entry in registry_entry.py.
 
-The hook is the one that quantisers use, which may swap modules while the model is on the meta device, before its
-weights are read. Nothing is quantised, and nothing of the quantiser stays on the model.
+The hook is the one of transformers' quantisers, which may swap modules while the model is on the meta device, before
+its weights are read. Nothing is quantised, and nothing of the quantiser stays on the model.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, digest, masks_of, read_masks
+from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.checkpoints.registry_entry import LayoutConfig
+from sparseift_llm.checkpoints.saving import install_saving
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection, stock_weights
 from sparseift_llm.layers.masked import MaskedProjection
-from sparseift_llm.models.layout import mark
-from sparseift_llm.planning.planner import plan_of
 
 
 class LayoutLoader(HfQuantizer):
@@ -56,13 +56,13 @@ class LayoutLoader(HfQuantizer):
         if getattr(distributed, "tp_size", None) not in (None, 1) or getattr(distributed, "tp_plan", None):
             raise ValueError("tensor parallelism does not know sparse layers; load the model without it")
         self.file = Path(checkpoint_files[0]) if checkpoint_files else None
-        self.plan = plan_of(model)
+        self.record = read_record(model.config)
         self.masks = None
         if self.file is not None:
             self.masks = read_masks(_folder_of_masks(self.file, str(model.config.name_or_path)))
-        elif self.quantization_config.packed_by or self.plan.config.block_size is None:
+        elif self.quantization_config.packed_by or self.record.has_masked_weights:
             raise ValueError("a state_dict has no masks in it; give from_pretrained the folder that has both")
-        install_sparse_layers(model, self.plan)
+        install_sparse_layers(model, self.record.layers)
         for module in model.modules():  # GPT-2 would draw `c_proj.weight`, which a composite does not have
             has_buffers = next(module.buffers(recurse=False), None) is not None  # GPT-J fills them there
             if not has_buffers and any(isinstance(child, CompositeProjection) for child in module.children()):
@@ -83,7 +83,7 @@ class LayoutLoader(HfQuantizer):
             self._unpack(model)
         for layer in sparse_layers(model).values():
             layer.restore_buffers()
-        if self.plan.config.block_size is None:
+        if self.record.has_masked_weights:
             assert self.masks is not None
             apply_masks(model, self.masks, where, check_weights=True)
         elif self.masks is not None and digest(masks_of(model)) != digest(self.masks):
@@ -123,7 +123,7 @@ class LayoutLoader(HfQuantizer):
         model.is_quantized = False  # type: ignore[assignment]
         if hasattr(model.config, "_is_quantized"):
             del model.config._is_quantized
-        mark(model.config, self.plan.config)
+        install_saving(model, self.record)
 
 
 def _folder_of_masks(weights: Path, name: str) -> Path:

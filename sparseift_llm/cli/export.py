@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """Write the export, and say how large it is."""
-    from sparseift_llm.checkpoints.export import export_run
+    from sparseift_llm.api import export_run
 
     folder = export_run(arguments.source, arguments.output, arguments.format)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

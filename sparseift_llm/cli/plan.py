@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from sparseift_llm.utils.tables import terminal_table
 
 if TYPE_CHECKING:
-    from sparseift_llm.layers.composite import Part
-    from sparseift_llm.planning.planner import LayerPlan, Plan
+    from sparseift_llm.planning.planner import Plan
+    from sparseift_llm.record.specs import LayerSpec, MatrixSpec
 
 
 _OPTIONS = (
@@ -87,11 +87,11 @@ def render_plan(plan: Plan) -> str:
     return "\n".join([terminal_table(header, rows), "", totals_table, "", note])
 
 
-def _matrices(layer: LayerPlan) -> str:
-    """The matrices in the layer's place, e.g. `1536 x 768 + 768 x 1536`. Dense parts are marked."""
-    shapes = Counter(f"{part.shape[0]} x {part.shape[1]}" + _mark(layer, part) for part in layer.matrices)
+def _matrices(layer: LayerSpec) -> str:
+    """What stands in the layer's place, e.g. `1536 x 768 + 768 x 1536`; dense parts are marked."""
+    shapes = Counter(f"{matrix.shape[0]} x {matrix.shape[1]}" + _mark(layer, matrix) for matrix in layer.matrices)
     return " + ".join(f"{number} of {shape}" if number > 1 else shape for shape, number in shapes.items())
 
 
-def _mark(layer: LayerPlan, part: Part) -> str:
-    return " (dense)" if layer.is_sparse and not part.is_sparse else ""
+def _mark(layer: LayerSpec, matrix: MatrixSpec) -> str:
+    return " (dense)" if layer.is_sparse and not matrix.is_sparse else ""

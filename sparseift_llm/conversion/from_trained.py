@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.conversion.install import parts_in
 from sparseift_llm.families.base import TrainedProjection
-from sparseift_llm.families.registry import drop_in_of, family_of
+from sparseift_llm.families.registry import drop_in_with, family_of
 from sparseift_llm.families.trained_start import Start
 from sparseift_llm.families.wide import widen
 from sparseift_llm.layers.base import SparseProjection
@@ -22,7 +24,8 @@ from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.layers.stock import is_conv1d, stock_matrix
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.ops.tiles import tiles_of
-from sparseift_llm.planning.planner import LayerPlan, Plan
+from sparseift_llm.record.model_record import ModelRecord
+from sparseift_llm.record.specs import LayerSpec
 from sparseift_llm.topology.masks import derive_seed
 
 
@@ -40,7 +43,7 @@ def check_has_weights(model: PreTrainedModel | PreTrainedConfig) -> None:
 
 
 @torch.no_grad()
-def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, plan: Plan) -> None:
+def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, record: ModelRecord) -> None:
     """Put the weights of `dense` into its fresh twin, whose parameters of unchanged shape have theirs already.
 
     The projections of Parallel compute what the dense ones did, to rounding. Factorized and Doped come as near as the
@@ -51,19 +54,19 @@ def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, plan: Plan) -> N
     Args:
         dense: the trained model.
         sparse: what `sparsify` built of it, sparse layers installed; its weights and masks change.
-        plan: of `sparse`.
+        record: of `sparse`.
 
     Raises:
         ValueError: a parameter of another shape for which there is no start.
     """
     started, num_units = [], (sizes_of(dense.config).ffn, sizes_of(sparse.config).ffn)
-    for index, layer in enumerate(plan.layers):
-        seed = derive_seed(plan.config.seed, "pretrained start", index)
+    for index, layer in enumerate(record.layers):
+        seed = derive_seed(record.transformation.seed, "pretrained start", index)
         old, new = dense.get_submodule(layer.name), sparse.get_submodule(layer.name)
-        starts = _starts(old, layer, plan, num_units, seed)
+        starts = _starts(old, layer, record.transformation, num_units, seed)
         for name, start in starts.items():
             _store(new.get_submodule(name), start)
-        if starts and layer.rule is None:
+        if starts and not layer.is_replaced:
             _adopt(old, new, num_units)
         started += [f"{layer.name}."] if starts else []
     values = dict(dense.named_parameters())
@@ -72,16 +75,17 @@ def start_from(dense: PreTrainedModel, sparse: PreTrainedModel, plan: Plan) -> N
             raise ValueError(f"init='pretrained' knows no start for {name} of shape {tuple(parameter.shape)}")
 
 
-def _starts(old: nn.Module, layer: LayerPlan, plan: Plan, num_units: tuple[int, int], seed: int) -> dict[str, Start]:
+def _starts(
+    old: nn.Module, layer: LayerSpec, config: SparseIFTConfig, num_units: tuple[int, int], seed: int
+) -> dict[str, Start]:
     """The matrices of a projection by path inside its module; none where it is copied as it is."""
-    if layer.rule is None and plan.config.family != "wide":  # a rule leaves it dense, with its own sides
+    if not layer.is_replaced and config.family != "wide":  # a rule leaves it dense, with its own sides
         return {}
-    starts_dense = plan.config.dst.algorithm == "gmp"
-    parts = layer.parts or (replace(layer.matrices[0], name=""),)
-    parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts)
-    family = family_of(plan.config.family) if layer.rule is None else drop_in_of(layer.rule)
+    starts_dense = config.dst.algorithm == "gmp"
+    parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts_in(layer))
+    family = drop_in_with(layer.family, layer.options) if layer.is_replaced else family_of(config.family)
     trained = TrainedProjection(stock_matrix(old), layer.kind, num_units)
-    return family.start(trained, parts, plan.config.block_size or 1, seed)
+    return family.start(trained, parts, config.block_size or 1, seed)
 
 
 def _store(layer: nn.Module, start: Start) -> None:

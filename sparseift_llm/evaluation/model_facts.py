@@ -14,7 +14,7 @@ from sparseift_llm.evaluation import builtin
 from sparseift_llm.evaluation.suites import Suite
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.projections import find_projections
-from sparseift_llm.planning.planner import cost_of
+from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.runs.record import RECIPE_NAME, SUMMARY_NAME
 
 # Entries of a configuration that do not change what a model computes.

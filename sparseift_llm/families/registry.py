@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from sparseift_llm.config.families import Dense, FamilyOptions
+from sparseift_llm.config.parsing import from_dict
 from sparseift_llm.config.rules import FamilyRule
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.families.base import DropInFamily, Family
@@ -13,6 +16,7 @@ from sparseift_llm.families.doped import DopedFamily
 from sparseift_llm.families.factorized import FactorizedFamily
 from sparseift_llm.families.parallel import ParallelFamily
 from sparseift_llm.families.wide import WideFamily
+from sparseift_llm.utils.words import check_choice
 
 FAMILIES: dict[str, type[Family[Any]]] = {
     family.name: family for family in (WideFamily, ParallelFamily, FactorizedFamily, DopedFamily)
@@ -34,6 +38,19 @@ def drop_in_of(rule: FamilyRule) -> DropInFamily[Any]:
         raise ValueError(f"family={rule.family.name!r} puts nothing in the place of a projection")
     family = family_of(rule.family)
     assert isinstance(family, DropInFamily), "rules have no other families"
+    return family
+
+
+def drop_in_with(name: str, options: Mapping[str, Any]) -> DropInFamily[Any]:
+    """The drop-in family `name` under the options of a model's record; those that are absent have their defaults.
+
+    Raises:
+        ValueError: a family that puts nothing in the place of a projection, or an option or value it does not know.
+    """
+    check_choice("family", name, tuple(key for key, family in FAMILIES.items() if issubclass(family, DropInFamily)))
+    options_class = next(cls for cls in typing.get_args(FamilyOptions) if cls.name == name)
+    family = FAMILIES[name](from_dict(options_class, options, "options"))
+    assert isinstance(family, DropInFamily)
     return family
 
 

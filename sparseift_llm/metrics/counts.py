@@ -14,7 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.models.projections import projection_kinds
+from sparseift_llm.record.model_record import has_record
 
 _NUM_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
@@ -31,10 +33,13 @@ def num_ones(packed: Tensor) -> int:
 def kinds_in(model: nn.Module) -> dict[str, str]:
     """What every projection of the transformers model inside, which may be wrapped, computes, by module path.
 
-    Nothing for a model that is no decoder: kinds are labels only, and all its layers are `other` then.
+    A Sparse-IFT model's record says so. Kinds are labels only: of a model that has no record and is not a decoder that
+    is understood there are none, and all its layers are `other` then.
     """
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     try:
+        if inner is not None and has_record(inner.config):
+            return {layer.name: layer.kind for layer in read_record(inner.config).layers}
         return {} if inner is None else projection_kinds(inner.config)
     except ValueError:
         return {}

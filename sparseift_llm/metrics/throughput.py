@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sparseift_llm import isoflop
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.planning.planner import count_flops
+from sparseift_llm.planning.cost import count_flops
 from sparseift_llm.training.controller import SparseTrainingController
 
 

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sparseift_llm.models.layout import is_marked
 from sparseift_llm.models.quirks import HIDDEN_TWINS, SEE_LATER_TOKENS
+from sparseift_llm.record.quantization_mark import is_marked
 
 # Names of one thing in different configs; a config's own `attribute_map` covers hidden size, heads and layers.
 _FFN_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dim_ff", "dff")

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.config.transform import KINDS
+from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection
 from sparseift_llm.models.architectures import build_model, check_config
@@ -244,6 +245,14 @@ def _num_weights(module: nn.Module) -> int:
         return math.prod(_in_out(module))
     inner = [child for child in module.modules() if isinstance(child, nn.Linear | BlockSparseLinear)]
     return sum(child.in_features * child.out_features for child in inner)
+
+
+def stock_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a stock projection; None for any other module."""
+    if not isinstance(module, nn.Linear | Conv1D) or isinstance(module, SparseProjection):
+        return None
+    inputs, outputs = _in_out(module)
+    return outputs, inputs
 
 
 def _in_out(module: nn.Module) -> tuple[int, int]:

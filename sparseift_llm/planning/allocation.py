@@ -1,7 +1,7 @@
 """How many active weights each projection gets: the iso-FLOP total, shared among layers, in whole tiles where asked,
 and evenly among heads.
 
-Formulas are in isoflop.py; what else a plan holds is in planning.py.
+Formulas are in isoflop.py; what else a plan holds is in planner.py.
 """
 
 from __future__ import annotations
@@ -14,24 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sparseift_llm import isoflop
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.models.architectures import sizes_of
-from sparseift_llm.models.projections import Projection, attention_widths, is_low_rank
+from sparseift_llm.models.projections import Projection, is_low_rank
+from sparseift_llm.planning.cost import model_flops
 from sparseift_llm.topology import distributions
-
-
-def model_flops(
-    model: PreTrainedModel,
-    projections: Sequence[Projection],
-    num_active: int,
-    seq_len: int,
-    vocab_size: int | None = None,
-) -> isoflop.FlopCount:
-    """Forward FLOPs per token of a model with `num_active` active weights in its projections.
-
-    `vocab_size` stands in for that of the model's config.
-    """
-    sizes = sizes_of(model.config)
-    widths = attention_widths(projections)  # of queries and of values; layers may differ
-    return isoflop.forward_flops(num_active, seq_len, sum(widths) // 2, 1, sizes.hidden, vocab_size or sizes.vocab)
 
 
 def active_counts(

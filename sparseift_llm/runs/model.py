@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sparseift_llm.api import sparsify
 from sparseift_llm.config.parsing import checked
-from sparseift_llm.conversion.install import sparsify
 from sparseift_llm.conversion.scaling import truncate_weights
 from sparseift_llm.data.loading import LoadedData
 from sparseift_llm.models.architectures import build_model, set_tokenizer_fields

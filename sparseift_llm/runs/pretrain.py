@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
 
 from sparseift_llm.data.loading import LoadedData, load_data
-from sparseift_llm.planning.planner import cost_of
+from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.runs.model import make_model
 from sparseift_llm.runs.preparation import check_recipe, prepare_output, training_arguments
 from sparseift_llm.runs.recipe import Recipe, load_recipe

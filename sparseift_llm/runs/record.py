@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from sparseift_llm import isoflop
 from sparseift_llm.metrics.throughput import TrainingFlops
-from sparseift_llm.planning.planner import count_flops
+from sparseift_llm.planning.cost import count_flops
 from sparseift_llm.trainer.callback import SparseTrainingCallback
 from sparseift_llm.training.controller import SparseTrainingController
 from sparseift_llm.utils.json_lines import append_line, keep_lines, read_lines

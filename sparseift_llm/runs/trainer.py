@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from sparseift_llm.conversion.scaling import cosine_to_plateau, optimizer_param_groups
 from sparseift_llm.data.packing import RepeatedStream
 from sparseift_llm.runs.recipe import Recipe
+from sparseift_llm.training.learning_rates import cosine_to_plateau, optimizer_param_groups
 
 
 class Pretrainer(Trainer):

@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
 from sparseift_llm.checkpoints.trainer_folder import find_resumed_checkpoint, set_aside_incomplete
+from sparseift_llm.record.model_record import transformation_values
 from sparseift_llm.trainer.log import MaskReport, ReportOptions, go_first
 from sparseift_llm.training.controller import SparseTrainingController
 
@@ -204,11 +205,12 @@ def _warn_of_changes(folder: Path, model: PreTrainedModel) -> None:
     if not (folder / CONFIG_NAME).is_file():  # so it is beside sharded weights
         return
     try:
-        before = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["sparse_ift"]["dst"]
+        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        before = transformation_values(values["sparse_ift"])["dst"]
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("whether %s was written with other mask updates cannot be read (%r)", folder, error)
         return
-    now = model.config.sparse_ift["dst"]
+    now = transformation_values(model.config.sparse_ift)["dst"]
     if before != now:
         logger.warning("%s was written with dst=%s, and the run goes on with dst=%s", folder, before, now)
 

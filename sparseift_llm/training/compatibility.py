@@ -14,8 +14,8 @@ from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from sparseift_llm.conversion.scaling import learning_rate_factors
 from sparseift_llm.layers.base import SparseProjection, plain_name
+from sparseift_llm.training.learning_rates import learning_rate_factors
 
 logger = logging.getLogger(__name__)
 DISTRIBUTED = "DistributedDataParallel or FSDP2 (torch.distributed.fsdp.fully_shard)"

@@ -19,11 +19,11 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from sparseift_llm.checkpoints.mask_file import apply_masks, digest, pack, unpack
+from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import gathered, reshard
-from sparseift_llm.models.layout import missing_layers
 from sparseift_llm.ops.dense_gradient import DenseGradient
-from sparseift_llm.planning.planner import read_record
+from sparseift_llm.record.model_record import missing_layers
 from sparseift_llm.training.algorithms import ALGORITHMS
 from sparseift_llm.training.averages import AveragedCopies
 from sparseift_llm.training.backends.torch import zero_state
@@ -98,7 +98,7 @@ class SparseTrainingController(Joinable):
                 "model and optimizer have a SparseTrainingController already: close() it first, or make a new optimizer"
             )
         self._optimizer: ref[Optimizer] = ref(inner)  # which holds the controller: a cycle would outlive the loop
-        config, _ = read_record(pretrained.config)
+        config = read_record(pretrained.config).transformation
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
         self._micro_batches = micro_batches
         self._reduces_at_once = micro_batches == 1 and world_size() == 1

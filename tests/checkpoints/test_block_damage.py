@@ -178,18 +178,38 @@ def test_masks_of_other_weights(copied: Path) -> None:
     refused(copied, "the masks in .* are not those of its weights; restore the folder")
 
 
+def other_tiles(values: dict[str, Any]) -> None:
+    values["sparse_ift"]["layers"][0]["matrices"][0]["block_size"] = 4
+
+
+def other_shape(values: dict[str, Any]) -> None:
+    values["sparse_ift"]["layers"][0]["matrices"][0]["shape"] = [48, 64]
+
+
+def other_width(values: dict[str, Any]) -> None:
+    values["hidden_size"] = 48
+
+
+def other_options(values: dict[str, Any]) -> None:
+    """What was asked for sets sizes when a model is made, and seeds growth that is still to come."""
+    values["sparse_ift"]["transformation"].update({"seed": 1, "sparsity": 0.5})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"block_size": 4}, rf"{Q} should hold 64 tiles of 4x4"),
-        ({"sparsity": 0.5}, r"sparse_ift record in the config of .* is damaged: .*hidden=48, .*hidden=64"),
-        ({"seed": 1}, None),  # seeds growth that is still to come, nothing of what is stored
+        (other_tiles, rf"{Q} should hold 64 tiles of 4x4"),
+        (other_shape, rf"sparse_ift record in the config of .* is damaged: .*{Q} of 48 x 64, but .* has 64 x 64"),
+        (other_width, rf"sparse_ift record in the config of .* is damaged: .*{Q} of 64 x 64, but .* has 64 x 48"),
+        (other_options, None),
     ],
 )
-def test_a_record_that_differs_from_the_weights(damage: dict[str, Any], message: str | None, copied: Path) -> None:
+def test_a_record_that_differs_from_the_weights(
+    damage: Callable[[dict[str, Any]], None], message: str | None, copied: Path
+) -> None:
     path = copied / "config.json"
     values = json.loads(path.read_text())
-    values["sparse_ift"].update(damage)
+    damage(values)
     path.write_text(json.dumps(values))
     if message is None:
         check_equal(load_pretrained(copied), block_model(num_hidden_layers=1))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sparseift_llm import DSTConfig, SparseIFTConfig, load_pretrained, plan, sparsify, to_dense
 from sparseift_llm.checkpoints.card import model_card
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME
-from sparseift_llm.planning.planner import cost_of
+from sparseift_llm.planning.cost import cost_of
 from tests.helpers.models import logits_of, tiny_config, tiny_model
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,6 @@ from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.fused_rows import RowPattern
 from tests.helpers.models import ARCHS, shake, tiny_config, tiny_model, token_ids
 
-DENSE_SIZES = {"hidden": 32, "ffn": 72, "head_dim": 8}
 SEPARATE_HEADS = {"hidden_size": 48, "head_dim": 8}  # 4 heads: attention is 32 wide
 FINAL_NORMS = {
     "gpt2": "transformer.ln_f",
@@ -82,8 +81,8 @@ def test_paper_does_not(arch: str) -> None:
 def test_multipliers_by_hand() -> None:
     """Twice the inputs at 1/4 density; in scope `ffn`, 1 x the inputs in, 4 x the inputs out, at 1/4."""
     config = tiny_config("llama")
-    assert set(fan_in_multipliers(plan(config, SparseIFTConfig())).values()) == {0.5}
-    ffn = fan_in_multipliers(plan(config, SparseIFTConfig(scope="ffn")))
+    assert set(fan_in_multipliers(plan(config, SparseIFTConfig()).record).values()) == {0.5}
+    ffn = fan_in_multipliers(plan(config, SparseIFTConfig(scope="ffn")).record)
     assert {name.rsplit(".", 1)[-1]: value for name, value in ffn.items()} == {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 1.0),
         "gate_proj": 0.25,
@@ -99,14 +98,13 @@ def folded_and_explicit(arch: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same shaken widened model under `supar`, and under `preserve` with SµPar's multipliers in the forward."""
     changes = SEPARATE_HEADS if arch in ("qwen3", "gemma") else {}
     config = tiny_config(arch, **changes)
-    dense_sizes = {**DENSE_SIZES, "hidden": 48 if changes else 32}
     plans = {init: plan(config, SparseIFTConfig(init=init)) for init in ("supar", "preserve")}
     torch.manual_seed(0)
     folded = build_model(plans["supar"].hf_config, dtype=torch.float64, attn_implementation="eager")
     shake(folded, std=0.3)
     explicit = copy.deepcopy(folded)
-    scale_initial_weights(folded, plans["supar"], dense_sizes)
-    scale_initial_weights(explicit, plans["preserve"], dense_sizes)
+    scale_initial_weights(folded, plans["supar"].record)
+    scale_initial_weights(explicit, plans["preserve"].record)
     scaled = [module for module in explicit.modules() if hasattr(module, "scaling")]
     assert len(scaled) == 2
     for module in scaled:
@@ -213,7 +211,7 @@ def test_supar_rates_by_hand(arch: str) -> None:
 
 def test_supar_rates_of_an_uneven_distribution() -> None:
     model = sparsify(tiny_config("llama"), SparseIFTConfig(init="supar", distribution="erk"))
-    multipliers = fan_in_multipliers(plan(tiny_config("llama"), SparseIFTConfig(distribution="erk")))
+    multipliers = fan_in_multipliers(plan(tiny_config("llama"), SparseIFTConfig(distribution="erk")).record)
     found = rates(model)
     name = "model.layers.0.mlp.up_proj"
     assert multipliers[name] != 0.5

@@ -30,7 +30,7 @@ from sparseift_llm.families.factorized import _MEAN_SQUARE
 from sparseift_llm.families.registry import FAMILIES, drop_in_of, family_of
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.composite import CompositeProjection, Part
-from sparseift_llm.planning.planner import cost_of
+from sparseift_llm.planning.cost import cost_of
 from tests.helpers.models import ARCHS, gradients_of, logits_of, shake, tiny_config, tiny_model, token_ids
 
 VARIANTS: dict[str, dict[str, Any]] = {

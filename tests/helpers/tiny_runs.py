@@ -32,6 +32,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
+from sparseift_llm.record.model_record import DenseSizes, ModelRecord
 
 VOCAB, LENGTH = 32, 8
 STRUCTURES = ("unstructured", "block", "families", "family_tiles")  # Wide, then the other families in one model
@@ -116,10 +117,8 @@ class ToyModel(PreTrainedModel):
     def __init__(self, weight: Tensor, mask: Tensor, dst: DSTConfig, seed: int = 0) -> None:
         super().__init__(PreTrainedConfig())
         self.layer = toy_layer(weight, mask)
-        self.config.sparse_ift = {
-            **SparseIFTConfig(seed=seed, dst=dst).to_dict(),
-            "dense_sizes": {"hidden": 1, "ffn": 1, "head_dim": 1},
-        }
+        record = ModelRecord(SparseIFTConfig(seed=seed, dst=dst), DenseSizes(1, 1, 1, 1), layers=())
+        self.config.sparse_ift = record.to_dict()
 
     def loss(self, gradient: Tensor) -> Tensor:
         """A loss whose gradient for the unmasked weight is exactly `gradient`."""

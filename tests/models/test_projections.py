@@ -14,7 +14,7 @@ from sparseift_llm.conversion.scaling import _scale_final_norm
 from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.norms import final_norm, norm_offset
 from sparseift_llm.models.projections import attention_widths, find_projections
-from sparseift_llm.planning.planner import count_flops
+from sparseift_llm.planning.cost import count_flops
 from tests.helpers.decoders import SUPPORTED, decoder, decoder_config
 from tests.helpers.models import token_ids
 

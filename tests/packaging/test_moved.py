@@ -22,6 +22,8 @@ OLD_MODULES = sorted({name.rpartition(".")[0] for name in OLD_NAMES})
 REPLACED = {
     "sparseift_llm.config": {"check_family_options"},
     "sparseift_llm.strict": {"check_fields", "convert"},
+    "sparseift_llm.layout": {"has_own_layout"},
+    "sparseift_llm.planning": {"plan_of", "record"},
     "sparseift_llm.families.wide": {"start", "wide_config"},
     "sparseift_llm.families.parallel": {"num_norm_params", "parts", "start"},
     "sparseift_llm.families.factorized": {"num_norm_params", "parts", "start"},

@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sparseift_llm import SparseIFTConfig, isoflop, sparsify
+from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.families.wide import WideFamily
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.planning import allocation
-from sparseift_llm.planning.planner import Plan, cost_of, plan, plan_of
+from sparseift_llm.planning.cost import cost_of
+from sparseift_llm.planning.planner import Plan, plan
 from tests.helpers.planned_models import (
     LLAMA,
     SEQ_LEN,
@@ -216,7 +218,7 @@ def check_built(model: PreTrainedModel, result: Plan) -> None:
     assert result.sparse.to_dict()["train_state_bytes"] == 16 * stored + index_bytes
     assert result.sparse.flops.attention == attention_flops_of(model)
     assert cost_of(model, SEQ_LEN) == result.sparse
-    assert plan_of(model, SEQ_LEN).to_dict() == result.to_dict()
+    assert read_record(model.config) == result.record
 
 
 def attention_flops_of(model: PreTrainedModel) -> int:

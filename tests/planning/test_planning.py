@@ -11,7 +11,8 @@ from transformers import (
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.presets import load_config
-from sparseift_llm.planning.planner import count_flops, plan
+from sparseift_llm.planning.cost import count_flops
+from sparseift_llm.planning.planner import plan
 from tests.helpers.planned_models import (
     PER_LAYER,
     SEQ_LEN,

@@ -19,17 +19,13 @@ from transformers import (
 )
 
 from sparseift_llm.config.transform import SparseIFTConfig
-from sparseift_llm.models.architectures import build_model
-from sparseift_llm.planning.planner import plan, plan_of, read_record, record
+from sparseift_llm.planning.planner import plan
 from tests.helpers.planned_models import (
     COMMON,
     LLAMA,
     SEQ_LEN,
     TINY,
     TOKENS,
-    dense_model,
-    every_architecture,
-    every_scope,
     planned,
 )
 
@@ -120,63 +116,6 @@ def test_a_sparse_ift_config_is_refused() -> None:
     config.sparse_ift = SparseIFTConfig().to_dict()
     with pytest.raises(ValueError, match="already a Sparse-IFT model"):
         plan(config, SparseIFTConfig())
-
-
-# ---- the record that a Sparse-IFT model carries
-
-
-def with_record(name: str, **options: Any) -> PreTrainedConfig:
-    result = planned(name, **options)
-    config = type(result.hf_config).from_dict(result.hf_config.to_dict())
-    config.sparse_ift = json.loads(json.dumps(record(result, TINY[name])))
-    return config
-
-
-@every_scope
-@every_architecture
-def test_a_plan_is_worked_out_again_from_its_record(name: str, scope: str) -> None:
-    model = build_model(with_record(name, scope=scope, sparsity=0.6, distribution="erk"), meta=True)
-    again = plan_of(model, SEQ_LEN)
-    assert again.to_dict() == planned(name, scope=scope, sparsity=0.6, distribution="erk").to_dict()
-
-
-def test_a_vocabulary_resized_since_changes_costs_not_weights() -> None:
-    config = with_record("gpt2", sparsity=0.5, accounting="whole_model", seq_len=SEQ_LEN)
-    vocab_size = config.vocab_size
-    before = plan_of(build_model(config, meta=True))
-    config.vocab_size = 2 * vocab_size
-    after = plan_of(build_model(config, meta=True))
-    assert after.layers == before.layers
-    for now, then in ((after.dense, before.dense), (after.sparse, before.sparse)):
-        assert now.flops.linear == then.flops.linear
-        assert now.flops.logit == 2 * then.flops.logit
-    del config.sparse_ift["dense_vocab_size"]  # as in older folders: it can only be the one that the config has
-    config.vocab_size = vocab_size
-    assert plan_of(build_model(config, meta=True)).layers == before.layers
-
-
-def test_a_model_without_a_record_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a Sparse-IFT model"):
-        plan_of(dense_model("gpt2"))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ({"sparsity": 2}, "sparsity must be in"),
-        ({"sparsty": 0.5}, "unknown key 'sparsty'"),
-        ({"dense_sizes": {"hidden": 32}}, "dense_sizes"),
-        ({"dense_sizes": None}, "dense_sizes"),
-        ({"dense_sizes": {"hidden": "32", "ffn": 128, "head_dim": 8}}, "dense_sizes"),
-        ({"dense_vocab_size": "100"}, "dense_vocab_size"),
-        ({"dense_vocab_size": 0}, "dense_vocab_size"),
-    ],
-)
-def test_a_damaged_record_is_refused(damage: dict[str, Any], message: str) -> None:
-    config = with_record("gpt2", sparsity=0.5)
-    config.sparse_ift = {**config.sparse_ift, **damage}
-    with pytest.raises(ValueError, match=message):
-        read_record(config)
 
 
 # ---- sequence length and output

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, load_pretrained, plan, sparsify
 from sparseift_llm.checkpoints.mask_file import digest, masks_of
+from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.masked import MaskedProjection
-from sparseift_llm.planning.planner import plan_of
 from sparseift_llm.topology.heads import HeadGroups, drop_and_grow_per_head, random_mask_per_head
 from sparseift_llm.topology.masks import drop_and_grow, random_scores
 from tests.helpers.decoders import decoder_config
@@ -89,7 +89,7 @@ def counts_per_head(layer: SparseProjection, kind: str, num_heads: int) -> Tenso
 
 def check_balance(model: PreTrainedModel, name: str, unit: int = 1, kinds: str = "qkvo") -> None:
     layers, found = sparse_layers(model), set()
-    for layer in plan_of(model).layers:
+    for layer in read_record(model.config).layers:
         if layer.kind in HEADS[name] and layer.kind in kinds:
             counts = counts_per_head(layers[layer.name], layer.kind, HEADS[name][layer.kind])
             assert int(counts.sum()) == layer.num_active
@@ -157,7 +157,7 @@ def test_the_rest_of_the_model_is_as_without_it() -> None:
 def test_it_is_the_default_nowhere() -> None:
     assert not SparseIFTConfig().balance_heads
     layers = plan(decoder_config("llama"), SparseIFTConfig()).layers
-    assert all(layer.heads is None for layer in layers)
+    assert all(matrix.heads is None for layer in layers for matrix in layer.matrices)
 
 
 def test_a_loaded_model_goes_on_balanced(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from sparseift_llm.analysis.matrices import matrix_entries
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, read_masks
+from sparseift_llm.record.model_record import transformation_values
 from sparseift_llm.reporting.page.reading import finite, mapping, read_object
 
 
@@ -96,8 +97,9 @@ def newest_masks(run: Path, summary: Mapping[str, Any], kinds: Mapping[str, str]
         layers, doubts = _layers(folder, masks, kinds)
         problems += doubts
         unit = "weights"
-        if sparse_ift.get("structure") == "block":
-            unit = f"tiles of {sparse_ift.get('block_size')}x{sparse_ift.get('block_size')}"
+        options = transformation_values(sparse_ift)
+        if options.get("structure") == "block":
+            unit = f"tiles of {options.get('block_size')}x{options.get('block_size')}"
         return Masks(where, None if math.isinf(step) else int(step), unit, layers), problems
     return None, problems
 
@@ -118,7 +120,7 @@ def _layers(
     """The degrees of all masks, (out, in); and what is wrong where the config does not tell how they are stored."""
     entries, problems = {}, []
     try:
-        found = matrix_entries(AutoConfig.from_pretrained(folder, local_files_only=True), 1, set(masks), folder)[1]
+        found = matrix_entries(AutoConfig.from_pretrained(folder, local_files_only=True), 1, set(masks), folder)
         entries = {entry.name: entry for entry in found}
     except Exception as error:  # transformers validates each field with exceptions of its own
         problems.append(f"masks are shown as they are stored: {str(error).splitlines()[0]}")

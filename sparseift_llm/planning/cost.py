@@ -1,0 +1,90 @@
+"""Size and FLOPs of a model that exists, dense or sparse: `cost_of` and `count_flops`.
+
+What a transformation would cost before it is built is in planner.py; the formulas are in isoflop.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sparseift_llm import isoflop
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.models.architectures import build_model, sizes_of
+from sparseift_llm.models.projections import Projection, attention_widths, find_projections
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Size and FLOPs of one model at one sequence length.
+
+    Args:
+        linear_active_params: active weights of the decoder's projections.
+        linear_params: weights of these projections, zeros included.
+        stored_params: parameters in memory, zeros included, tied ones once.
+        flops: forward FLOPs per token.
+        topology_bytes: bytes of masks, or of tile indices.
+    """
+
+    linear_active_params: int
+    linear_params: int
+    stored_params: int
+    flops: isoflop.FlopCount
+    topology_bytes: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """The fields printed by `sparseift plan --json`."""
+        return {
+            "linear_active_params": self.linear_active_params,
+            "stored_params": self.stored_params,
+            "linear_flops_per_token": self.flops.linear,
+            "attention_flops_per_token": self.flops.attention,
+            "logit_flops_per_token": self.flops.logit,
+            "forward_flops_per_token": self.flops.forward,
+            "train_state_bytes": isoflop.train_state_bytes(self.stored_params, self.topology_bytes),
+        }
+
+
+def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCost:
+    """Size and FLOPs of a dense or Sparse-IFT model, from the masks as they are now.
+
+    Args:
+        model: a causal language model, or the config of a dense one.
+        seq_len: tokens per sequence; attention is counted in full, not causal.
+
+    Raises:
+        ValueError: the architecture is not supported.
+    """
+    if isinstance(model, PreTrainedConfig):
+        model = build_model(model, meta=True)
+    layers = sparse_layers(model).values()
+    inactive = sum(layer.num_weights - layer.count_active() for layer in layers)
+    projections = find_projections(model)
+    total = sum(projection.num_weights for projection in projections)
+    flops = model_flops(model, projections, total - inactive, seq_len)
+    return ModelCost(
+        total - inactive, total, model.num_parameters(), flops, sum(layer.topology_bytes for layer in layers)
+    )
+
+
+def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isoflop.FlopCount:
+    """Forward FLOPs per token of a dense or Sparse-IFT model; arguments and errors as `cost_of`."""
+    return cost_of(model, seq_len).flops
+
+
+def model_flops(
+    model: PreTrainedModel,
+    projections: Sequence[Projection],
+    num_active: int,
+    seq_len: int,
+    vocab_size: int | None = None,
+) -> isoflop.FlopCount:
+    """Forward FLOPs per token of a model with `num_active` active weights in its projections.
+
+    `vocab_size` stands in for that of the model's config.
+    """
+    sizes = sizes_of(model.config)
+    widths = attention_widths(projections)  # of queries and of values; layers may differ
+    return isoflop.forward_flops(num_active, seq_len, sum(widths) // 2, 1, sizes.hidden, vocab_size or sizes.vocab)

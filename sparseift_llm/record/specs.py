@@ -1,0 +1,284 @@
+"""What is known of one projection of a Sparse-IFT model, as plain data: its matrices, their sizes and how they are
+stored.
+
+`planning` makes these specifications, `conversion` builds layers from them, and config.json holds them (see
+model_record.py). Nothing here computes a size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparseift_llm.record.fields import Fields, damaged
+
+STRUCTURES = ("dense", "unstructured", "block", "n:m")
+_KIND = re.compile(r"(q|k|v|o)+|mlp_in|mlp_out|embedding|logits")
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of a matrix that keep a number of active weights of their own, e.g. the keys of a fused matrix.
+
+    Args:
+        kind: what these rows compute, e.g. `k`.
+        start, stop: the rows, counted from 0; `stop` is not among them.
+        num_active: active weights within them.
+    """
+
+    kind: str
+    start: int
+    stop: int
+    num_active: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object from which `from_dict` gives back an equal group."""
+        return {"kind": self.kind, "start": self.start, "stop": self.stop, "num_active": self.num_active}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> RowGroup:
+        """The group from its JSON object at the dotted path `where`. Raises ValueError naming a damaged field."""
+        fields = Fields(values, where)
+        group = cls(
+            _kind(fields), fields.integer("start", least=0), fields.integer("stop"), fields.integer("num_active")
+        )
+        fields.end()
+        return group
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """One matrix of a projection.
+
+    Args:
+        path: module path inside the projection's module, e.g. `branches.0`; empty for the projection itself.
+        shape: (out, in).
+        num_active: weights that are multiplied at the sparsity that was asked for. Under `gmp` there are more of them
+            until the masks have become that sparse.
+        structure: which sets of weights may be active: `dense` (all), `unstructured` (any), `block` (whole tiles) or
+            `n:m` (at most n of m neighbours along the inputs).
+        block_size: side of a tile, with `block` only.
+        pattern: (n, m), with `n:m` only.
+        transposed: whether weight and mask are stored as (in, out), like those of GPT-2's `Conv1D`.
+        heads: the side along which attention heads lie that keep as many active weights each (0 outputs, 1 inputs), and
+            their number; None if heads are not balanced.
+        row_groups: disjoint groups of rows, in order, that keep an active count each; together they have all
+            `num_active` weights. Empty if the matrix has one count only.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    num_active: int
+    structure: str
+    block_size: int | None = None
+    pattern: tuple[int, int] | None = None
+    transposed: bool = False
+    heads: tuple[int, int] | None = None
+    row_groups: tuple[RowGroup, ...] = ()
+
+    @property
+    def num_weights(self) -> int:
+        """Zeros included."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it has a mask."""
+        return self.structure != "dense"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object from which `from_dict` gives back an equal matrix; what has its default is left out."""
+        values: dict[str, Any] = {
+            "path": self.path,
+            "shape": list(self.shape),
+            "num_active": self.num_active,
+            "structure": self.structure,
+            "block_size": self.block_size,
+            "pattern": self.pattern and list(self.pattern),
+            "transposed": self.transposed,
+            "heads": self.heads and list(self.heads),
+            "row_groups": [group.to_dict() for group in self.row_groups],
+        }
+        return {key: value for key, value in values.items() if value not in ("", None, False, [])}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> MatrixSpec:
+        """The matrix from its JSON object at the dotted path `where`. Raises ValueError naming a damaged field."""
+        fields = Fields(values, where)
+        matrix = cls(
+            path=fields.text("path", ""),
+            shape=fields.pair("shape"),
+            num_active=fields.integer("num_active"),
+            structure=fields.text("structure"),
+            block_size=fields.integer("block_size", None),
+            pattern=fields.pair("pattern", None),
+            transposed=fields.flag("transposed", False),
+            heads=fields.pair("heads", None, least=0),
+            row_groups=tuple(RowGroup.from_dict(*entry) for entry in fields.objects("row_groups", ())),
+        )
+        fields.end()
+        matrix._check(where)
+        return matrix
+
+    def _check(self, where: str) -> None:
+        if self.structure not in STRUCTURES:
+            raise damaged(f"{where}.structure", f"must be one of {', '.join(STRUCTURES)}, got {self.structure!r}")
+        if (self.block_size is not None) != (self.structure == "block"):
+            raise damaged(f"{where}.block_size", f"is {self.block_size} with structure {self.structure!r}")
+        if (self.pattern is not None) != (self.structure == "n:m"):
+            raise damaged(f"{where}.pattern", f"is {self.pattern} with structure {self.structure!r}")
+        self._check_sizes(where)
+        if self.heads is not None and not self._has_heads():
+            raise damaged(f"{where}.heads", f"is {self.heads}, which does not divide a matrix of {self.shape}")
+        end = 0
+        for group in self.row_groups:
+            if not end <= group.start < group.stop <= self.shape[0]:
+                raise damaged(f"{where}.row_groups", "must be in order, disjoint and inside the matrix")
+            end = group.stop
+        if self.row_groups and sum(group.num_active for group in self.row_groups) != self.num_active:
+            raise damaged(f"{where}.row_groups", f"must have num_active={self.num_active} weights together")
+
+    def _check_sizes(self, where: str) -> None:
+        if self.block_size is not None:
+            unit = self.block_size**2
+            if self.num_active % unit or any(side % self.block_size for side in self.shape):
+                raise damaged(
+                    f"{where}.block_size",
+                    f"is {self.block_size}, which does not divide a matrix of {self.shape} with {self.num_active} "
+                    "active weights into tiles",
+                )
+            if self.num_active // unit < self.shape[0] // self.block_size:
+                raise damaged(f"{where}.num_active", f"is {self.num_active}, which leaves block-rows without a tile")
+        if self.num_active > self.num_weights or (self.num_active < self.num_weights and not self.is_sparse):
+            raise damaged(
+                f"{where}.num_active",
+                f"is {self.num_active} in a matrix of {self.shape} of structure {self.structure!r}",
+            )
+
+    def _has_heads(self) -> bool:
+        assert self.heads is not None
+        side, number = self.heads
+        return side in (0, 1) and number > 0 and self.shape[side] % number == 0
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One projection of the model, sparse or not: what it was in the dense model, and what stands in its place.
+
+    Args:
+        name: module path.
+        kind: what it computes; fused kinds are joined, e.g. `qkv`. `embedding` and `logits` are the matrices at both
+            ends of the model.
+        family: `wide` (a sparse matrix in a module of the stock kind), `dense` (left as it is) or the drop-in family
+            whose module stands there.
+        dense_shape: (out, in) in the dense model.
+        matrices: what is multiplied instead, in the family's order. There is one with an empty path for `wide` and
+            `dense`, and none if the projection is tied.
+        options: the family's own options by name, e.g. `nonlinearity`. One that is absent has the family's default.
+        layer_index: of its decoder layer, counted from 0; None outside of them.
+        tied_to: name of the projection whose matrices this one shares; None if it has matrices of its own.
+    """
+
+    name: str
+    kind: str
+    family: str
+    dense_shape: tuple[int, int]
+    matrices: tuple[MatrixSpec, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layer_index: int | None = None
+    tied_to: str | None = None
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a drop-in family's module stands in the place of the projection."""
+        return self.family not in ("wide", "dense")
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it has a mask."""
+        return any(matrix.is_sparse for matrix in self.matrices)
+
+    @property
+    def sparse_shape(self) -> tuple[int, int]:
+        """(out, in) of the projection as a whole; a drop-in family keeps the sides of the dense one."""
+        return self.dense_shape if self.is_replaced or not self.matrices else self.matrices[0].shape
+
+    @property
+    def num_active(self) -> int:
+        """Active weights of all its matrices."""
+        return sum(matrix.num_active for matrix in self.matrices)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all its matrices, zeros included."""
+        return sum(matrix.num_weights for matrix in self.matrices)
+
+    @property
+    def sparsity(self) -> float:
+        """Zero fraction of all its matrices."""
+        return 1 - self.num_active / self.num_weights
+
+    def path_of(self, matrix: MatrixSpec) -> str:
+        """The module path, in the model, of one of its matrices."""
+        return f"{self.name}.{matrix.path}" if matrix.path else self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object from which `from_dict` gives back an equal specification; defaults are left out."""
+        values = {
+            "name": self.name,
+            "kind": self.kind,
+            "family": self.family,
+            "dense_shape": list(self.dense_shape),
+            "matrices": [matrix.to_dict() for matrix in self.matrices],
+            "options": dict(self.options),
+            "layer_index": self.layer_index,
+            "tied_to": self.tied_to,
+        }
+        return {key: value for key, value in values.items() if value is not None and value not in ({}, [])}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> LayerSpec:
+        """The specification from its JSON object at the path `where`. Raises ValueError naming a damaged field."""
+        fields = Fields(values, where)
+        name = fields.text("name")
+        fields.where = f"{where} ({name})"
+        options = fields.take("options", {})
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise damaged(fields.path("options"), f"must be an object, got {options!r}")
+        layer = cls(
+            name=name,
+            kind=_kind(fields),
+            family=fields.text("family"),
+            dense_shape=fields.pair("dense_shape"),
+            matrices=tuple(MatrixSpec.from_dict(*entry) for entry in fields.objects("matrices", ())),
+            options=dict(options),
+            layer_index=fields.integer("layer_index", None, least=0),
+            tied_to=fields.text("tied_to", None),
+        )
+        fields.end()
+        layer._check(fields.path("matrices"))
+        return layer
+
+    def _check(self, where: str) -> None:
+        paths = [matrix.path for matrix in self.matrices]
+        if self.tied_to is not None:
+            if paths:
+                raise damaged(where, f"must be empty, because the layer shares those of {self.tied_to}")
+        elif self.is_replaced:
+            if not paths or "" in paths or len(set(paths)) < len(paths):
+                raise damaged(where, f"must be matrices inside the module of family {self.family!r}, got paths {paths}")
+        elif paths != [""]:
+            raise damaged(where, f"must be one matrix without a path with family {self.family!r}, got paths {paths}")
+        elif self.family == "dense" and self.is_sparse:
+            raise damaged(where, "must be of structure 'dense' with family 'dense'")
+
+
+def _kind(fields: Fields) -> str:
+    kind: str = fields.text("kind")
+    if not _KIND.fullmatch(kind):
+        raise damaged(
+            fields.path("kind"), f"must be made of q, k, v and o, or mlp_in, mlp_out, embedding or logits, got {kind!r}"
+        )
+    return kind
