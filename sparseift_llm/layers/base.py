@@ -6,6 +6,7 @@ The two storages are in masked.py and block.py. Who sets a mask, and when, is no
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -110,6 +111,27 @@ class SparseProjection(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32) if self.unit_size > 1 else self.weight.dtype
         size = self.weight.numel() // self.unit_size * dtype.itemsize
         return size if isinstance(self.weight, DTensor) else 0
+
+    @property
+    def qconfig(self) -> None:
+        """None, so that torch's eager quantization (torch.ao) leaves this layer as it is; setting it warns.
+
+        That quantization sets `qconfig` on every module of a model, and then replaces those whose class it knows. It
+        says nothing of the others.
+        """
+        return None
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        warnings.warn(
+            "torch.ao.quantization does not know sparse layers and leaves them in floating point; quantize "
+            "to_dense(model) to quantize all",
+            stacklevel=2,
+        )
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        """Nothing to do; quantization takes the attribute off again when it has finished."""
 
     def zero_inactive(self) -> None:
         """Set inactive weights that are stored to exactly 0."""

@@ -14,7 +14,7 @@ from sparseift_llm.layers.stock import is_conv1d, stock_layer_of, stock_matrix
 from sparseift_llm.layers.tile_index import TileIndex
 from sparseift_llm.ops.block_linear import block_linear_op
 from sparseift_llm.ops.dense_gradient import capture_dense_gradient
-from sparseift_llm.ops.operands import autocast_operands, refuse_forward_mode
+from sparseift_llm.ops.operands import autocast_operands, call_operator, refuse_forward_mode
 from sparseift_llm.ops.tiles import dense_weight, tiles_of
 from sparseift_llm.topology import blocks
 
@@ -76,7 +76,7 @@ class BlockSparseLinear(TileIndex, SparseProjection):
         """(..., in) -> (..., out)."""
         refuse_forward_mode(input, self.weight, self.bias)
         x, weight, bias = autocast_operands(input.reshape(-1, self.in_features), self.weight, self.bias)
-        y = block_linear_op(x, weight, bias, *self.index, self.out_features)
+        y: Tensor = call_operator(block_linear_op, x, weight, bias, *self.index, self.out_features)
         if self.dense_gradient is not None and weight.requires_grad:
             y = capture_dense_gradient(y, x, self.dense_gradient)
         return y.view(*input.shape[:-1], self.out_features)

@@ -16,7 +16,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.ops.block_feed_forward import block_feed_forward_op, gelu
-from sparseift_llm.ops.operands import autocast_operands, refuse_forward_mode
+from sparseift_llm.ops.operands import autocast_operands, call_operator, refuse_forward_mode
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -120,11 +120,12 @@ def _multiply(input: Tensor, up: BlockSparseLinear, down: BlockSparseLinear) -> 
     refuse_forward_mode(input, up.weight, up.bias, down.weight, down.bias)
     x, up_weight, up_bias = autocast_operands(input.reshape(-1, up.in_features), up.weight, up.bias)
     _, down_weight, down_bias = autocast_operands(x, down.weight, down.bias)
-    y, _ = block_feed_forward_op(
-        x, up_weight, up_bias, *up.index, up.out_features, down_weight, down_bias, *down.index, down.out_features,
-        keep_hidden=x.device.type != "cpu",
+    y, _ = call_operator(
+        block_feed_forward_op, x, up_weight, up_bias, *up.index, up.out_features, down_weight, down_bias,
+        *down.index, down.out_features, keep_hidden=x.device.type != "cpu",
     )  # fmt: skip
-    return y.view(*input.shape[:-1], down.out_features)
+    result: Tensor = y.view(*input.shape[:-1], down.out_features)
+    return result
 
 
 def _is_tanh_gelu(activation: nn.Module) -> bool:

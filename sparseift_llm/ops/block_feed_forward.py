@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseift_llm.ops.kernels.choice import kernel_for
-from sparseift_llm.ops.operands import check_operands
+from sparseift_llm.ops.operands import check_operands, refuse_second_derivatives
 
 gelu = partial(F.gelu, approximate="tanh")
 
@@ -179,3 +179,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 
 torch.library.register_autograd("sparseift::block_feed_forward", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("sparseift::block_feed_forward_gradient", refuse_second_derivatives)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseift_llm.ops.kernels.choice import kernel_for
-from sparseift_llm.ops.operands import check_operands
+from sparseift_llm.ops.operands import check_operands, refuse_second_derivatives
 
 
 @torch.library.custom_op("sparseift::block_linear", mutates_args=())
@@ -90,3 +90,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("sparseift::block_linear", _backward, setup_context=_save_for_backward)
+for _gradient in ("block_input_gradient", "block_weight_gradient"):
+    torch.library.register_autograd(f"sparseift::{_gradient}", refuse_second_derivatives)

@@ -16,10 +16,13 @@ from sparseift_llm.ops.dense_gradient import DenseGradient
 
 class _MaskedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, sink: DenseGradient | None) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.sink = sink
+    def forward(weight: Tensor, mask: Tensor, sink: DenseGradient | None) -> Tensor:
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, DenseGradient | None], output: Tensor) -> None:
+        _, mask, ctx.sink = inputs
+        ctx.save_for_backward(mask)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

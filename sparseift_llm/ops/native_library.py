@@ -23,9 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-_SOURCES = [
-    Path(__file__).parent / "native" / name for name in ("scratch.h", "kernels.h", "linear.cpp", "feed_forward.cpp")
-]
+_FOLDER = Path(__file__).parent / "native"
+_SOURCES = [_FOLDER / name for name in ("arguments.h", "scratch.h", "kernels.h", "linear.cpp", "feed_forward.cpp")]
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 
 

@@ -5,7 +5,8 @@ The kernels behind the operators read memory by pointer, and know no derivatives
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +59,26 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
             raise NotImplementedError(
                 "block-sparse layers have no forward-mode derivatives (torch.func.jvp); differentiate with backward()"
             )
+
+
+def refuse_second_derivatives(ctx: Any, *_: Any) -> None:
+    """The backward pass of an operator that is a gradient itself. Raises NotImplementedError, naming the way out."""
+    raise NotImplementedError(
+        "block-sparse layers have no second derivatives: a gradient that was taken with create_graph=True went through "
+        "one and is differentiated again. Use structure='unstructured', whose layers have them, or to_dense(model)"
+    )
+
+
+def call_operator(operator: Callable[..., Any], *operands: Any, **options: Any) -> Any:
+    """Call a custom operator; where torch.func cannot transform it, the error names the way out."""
+    if torch.compiler.is_compiling():
+        return operator(*operands, **options)
+    try:
+        return operator(*operands, **options)
+    except RuntimeError as error:
+        if "functorch transforms" not in str(error):
+            raise
+        raise NotImplementedError(
+            "block-sparse layers cannot be transformed by torch.func (grad, vjp, jacrev, ...): differentiate with "
+            "backward() or torch.autograd.grad, or use structure='unstructured' or to_dense(model)"
+        ) from error

@@ -123,6 +123,26 @@ def test_forward_mode_is_refused(fused: bool) -> None:
         torch.func.jvp(of_weights, (weights,), (weights,))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("of", ["input", "weight"])
+def test_second_derivatives_are_refused_and_the_way_out_is_named(fused: bool, of: str) -> None:
+    """Taking the first ones with `create_graph` is allowed: a penalty may go around the sparse layers."""
+    module = feed_forward() if fused else make()
+    x = inputs(first_layer(module))
+    wanted = x if of == "input" else first_layer(module).weight
+    (gradient,) = torch.autograd.grad(module(x).square().sum(), wanted, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"second derivatives.*structure='unstructured'.*to_dense"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_functional_gradients_are_refused_and_the_way_out_is_named(fused: bool) -> None:
+    module = feed_forward() if fused else make()
+    x = inputs(first_layer(module)).detach()
+    with pytest.raises(NotImplementedError, match=r"torch\.func.*backward\(\).*structure='unstructured'"):
+        torch.func.grad(lambda x: module(x).sum())(x)
+
+
 def test_a_float16_dense_gradient_does_not_overflow() -> None:
     """Of an inactive tile no gradient scaler would see it, and the update would stop the run."""
     x = torch.full((64, 4), 100.0, dtype=torch.float16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -312,3 +313,52 @@ def test_sparse_layers_takes_off_the_prefixes_of_wrappers() -> None:
     assert isinstance(sparse_layers(model)["a"], MaskedLinear)
     for wrapped in (Wrapper(model), compiled(model), Wrapper(compiled(model)), compiled(Wrapper(model))):
         assert list(sparse_layers(wrapped)) == ["a", "c"], type(wrapped)
+
+
+# ---- other ways to differentiate, and to quantize
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_gradients_are_those_of_backward(kind: str) -> None:
+    layer = sparse_layer(kind)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    weights = {name: value.detach() for name, value in layer.named_parameters()}
+    found = torch.func.grad(lambda w: torch.func.functional_call(layer, w, (x,)).square().sum())(weights)
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(found[name], parameter.grad)  # type: ignore[arg-type]
+    assert found["weight"][layer.mask].all()
+    assert not found["weight"][~layer.mask].any()
+
+
+def test_second_derivatives_are_masked_too() -> None:
+    layer = sparse_layer("linear")
+    x = torch.randn(4, 5, dtype=torch.float64)
+
+    def penalty(weight: Tensor, mask: Tensor | None) -> Tensor:
+        (gradient,) = torch.autograd.grad(F.linear(x, weight).pow(3).sum(), weight, create_graph=True)
+        return (gradient if mask is None else gradient * mask).square().sum()
+
+    weight = layer.weight.detach().clone().requires_grad_()
+    penalty(weight, layer.mask).backward()
+    (gradient,) = torch.autograd.grad((layer(x) - layer.bias).pow(3).sum(), layer.weight, create_graph=True)
+    gradient.square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, weight.grad * layer.mask, rtol=1e-10, atol=1e-12)  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*")
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions.*")
+@pytest.mark.parametrize("quantize", ["dynamic", "prepare"])
+def test_quantization_that_passes_sparse_layers_over_says_so(quantize: str) -> None:
+    from torch.ao import quantization
+
+    model = nn.Sequential(masked_projection(nn.Linear(8, 8), 16, (4, 4)), nn.Linear(8, 3))
+    run = functools.partial(quantization.quantize_dynamic, qconfig_spec={nn.Linear})
+    if quantize == "prepare":
+        model.qconfig = quantization.default_dynamic_qconfig  # type: ignore[assignment]
+        run = quantization.prepare
+    with pytest.warns(UserWarning, match=r"does not know sparse layers.*to_dense\(model\)"):
+        found = run(model)
+    assert type(found[0]) is MaskedLinear
+    assert not hasattr(found[0], "activation_post_process")
+    assert found[0].qconfig is None

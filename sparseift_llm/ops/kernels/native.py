@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +14,48 @@ from torch import Tensor
 from sparseift_llm.ops.native_library import native_library
 from sparseift_llm.topology.blocks import row_starts, rows_of_slots
 
-_NO_MEMORY = 2  # of enum Outcome in kernels.h
+
+class _Outcome(enum.IntEnum):
+    """What an entry point returns, as in ops/native/arguments.h."""
+
+    DONE = 0
+    NO_CODE = 1
+    NO_MEMORY = 2
+    WRONG_ARGUMENT = 3
+
+
+class _Array(ctypes.Structure):
+    """A tensor as ops/native/arguments.h receives it, with its dtype and shape."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int64),
+        ("num_sides", ctypes.c_int64),
+        ("shape", ctypes.c_int64 * 3),
+        ("stride", ctypes.c_int64),
+    )
+    _TYPES: ClassVar = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int32: 3}
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Array:
+        """Describe a tensor of one to three sides. The tensor must outlive the description."""
+        if tensor.device.type != "cpu" or tensor.dtype not in cls._TYPES or not 1 <= tensor.ndim <= 3:
+            found = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"the native block kernels read tensors of one to three sides on the CPU, got {found}")
+        if tensor.ndim > 1 and tensor.numel() and not tensor[0].is_contiguous():
+            raise ValueError("the native block kernels read tensors that are contiguous but for their first side")
+        shape = (*tensor.shape, 1, 1)[:3]
+        return cls(tensor.data_ptr(), cls._TYPES[tensor.dtype], tensor.ndim, shape, tensor.stride(0))
+
+
+_POINTER = ctypes.POINTER(_Array)
+# The arguments are described where they are received: in ops/native/linear.cpp and feed_forward.cpp.
+_ENTRY_POINTS: dict[str, tuple[Any, ...]] = {
+    "gather": (_POINTER, _POINTER, ctypes.c_int64, *[_POINTER] * 5),
+    "outer": (_POINTER,) * 5,
+    "feed_forward": (_POINTER,) * 12,
+    "feed_forward_gradient": (_POINTER,) * 18,
+}
 
 
 class _NativeFeedForward:
@@ -31,13 +74,11 @@ class _NativeFeedForward:
         out_features: int,
     ) -> Tensor:
         """As `FusedFeedForward.forward`."""
-        x, size = _unit_stride(x), up.shape[1]
+        x = _unit_stride(x)
         y = torch.empty(len(x), out_features, dtype=x.dtype)
         _call(
-            "feed_forward", x.dtype, x, x.stride(0), len(x), x.shape[1] // size, up.contiguous(), len(up),
-            _contiguous(up_bias), *_row_map(up, up_columns, hidden_features), hidden_features // size,
-            down.contiguous(), len(down), _contiguous(down_bias), *_row_map(down, down_columns, out_features),
-            out_features // size, y, size,
+            "feed_forward", x, up.contiguous(), _contiguous(up_bias), *_row_map(up, up_columns, hidden_features),
+            down.contiguous(), _contiguous(down_bias), *_row_map(down, down_columns, out_features), y,
         )  # fmt: skip
         return y
 
@@ -53,16 +94,15 @@ class _NativeFeedForward:
     ) -> list[Tensor | None]:
         """As `FusedFeedForward.gradient`."""
         (up, up_columns, *up_index), (down, _, *down_index) = up_tiles, down_tiles
-        grad, x, size, out_features = _unit_stride(grad), _unit_stride(x), up.shape[1], grad.shape[1]
+        grad, x = _unit_stride(grad), _unit_stride(x)
         shapes = (x.shape, up.shape, (hidden_features,), down.shape)
         results = [
             torch.empty(shape, dtype=x.dtype) if want else None for shape, want in zip(shapes, needed, strict=True)
         ]
         _call(
-            "feed_forward_gradient", x.dtype, grad, grad.stride(0), x, x.stride(0), len(x), x.shape[1] // size,
-            up.contiguous(), len(up), _contiguous(up_bias), *_row_map(up, up_columns, hidden_features),
-            *_column_map(up, up_index, hidden_features), hidden_features // size, down.contiguous(), len(down),
-            *_column_map(down, down_index, out_features), out_features // size, *results, size,
+            "feed_forward_gradient", grad, x, up.contiguous(), _contiguous(up_bias),
+            *_row_map(up, up_columns, hidden_features), *_column_map(up, up_index, hidden_features),
+            down.contiguous(), *_column_map(down, down_index, grad.shape[1]), *results,
         )  # fmt: skip
         return results
 
@@ -104,12 +144,8 @@ class NativeKernel:
         """As `Kernel.weight_gradient`."""
         grad, x = _unit_stride(grad), _unit_stride(x)
         result = torch.empty(len(columns), block_size, block_size, dtype=x.dtype)
-        out_blocks, in_blocks = grad.shape[1] // block_size, x.shape[1] // block_size
-        _, rows, _ = _fixed_index(len(columns), out_blocks)
-        _call(
-            "outer", x.dtype, grad, grad.stride(0), out_blocks, x, x.stride(0), in_blocks, len(x), rows,
-            columns.contiguous(), len(columns), result, block_size,
-        )  # fmt: skip
+        _, rows, _ = _fixed_index(len(columns), grad.shape[1] // block_size)
+        _call("outer", grad, x, rows, columns.contiguous(), result)
         return result
 
     def scratch_bytes(self) -> int:
@@ -131,13 +167,13 @@ NATIVE = NativeKernel()
 
 
 def _row_map(weight: Tensor, columns: Tensor, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For a product with W^T: where each output block's entries begin, their input blocks, and their tiles."""
+    """(starts, sources, tiles) for a product with W^T: an output block is a block-row, and its sources are columns."""
     starts, _, slots = _fixed_index(len(weight), out_features // weight.shape[1])
     return starts, columns.contiguous(), slots
 
 
 def _column_map(weight: Tensor, by_column: Sequence[Tensor], out_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a product with W; `by_column`: its slots by column, and where each column begins."""
+    """(starts, sources, tiles) for a product with W; `by_column` is (slots_by_column, column_starts) of its index."""
     slots, starts = by_column
     _, rows, _ = _fixed_index(len(weight), out_features // weight.shape[1])
     return starts.contiguous(), rows[slots.long()], slots.contiguous()
@@ -145,7 +181,10 @@ def _column_map(weight: Tensor, by_column: Sequence[Tensor], out_features: int) 
 
 @functools.lru_cache(maxsize=64)
 def _fixed_index(num_tiles: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What no mask update changes: the rows' first slots, the slots' rows, and the slots' numbers; read only."""
+    """What no mask update changes: first slot of every block-row, block-row of every slot, number of every slot.
+
+    All calls share the tensors, so they must not be written to.
+    """
     with torch.device("cpu"):
         rows = rows_of_slots(num_tiles, num_rows).to(torch.int32)
         return row_starts(num_tiles, num_rows), rows, torch.arange(num_tiles, dtype=torch.int32)
@@ -154,17 +193,14 @@ def _fixed_index(num_tiles: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]
 def _gather(
     x: Tensor, weight: Tensor, transpose: bool, tile_map: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
 ) -> Tensor:
-    """Output block j: sum over e in starts[j]..starts[j+1] of input block sources[e] times tile slots[e].
+    """Output block j: the sum over e, starts[j] <= e < starts[j + 1], of input block sources[e] times tile tiles[e].
 
-    Tiles are (output of this product, its input) when `transpose`, else the other way round.
+    `tile_map` is (starts, sources, tiles). A tile is (output, input) of this product if `transpose`, else the reverse.
     """
     size, out_blocks = weight.shape[1], len(tile_map[0]) - 1
     x, weight = _unit_stride(x), weight.contiguous()
     y = torch.empty(len(x), out_blocks * size, dtype=x.dtype)
-    _call(
-        "gather", x.dtype, x, x.stride(0), len(x), x.shape[1] // size, weight, int(transpose), len(weight),
-        *tile_map, out_blocks, _contiguous(bias), y, size,
-    )  # fmt: skip
+    _call("gather", x, weight, transpose, *tile_map, _contiguous(bias), y)
     return y
 
 
@@ -176,22 +212,26 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
-    """Call a kernel; tensors are passed as pointers, which `arguments` keeps alive."""
+def _call(name: str, *arguments: Tensor | bool | None) -> None:
+    """Call an entry point of the C++ library, which checks all dtypes and sizes.
+
+    Raises:
+        ValueError: tensors do not fit together, or a tensor is not on the CPU.
+        RuntimeError: there is no library, or no code for such tiles.
+        torch.OutOfMemoryError: there is no memory for packed operands.
+    """
     library = native_library()
     if library is None:
         raise RuntimeError("the native block kernels need Linux and a C++ compiler; install one or use kernel 'blas'")
-    function = library[f"{name}_{str(dtype).removeprefix('torch.')}"]
-    converted = [
-        ctypes.c_void_p(argument.data_ptr())
-        if isinstance(argument, Tensor)
-        else argument
-        if argument is None
-        else ctypes.c_int64(argument)
-        for argument in arguments
-    ]
-    outcome = function(*converted)
-    if outcome == _NO_MEMORY:
+    function = getattr(library, name)
+    function.argtypes = _ENTRY_POINTS[name]
+    given = [_Array.of(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
+    outcome = function(*(ctypes.byref(item) if isinstance(item, _Array) else item for item in given))
+    if outcome == _Outcome.NO_MEMORY:
         raise torch.OutOfMemoryError("the native block kernels ran out of memory. Use smaller batches")
-    if outcome != 0:
-        raise RuntimeError(f"the native block kernels have no code for block size {arguments[-1]}")
+    if outcome != _Outcome.DONE:
+        library.last_mistake.restype = ctypes.c_char_p
+        mistake = library.last_mistake().decode()
+        if outcome == _Outcome.NO_CODE:
+            raise RuntimeError(f"the native block kernels {mistake}")
+        raise ValueError(f"the native block kernel {name} was given tensors that do not fit together: {mistake}")

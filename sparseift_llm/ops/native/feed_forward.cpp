@@ -1,6 +1,7 @@
-// y = gelu(x U^T + bias) D^T + bias with block-sparse U and D. The widened activation lives CHUNK tokens at a time,
-// in cache; the backward pass computes it again instead of reading it back from memory.
-// The arguments are explained where they are passed, in kernels/native.py.
+// y = gelu(x U^T + bias) D^T + bias with block-sparse U and D.
+//
+// The widened activation exists for CHUNK tokens at a time, in cache. The backward pass computes it again, where it
+// would have to read it back from memory otherwise.
 
 #include "kernels.h"
 
@@ -71,7 +72,8 @@ static void feed_forward(Kernels k, const IO* x, int64_t x_stride, int64_t num_t
     }
 }
 
-// One hidden block of a chunk at a time: its activation, its gradient, and both weights' tiles that touch it.
+// The four gradients, one hidden block of a chunk at a time: the activation of the block, its gradient, and the tiles
+// of both weights that touch it.
 template <class Kernels, class IO, class Sum>
 static void feed_forward_gradient(Kernels k, const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride,
                                   int64_t num_tokens, int64_t in_blocks, Tiles<IO> up, const IO* up_bias, Map up_rows,
@@ -148,34 +150,83 @@ static void feed_forward_gradient(Kernels k, const IO* grad, int64_t grad_stride
     }
 }
 
-#define FOR_TYPE(NAME, IO, SUM)                                                                                       \
-    EXPORTED int feed_forward_##NAME(                                                                                 \
-        const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks, const IO* up, int64_t up_count,         \
-        const IO* up_bias, const int32_t* up_starts, const int32_t* up_sources, const int32_t* up_tiles,              \
-        int64_t hidden_blocks, const IO* down, int64_t down_count, const IO* down_bias, const int32_t* down_starts,   \
-        const int32_t* down_sources, const int32_t* down_tiles, int64_t out_blocks, IO* y, int64_t size) {            \
-        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                        \
-            feed_forward<decltype(kernels), IO, SUM>(                                                                 \
-                kernels, x, x_stride, num_tokens, in_blocks, {up, up_count}, up_bias,                                 \
-                {up_starts, up_sources, up_tiles}, hidden_blocks, {down, down_count}, down_bias,                      \
-                {down_starts, down_sources, down_tiles}, out_blocks, y, size);                                        \
-        });                                                                                                           \
-    }                                                                                                                 \
-    EXPORTED int feed_forward_gradient_##NAME(                                                                        \
-        const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,    \
-        const IO* up, int64_t up_count, const IO* up_bias, const int32_t* row_starts, const int32_t* row_sources,     \
-        const int32_t* row_tiles, const int32_t* column_starts, const int32_t* column_sources,                        \
-        const int32_t* column_tiles, int64_t hidden_blocks, const IO* down, int64_t down_count,                       \
-        const int32_t* down_starts, const int32_t* down_sources, const int32_t* down_tiles, int64_t out_blocks,       \
-        IO* grad_x, IO* grad_up, IO* grad_bias, IO* grad_down, int64_t size) {                                        \
-        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                        \
-            feed_forward_gradient<decltype(kernels), IO, SUM>(                                                        \
-                kernels, grad, grad_stride, x, x_stride, num_tokens, in_blocks, {up, up_count}, up_bias,              \
-                {row_starts, row_sources, row_tiles}, {column_starts, column_sources, column_tiles}, hidden_blocks,   \
-                {down, down_count}, {down_starts, down_sources, down_tiles}, out_blocks, grad_x, grad_up, grad_bias,  \
-                grad_down, size);                                                                                     \
-        });                                                                                                           \
-    }
-FOR_TYPE(float32, float, float)
-FOR_TYPE(float64, double, double)
-FOR_TYPE(bfloat16, bfloat16, float)
+// y = gelu(x U^T + up_bias) D^T + down_bias.
+//
+// x          (tokens, in), with any row stride
+// up         the tiles (N, size, size) of U (hidden, in), each (out, in)
+// up_bias    (hidden,), or null
+// up_...     which tiles make a block of the hidden activation: starts (hidden / size + 1), sources and tiles (N)
+// down       the tiles (M, size, size) of D (out, hidden), each (out, in)
+// down_bias  (out,), or null
+// down_...   which tiles make a block of y: starts (out / size + 1), sources and tiles (M)
+// y          (tokens, out), written
+EXPORTED int feed_forward(const Array* x, const Array* up, const Array* up_bias, const Array* up_starts,
+                          const Array* up_sources, const Array* up_tiles, const Array* down, const Array* down_bias,
+                          const Array* down_starts, const Array* down_sources, const Array* down_tiles,
+                          const Array* y) {
+    return guarded([&] {
+        const int64_t size = tile_side(present(up, "up"), "up"), up_count = up->shape[0];
+        const int64_t down_count = present(down, "down").shape[0];
+        with_kernels(present(x, "x").type, size, [&](auto kernels) {
+            typedef typename decltype(kernels)::Element IO;
+            typedef typename decltype(kernels)::Total Sum;
+            const int64_t in_blocks = blocks_of(x, "x", size), out_blocks = blocks_of(y, "y", size);
+            const int64_t hidden_blocks = present(up_starts, "up_starts").shape[0] - 1, tokens = x->shape[0];
+            feed_forward<decltype(kernels), IO, Sum>(
+                kernels, memory_of<IO>(x, "x", {tokens, in_blocks * size}, true), x->stride, tokens, in_blocks,
+                {memory_of<IO>(up, "up", {up_count, size, size}), up_count},
+                memory_if_any<IO>(up_bias, "up_bias", {hidden_blocks * size}),
+                map_of({up_starts, up_sources, up_tiles}, "up's map", hidden_blocks, in_blocks, up_count),
+                hidden_blocks, {memory_of<IO>(down, "down", {down_count, size, size}), down_count},
+                memory_if_any<IO>(down_bias, "down_bias", {out_blocks * size}),
+                map_of({down_starts, down_sources, down_tiles}, "down's map", out_blocks, hidden_blocks, down_count),
+                out_blocks, memory_of<IO>(y, "y", {tokens, out_blocks * size}), size);
+        });
+    });
+}
+
+// The gradients of x, up, up_bias and down.
+//
+// grad          (tokens, out), with any row stride: the gradient of y
+// x             (tokens, in), with any row stride
+// up, up_bias   as of feed_forward
+// row_...       as up_... of feed_forward
+// column_...    which tiles of U make a block of the gradient of x: starts (in / size + 1), sources and tiles (N)
+// down          as of feed_forward
+// down_...      which tiles of D make a block of the gradient of the hidden activation: starts (hidden / size + 1),
+//               sources and tiles (M)
+// grad_x        (tokens, in), written; or null
+// grad_up       (N, size, size), written; or null
+// grad_bias     (hidden,), written; or null
+// grad_down     (M, size, size), written; or null
+EXPORTED int feed_forward_gradient(const Array* grad, const Array* x, const Array* up, const Array* up_bias,
+                                   const Array* row_starts, const Array* row_sources, const Array* row_tiles,
+                                   const Array* column_starts, const Array* column_sources, const Array* column_tiles,
+                                   const Array* down, const Array* down_starts, const Array* down_sources,
+                                   const Array* down_tiles, const Array* grad_x, const Array* grad_up,
+                                   const Array* grad_bias, const Array* grad_down) {
+    return guarded([&] {
+        const int64_t size = tile_side(present(up, "up"), "up"), up_count = up->shape[0];
+        const int64_t down_count = present(down, "down").shape[0];
+        with_kernels(present(x, "x").type, size, [&](auto kernels) {
+            typedef typename decltype(kernels)::Element IO;
+            typedef typename decltype(kernels)::Total Sum;
+            const int64_t in_blocks = blocks_of(x, "x", size), out_blocks = blocks_of(grad, "grad", size);
+            const int64_t hidden_blocks = present(row_starts, "row_starts").shape[0] - 1, tokens = x->shape[0];
+            feed_forward_gradient<decltype(kernels), IO, Sum>(
+                kernels, memory_of<IO>(grad, "grad", {tokens, out_blocks * size}, true), grad->stride,
+                memory_of<IO>(x, "x", {tokens, in_blocks * size}, true), x->stride, tokens, in_blocks,
+                {memory_of<IO>(up, "up", {up_count, size, size}), up_count},
+                memory_if_any<IO>(up_bias, "up_bias", {hidden_blocks * size}),
+                map_of({row_starts, row_sources, row_tiles}, "up's map by rows", hidden_blocks, in_blocks, up_count),
+                map_of({column_starts, column_sources, column_tiles}, "up's map by columns", in_blocks, hidden_blocks,
+                       up_count),
+                hidden_blocks, {memory_of<IO>(down, "down", {down_count, size, size}), down_count},
+                map_of({down_starts, down_sources, down_tiles}, "down's map", hidden_blocks, out_blocks, down_count),
+                out_blocks, memory_if_any<IO>(grad_x, "grad_x", {tokens, in_blocks * size}),
+                memory_if_any<IO>(grad_up, "grad_up", {up_count, size, size}),
+                memory_if_any<IO>(grad_bias, "grad_bias", {hidden_blocks * size}),
+                memory_if_any<IO>(grad_down, "grad_down", {down_count, size, size}), size);
+        });
+    });
+}

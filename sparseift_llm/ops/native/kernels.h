@@ -1,12 +1,15 @@
-// What products of a block-sparse matrix with dense activations are made of; compiled for the machine at hand.
+// The parts of which products of a block-sparse matrix with dense activations are made, for the machine at hand.
 //
-// CHUNK tokens at a time are copied into panels PANEL columns wide, so that the inner loop reads memory in order
-// whatever the strides outside; FEW_TOKENS are multiplied with tiles as they are. Sums are float (double for double);
-// for one number of tokens every sum has one fixed order.
-// A `_chunk` function is called by all threads of a team; the barrier at its end makes its result visible to all.
+// CHUNK tokens at a time are copied into panels that are PANEL columns wide, so that the inner loop reads memory in
+// order, whatever the strides outside. Up to FEW_TOKENS tokens are multiplied with the tiles as they are stored. Sums
+// are float, or double for double. For a given number of tokens every sum has one fixed order, whatever the number of
+// threads.
+//
+// All threads of a team call a function whose name ends in `_chunk`. The barrier at its end makes its result visible
+// to all of them.
 #pragma once
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))  // all else is the library's own
+#define EXPORTED extern "C" __attribute__((visibility("default")))  // everything else is hidden
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +18,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "arguments.h"
 #include "scratch.h"
 
 #if defined(__AVX512F__)
@@ -27,19 +31,9 @@ constexpr int VECTOR_BYTES = 16, NUM_SUMS = 24, MAX_VECTORS = 4;
 constexpr int VECTOR_BYTES = 16, NUM_SUMS = 12, MAX_VECTORS = 2;
 #endif
 constexpr int64_t SUB_CHUNK = 240, CHUNK = 480;  // tokens; multiples of every number of rows below
-constexpr int64_t PACKED_ROWS = 8;  // tokens that a thread copies at a time
+constexpr int64_t PACKED_ROWS = 8;               // tokens that a thread copies at a time
 constexpr int64_t WEIGHT_BYTES_IN_L1 = 32768;
-constexpr int64_t FEW_TOKENS = 12;  // for no more, packing the tiles would take longer than multiplying them
-
-// Which tiles make an output block: block j sums, over e in starts[j] to starts[j + 1], input block sources[e]
-// times tile tiles[e].
-struct Map {
-    const int32_t *starts, *sources, *tiles;
-};
-
-struct bfloat16 {
-    uint16_t bits;
-};
+constexpr int64_t FEW_TOKENS = 12;  // with no more, packing the tiles would take longer than multiplying them
 
 static inline float load(float value) { return value; }
 static inline double load(double value) { return value; }
@@ -58,7 +52,7 @@ static inline void store(float value, bfloat16* to) {  // round to nearest even;
     to->bits = uint16_t(is_nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Sums on their way to a result: the result itself, unless it is narrower.
+// Where sums are kept until they are complete: in the result itself, or in scratch memory if the result is narrower.
 template <class IO, class Sum>
 struct Totals {
     Sum* sums;
@@ -79,10 +73,12 @@ struct Totals {
 
 template <class IO, class Sum, int BYTES, int VECTORS>
 struct Kernels {
+    typedef IO Element;
+    typedef Sum Total;
     typedef Sum Vector __attribute__((vector_size(BYTES), aligned(sizeof(Sum)), may_alias));
     static constexpr int LANES = BYTES / sizeof(Sum), PANEL = VECTORS * LANES, ROWS = NUM_SUMS / VECTORS;
 
-    // sums[m] += sum over k of a[m * A_ROW + k * A_STEP] * b[k * PANEL + ...]: the only place where numbers multiply.
+    // sums[m] += sum over k of a[m * A_ROW + k * A_STEP] * b[k * PANEL + ...]. Every product in this library is summed here.
     template <int NUM_ROWS, int64_t A_ROW, int64_t A_STEP>
     static inline void multiply(int64_t count, const Sum* a, const Sum* b, Vector (&sums)[NUM_ROWS][VECTORS]) {
         for (int64_t k = 0; k < count; k++) {
@@ -107,7 +103,7 @@ struct Kernels {
         return x > high ? Vector{} + high : x;
     }
 
-    // exp(z) to a unit or two in the last place, for all lanes at once; z is cut to where floats reach.
+    // exp(z) to one or two units in the last place, for all lanes at once; z is cut to where floats do not overflow.
     static inline Vector exponential(Vector z) {
         if constexpr (std::is_same_v<Sum, float>) {
             typedef int32_t Bits __attribute__((vector_size(BYTES)));
@@ -128,8 +124,8 @@ struct Kernels {
         }
     }
 
-    // GELU with the tanh formula is x * s, s = sigmoid(2 sqrt(2 / pi) * (x + 0.044715 x^3)).
-    // Beyond 64, s is 0 or 1 to the last bit; x is cut there, lest its powers overflow.
+    // GELU with the tanh formula is x * s with s = sigmoid(2 sqrt(2 / pi) * (x + 0.044715 x^3)).
+    // Beyond 64, s is 0 or 1 to the last bit. x is cut there, so that its powers do not overflow.
     static inline Vector gelu_sigmoid(Vector x) {
         x = cut(x, -64, 64);
         return 1 / (1 + exponential(x * (Sum(-1.5957691216057308) - Sum(1.5957691216057308 * 0.044715) * x * x)));
@@ -147,11 +143,11 @@ struct Kernels {
         return x;
     }
 
-    // Panels of a chunk lie this far apart; the last rows computed may be up to ROWS - 1 past the last token.
+    // Panels of a chunk lie this far apart. Rows are computed ROWS at a time, so up to ROWS - 1 follow the last token.
     static constexpr int64_t PANEL_STRIDE = (CHUNK + ROWS) * PANEL;
 
-    // `tokens` rows -> [panel][token][PANEL], reading each row in order. Rows of zeros fill up the last ROWS: whatever
-    // lay there before could be denormal numbers, with which a product takes many times as long.
+    // Copy `tokens` rows to panels[panel][token][PANEL], reading each row in order. Rows of zeros fill up the last
+    // ROWS: what lay there before could be denormal numbers, with which a product takes many times as long.
     static void pack_chunk(const IO* chunk, int64_t stride, int64_t tokens, int64_t num_panels, Sum* panels) {
         const int64_t padded = (tokens + ROWS - 1) / ROWS * ROWS;
 #pragma omp for schedule(static)
@@ -163,7 +159,7 @@ struct Kernels {
                             t < tokens ? widen(chunk + t * stride + p * PANEL + j) : Vector{};
     }
 
-    // y = x W^T + bias for FEW_TOKENS at most, from tiles as they are stored. Called by all threads of a team.
+    // y = x W^T + bias for at most FEW_TOKENS tokens, from tiles as they are stored. All threads of a team call it.
     template <class From, class To>
     static void gather_few(const From* x, int64_t stride, int64_t tokens, const IO* weight, const Map& map, int64_t size,
                            int64_t out_blocks, const IO* bias, To* y) {
@@ -180,7 +176,7 @@ struct Kernels {
             }
     }
 
-    // sums[m][i] = outputs first to first + 3 of NUM_ROWS rows of x; a tile has a multiple of 4 outputs.
+    // sums[m][i] = output first + i of row m of x, for i below 4. The side of a tile is a multiple of 4.
     template <int NUM_ROWS, class From>
     static inline void dot_products(const From* x, int64_t stride, const IO* weight, const Map& map, int64_t size,
                                     int64_t first, Sum (&sums)[4][4]) {
@@ -205,7 +201,7 @@ struct Kernels {
             }
     }
 
-    // All tiles of a weight -> [tile][panel of outputs][input][PANEL].
+    // Copy all tiles of a weight to packed[tile][panel of outputs][input][PANEL].
     static void pack_tiles(const IO* weight, int64_t num_tiles, int64_t size, bool transpose, Sum* packed) {
         const int64_t by_output = transpose ? size : 1, by_input = transpose ? 1 : size;
 #pragma omp for schedule(static)
@@ -219,8 +215,8 @@ struct Kernels {
         }
     }
 
-    // Output panel q of a product for tokens first to first + count; emit(token, rows, sums) gets ROWS at a
-    // time, of which the first `rows` are tokens; the others only fill up.
+    // Output panel q of a product for tokens first to first + count - 1. emit(token, rows, sums) gets the sums of ROWS
+    // rows at a time. The first `rows` of them are tokens; the others only fill up.
     template <class Emit>
     static inline void panel(const Sum* input, const Sum* weights, const Map& map, int64_t size, int64_t q, int64_t first,
                              int64_t count, Emit emit) {
@@ -242,7 +238,7 @@ struct Kernels {
             }
     }
 
-    // A product for a whole chunk, plus bias, -> y.
+    // y = the product for a whole chunk, plus bias.
     static void gather_chunk(const Sum* input, const Sum* weights, const Map& map, int64_t size, int64_t tokens,
                              int64_t out_blocks, const IO* bias, IO* y) {
         const int64_t panels = out_blocks * (size / PANEL), stride = out_blocks * size;
@@ -262,7 +258,7 @@ struct Kernels {
             }
     }
 
-    // columns (PANEL,), or what it holds plus, sum over tokens of a panel.
+    // columns (PANEL,) = the sum of a panel over tokens, added to what `columns` holds if `add`.
     static inline void add_columns(int64_t tokens, const Sum* panel, bool add, Sum* columns) {
         for (int j = 0; j < PANEL; j += LANES) {
             Vector sum = add ? *(const Vector*)(columns + j) : Vector{};
@@ -271,7 +267,8 @@ struct Kernels {
         }
     }
 
-    // tile (size, size), or what it holds plus, sum over tokens of a[t][i] * b[t][j]; a and b are its blocks' panels.
+    // tile (size, size) = sum over tokens of a[t][i] * b[t][j], added to what `tile` holds if `add`. a and b are the
+    // panels of the two blocks.
     static inline void add_outer(int64_t tokens, const Sum* a, const Sum* b, int64_t size, bool add, Sum* tile) {
         Sum* const sums = scratch<Sum>(SUMS, (SUB_CHUNK + ROWS) * PANEL);
         for (int64_t q = 0; q < size / PANEL; q++)
@@ -303,19 +300,24 @@ struct Kernels {
     }
 };
 
-// Calls `run` with the widest kernels whose panel divides a tile, whose side is a multiple of 4. What it returns:
-enum Outcome { DONE, NO_CODE, NO_MEMORY };
+// Call `run` with the widest kernels whose panel divides a tile. The side of a tile is a multiple of 4.
 template <class IO, class Sum, class Run>
-static int with_kernels(int64_t size, Run run) try {
+static void with_kernels_of(int64_t size, Run run) {
     constexpr int LANES = VECTOR_BYTES / sizeof(Sum);
-    if (size % 4) return NO_CODE;
-    if (size % (MAX_VECTORS * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, MAX_VECTORS>());
-    else if (size % (2 * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 2>());
-    else if (size % LANES == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 1>());
-    else if (size % (32 / sizeof(Sum)) == 0) run(Kernels<IO, Sum, 32, 1>());
-    else if (size % (16 / sizeof(Sum)) == 0) run(Kernels<IO, Sum, 16, 1>());
-    else return NO_CODE;
-    return DONE;
-} catch (const std::bad_alloc&) {
-    return NO_MEMORY;
+    const bool fits = size > 0 && size % 4 == 0;
+    if (fits && size % (MAX_VECTORS * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, MAX_VECTORS>());
+    else if (fits && size % (2 * LANES) == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 2>());
+    else if (fits && size % LANES == 0) run(Kernels<IO, Sum, VECTOR_BYTES, 1>());
+    else if (fits && size % (32 / sizeof(Sum)) == 0) run(Kernels<IO, Sum, 32, 1>());
+    else if (fits && size % (16 / sizeof(Sum)) == 0) run(Kernels<IO, Sum, 16, 1>());
+    else throw NoCode{"have no code for block size " + std::to_string(size)};
+}
+
+// The same for elements of a type that is known when the program runs.
+template <class Run>
+static void with_kernels(int64_t type, int64_t size, Run run) {
+    if (type == FLOAT32) with_kernels_of<float, float>(size, run);
+    else if (type == FLOAT64) with_kernels_of<double, double>(size, run);
+    else if (type == BFLOAT16) with_kernels_of<bfloat16, float>(size, run);
+    else throw WrongArgument{"x must be float32, float64 or bfloat16"};
 }

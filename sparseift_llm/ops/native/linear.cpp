@@ -1,5 +1,4 @@
 // One block-sparse linear map: y = x W^T + bias, its input gradient, and its weight gradient.
-// The arguments are explained where they are passed, in kernels/native.py.
 
 #include "kernels.h"
 
@@ -49,29 +48,60 @@ static void outer(Kernels k, const IO* grad, int64_t grad_stride, int64_t out_bl
     }
 }
 
-#define FOR_TYPE(NAME, IO, SUM)                                                                                      \
-    EXPORTED int gather_##NAME(const IO* x, int64_t x_stride, int64_t num_tokens, int64_t in_blocks,                 \
-                                 const IO* weight, int64_t transpose, int64_t num_tiles, const int32_t* starts,      \
-                                 const int32_t* sources, const int32_t* tiles, int64_t out_blocks, const IO* bias,   \
-                                 IO* y, int64_t size) {                                                              \
-        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                       \
-            gather<decltype(kernels), IO, SUM>(kernels, x, x_stride, num_tokens, in_blocks, weight, transpose != 0,  \
-                                               num_tiles, {starts, sources, tiles}, out_blocks, bias, y, size);      \
-        });                                                                                                          \
-    }                                                                                                                \
-    EXPORTED int outer_##NAME(const IO* grad, int64_t grad_stride, int64_t out_blocks, const IO* x,                  \
-                                int64_t x_stride, int64_t in_blocks, int64_t num_tokens, const int32_t* rows,        \
-                                const int32_t* columns, int64_t num_tiles, IO* result, int64_t size) {               \
-        return with_kernels<IO, SUM>(size, [&](auto kernels) {                                                       \
-            outer<decltype(kernels), IO, SUM>(kernels, grad, grad_stride, out_blocks, x, x_stride, in_blocks,        \
-                                              num_tokens, rows, columns, num_tiles, result, size);                   \
-        });                                                                                                          \
-    }
-FOR_TYPE(float32, float, float)
-FOR_TYPE(float64, double, double)
-FOR_TYPE(bfloat16, bfloat16, float)
+// y = x W^T + bias, or y = x W (the input gradient, with x the gradient of the output).
+//
+// x          (tokens, in), with any row stride
+// weight     the tiles (N, size, size) of W
+// transpose  whether tiles are (output, input) of this product, as for x W^T; for x W they are (input, output)
+// map        which tiles make a block of y: starts (out / size + 1), sources and tiles (N)
+// bias       (out,), or null
+// y          (tokens, out), written
+EXPORTED int gather(const Array* x, const Array* weight, int64_t transpose, const Array* starts, const Array* sources,
+                    const Array* tiles, const Array* bias, const Array* y) {
+    return guarded([&] {
+        const int64_t size = tile_side(present(weight, "weight"), "weight"), count = weight->shape[0];
+        with_kernels(present(x, "x").type, size, [&](auto kernels) {
+            typedef typename decltype(kernels)::Element IO;
+            typedef typename decltype(kernels)::Total Sum;
+            const int64_t in_blocks = blocks_of(x, "x", size), out_blocks = blocks_of(y, "y", size);
+            const int64_t tokens = x->shape[0], width = out_blocks * size;
+            gather<decltype(kernels), IO, Sum>(
+                kernels, memory_of<IO>(x, "x", {tokens, in_blocks * size}, true), x->stride, tokens, in_blocks,
+                memory_of<IO>(weight, "weight", {count, size, size}), transpose != 0, count,
+                map_of({starts, sources, tiles}, "map", out_blocks, in_blocks, count), out_blocks,
+                memory_if_any<IO>(bias, "bias", {width}), memory_of<IO>(y, "y", {tokens, width}), size);
+        });
+    });
+}
 
-// Bytes that all threads keep between calls, and giving them back; while no other function here runs.
+// The tiles of grad^T x.
+//
+// grad     (tokens, out), with any row stride
+// x        (tokens, in), with any row stride
+// rows     the block-row of every tile (N,)
+// columns  the block-column of every tile (N,)
+// result   (N, size, size), written
+EXPORTED int outer(const Array* grad, const Array* x, const Array* rows, const Array* columns, const Array* result) {
+    return guarded([&] {
+        const int64_t size = tile_side(present(result, "result"), "result"), count = result->shape[0];
+        with_kernels(present(x, "x").type, size, [&](auto kernels) {
+            typedef typename decltype(kernels)::Element IO;
+            typedef typename decltype(kernels)::Total Sum;
+            const int64_t out_blocks = blocks_of(grad, "grad", size), in_blocks = blocks_of(x, "x", size);
+            const int64_t tokens = x->shape[0];
+            outer<decltype(kernels), IO, Sum>(
+                kernels, memory_of<IO>(grad, "grad", {tokens, out_blocks * size}, true), grad->stride, out_blocks,
+                memory_of<IO>(x, "x", {tokens, in_blocks * size}, true), x->stride, in_blocks, tokens,
+                indices_of(rows, "rows", count, out_blocks), indices_of(columns, "columns", count, in_blocks), count,
+                memory_of<IO>(result, "result", {count, size, size}), size);
+        });
+    });
+}
+
+// What was wrong with the last call of this thread that returned NO_CODE or WRONG_ARGUMENT.
+EXPORTED const char* last_mistake() { return mistake.c_str(); }
+
+// Bytes that all threads keep between calls, and giving them back. No other function here may run meanwhile.
 EXPORTED int64_t scratch_bytes() {
     const std::lock_guard<std::mutex> lock(Buffers::mutex);
     return std::accumulate(Buffers::all.begin(), Buffers::all.end(), int64_t(0),

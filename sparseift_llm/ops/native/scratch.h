@@ -10,7 +10,7 @@
 #include <numeric>
 #include <set>
 
-// A widened activation is fresh memory on every call: with 2 MiB pages the first touch costs a fraction.
+// Ask for pages of 2 MiB. A widened activation is fresh memory on every call, and touching it costs a fraction then.
 static void ask_for_huge_pages(void* start, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = 2 << 20, first = (uintptr_t(start) + page - 1) & ~(page - 1);
@@ -23,7 +23,7 @@ static void ask_for_huge_pages(void* start, int64_t bytes) {
 enum Purpose { WEIGHT, INPUT, GRAD, HIDDEN, HIDDEN_GRAD, SUMS, TOTAL, TOTAL_UP, TOTAL_BIAS, NUM_PURPOSES };
 struct Buffers {
     inline static std::mutex mutex;
-    inline static std::set<Buffers*>& all = *new std::set<Buffers*>;  // of all threads
+    inline static std::set<Buffers*>& all = *new std::set<Buffers*>;  // the buffers of all threads
     void* start[NUM_PURPOSES] = {};
     int64_t size[NUM_PURPOSES] = {};
     Buffers() {
@@ -48,6 +48,8 @@ struct Buffers {
     }
 };
 inline thread_local Buffers buffers;
+
+// This thread's memory for one purpose, at least `count` numbers long. What it holds is not defined.
 template <class Sum>
 static Sum* scratch(Purpose purpose, int64_t count) {
     const int64_t bytes = (count * int64_t(sizeof(Sum)) + 4095) / 4096 * 4096;
