@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
 from sparseift_llm.analysis.correlation import Correlation, correlate
@@ -24,15 +23,15 @@ from sparseift_llm.analysis.matrices import check_every_nth_layer
 from sparseift_llm.analysis.spectral import MIN_MEAN_DEGREE, MIN_VERTICES, QUANTITIES, TOLERANCE, spectral_report
 from sparseift_llm.checkpoints.loading import weight_files
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, read_digest
-from sparseift_llm.checkpoints.trainer_folder import is_complete, numbered_checkpoints, read_trainer_state
-from sparseift_llm.reporting.comparison import check_same_data, read_summary
-from sparseift_llm.runs.record import SUMMARY_NAME
+from sparseift_llm.checkpoints.trainer_folder import is_complete, numbered_checkpoints
+from sparseift_llm.runs.folder import read_folder, read_summary
+from sparseift_llm.runs.formats import SPECTRAL_FORMAT, SPECTRAL_NAME, SUMMARY_NAME, TRAINER_STATE_NAME
+from sparseift_llm.runs.reading import read_object
+from sparseift_llm.runs.same_data import check_same_data
 from sparseift_llm.utils.files import write_json, written_whole
 from sparseift_llm.utils.tables import markdown_table
 
 logger = logging.getLogger(__name__)
-SPECTRAL_NAME = "spectral.json"
-SPECTRAL_FORMAT = "sparseift_spectral_v1"
 ANALYSIS_FORMAT = "sparseift_analysis_v1"
 ANALYSIS_BEGINNING = rf'\{{\s*"format": "{ANALYSIS_FORMAT}"'  # a pattern, see refuse_foreign
 ANALYSIS_NAME = "analysis.json"
@@ -175,7 +174,7 @@ def _write_entries(run: Path, settings: dict[str, Any], entries: Iterable[dict[s
 def _candidates(run: Path, excluded: dict[str, str]) -> Iterator[tuple[int, Path]]:
     """Folders to analyse and their steps, the final model first; others go to `excluded`."""
     if (run / CONFIG_NAME).is_file() or (run / MASKS_NAME).is_file():
-        step = _step_of(run)
+        step = read_folder(run).step
         if step is None:
             excluded["."] = f"the step of this model is not known: no {SUMMARY_NAME} and no {TRAINER_STATE_NAME} has it"
         else:
@@ -187,23 +186,9 @@ def _candidates(run: Path, excluded: dict[str, str]) -> Iterator[tuple[int, Path
             excluded[folder.name] = "was not written to its end"
 
 
-def _step_of(run: Path) -> int | None:
-    found = [_read_json(run / SUMMARY_NAME).get("step"), (read_trainer_state(run) or {}).get("global_step")]
-    return next((step for step in found if type(step) is int), None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty if there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def _entry(step: int, name: str, folder: Path, known: dict[str, Any], every_nth_layer: int) -> dict[str, Any]:
     """The entry of one folder for `spectral.json`, taken from there if masks and weights are the same files."""
-    if not (folder / MASKS_NAME).exists() and "sparse_ift" not in _read_json(folder / CONFIG_NAME):
+    if not (folder / MASKS_NAME).exists() and "sparse_ift" not in read_object(folder / CONFIG_NAME).values:
         raise ValueError("a dense model, without masks to analyse")
     digest = read_digest(folder)
     # static masks have one digest at all steps, so files of weights must not have changed either

@@ -15,7 +15,8 @@ from sparseift_llm.evaluation.suites import Suite
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.projections import find_projections
 from sparseift_llm.planning.cost import cost_of
-from sparseift_llm.runs.record import RECIPE_NAME, SUMMARY_NAME
+from sparseift_llm.runs.formats import RECIPE_NAME, SUMMARY_NAME
+from sparseift_llm.runs.reading import mapping, read_object
 
 # Entries of a configuration that do not change what a model computes.
 _IDLE_ENTRIES = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -40,12 +41,20 @@ def describe_model(model: PreTrainedModel, name: str, seq_len: int) -> dict[str,
     }
     for folder in (Path(name), Path(name).parent):
         if (folder / SUMMARY_NAME).is_file():
-            summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+            summary = _contents(folder / SUMMARY_NAME)
             keys = ("train_flops", "train_tokens", "eval_loss", "commit")
             found["run"] = {key: summary.get(key) for key in keys}
             found["run"]["seed"] = summary.get("config", {}).get("training", {}).get("seed")
             break
     return found
+
+
+def _contents(path: Path) -> Mapping[str, Any]:
+    """What a file of a run holds; a file that is damaged is an error that names it."""
+    found = read_object(path)
+    if found.problem:
+        raise ValueError(f"{path.parent}: {found.problem}; restore the file")
+    return found.values
 
 
 def _cost(model: PreTrainedModel, seq_len: int) -> dict[str, Any]:
@@ -102,8 +111,8 @@ def check_held_out(name: str, suite: Suite) -> None:
         return
     for folder in (Path(name), Path(name).parent):
         if (folder / RECIPE_NAME).is_file():
-            data = json.loads((folder / RECIPE_NAME).read_text(encoding="utf-8"))["data"]
-            if data["corpus"] == "builtin" and data["eval_fraction"] < builtin.EVAL_FRACTION:
+            data = mapping(_contents(folder / RECIPE_NAME).get("data"))
+            if data.get("corpus") == "builtin" and data["eval_fraction"] < builtin.EVAL_FRACTION:
                 raise ValueError(
                     f"{folder} trained with data.eval_fraction={data['eval_fraction']}, so on some of the suite's "
                     f"items; the built-in suite needs {builtin.EVAL_FRACTION} or more"

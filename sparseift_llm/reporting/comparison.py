@@ -1,15 +1,16 @@
-"""Tables and pictures from finished runs: reads `summary.json` and `metrics.jsonl`, never a model."""
+"""Tables and pictures from finished runs; what is in a run folder is read by runs/folder.py."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparseift_llm.runs.record import SUMMARY_NAME, read_metrics
+from sparseift_llm.runs.folder import read_folder, read_summary
+from sparseift_llm.runs.same_data import check_same_data
 from sparseift_llm.utils.files import written_whole
+from sparseift_llm.utils.outputs import user_path
 from sparseift_llm.utils.tables import markdown_table
 
 COMPARISON_NAME = "comparison.md"
@@ -39,25 +40,6 @@ COMPARISON_BEGINNING = rf"\|  \|.*\n\| --- \|.*\n\| {re.escape(HEADLINES[0][0])}
 WITH_RATIO = {key for _, key, _ in HEADLINES} - {"linear_sparsity"}
 
 
-def read_summary(run: str | Path) -> dict[str, Any]:
-    """A run's `summary.json`.
-
-    Raises:
-        ValueError: the run is missing or has not finished.
-    """
-    path = Path(run) / SUMMARY_NAME
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {run} is not a finished run of recipes/pretrain.py")
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    missing = [key for _, key, _ in HEADLINES if not isinstance(summary, dict) or key not in summary]
-    if missing:
-        raise ValueError(f"{path} is not the summary of a run: it has no {missing[0]!r}")
-    return summary
-
-
 def comparison_table(runs: Sequence[str | Path]) -> str:
     """A markdown table of finished runs side by side; with two, a column of ratios second / first.
 
@@ -68,7 +50,7 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
         ValueError: a run has not finished, or the runs differ in data or sequence length, so that their
             losses cannot be compared.
     """
-    summaries = [read_summary(run) for run in runs]
+    summaries = [read_summary(user_path(run)) for run in runs]
     check_same_data(runs, summaries)
     header = ["", *(Path(run).name for run in runs), *(["ratio"] if len(runs) == 2 else [])]
     lines = []
@@ -78,19 +60,6 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
             cells.append(f"{summaries[1][key] / summaries[0][key]:.3f}" if key in WITH_RATIO else "")
         lines.append(cells)
     return markdown_table(header, lines, "l" + "r" * (len(header) - 1)) + "\n\n" + _notes(summaries)
-
-
-def check_same_data(runs: Sequence[str | Path], summaries: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError, naming two runs and the option, unless all runs had the same data and sequence length."""
-    for summary, run in zip(summaries, runs, strict=True):
-        for key, first, other in differing_data(summaries[0]["config"]["data"], summary["config"]["data"]):
-            raise ValueError(f"{runs[0]} and {run} cannot be compared: data.{key} is {first!r} and {other!r}")
-
-
-def differing_data(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Options of the data (key, first's, other's) on which two runs differ, so that losses cannot be compared."""
-    keys = sorted((first.keys() | other.keys()) - {"cache_dir"})  # where tokens are kept does not matter
-    return [(key, first.get(key), other.get(key)) for key in keys if first.get(key) != other.get(key)]
 
 
 def _notes(summaries: Sequence[dict[str, Any]]) -> str:
@@ -115,11 +84,12 @@ def loss_picture(runs: Sequence[str | Path], path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("drawing needs matplotlib: pip install 'sparseift_llm[plot]'") from error
+    folders = [read_folder(user_path(run)) for run in runs]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, key, label in zip(panels, ("train_tokens", "train_flops"), ("tokens", "FLOPs"), strict=True):
-        for index, run in enumerate(runs):
-            metrics = read_metrics(run)
+        for index, (run, folder) in enumerate(zip(runs, folders, strict=True)):
+            metrics = folder.metrics.lines
             if not metrics:
                 raise ValueError(f"{run} has no metrics to draw")
             for name, style, title in (("loss", "-", "training"), ("eval_loss", "o--", "held-out")):

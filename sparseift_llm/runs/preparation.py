@@ -11,8 +11,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_checkpoint
 from sparseift_llm.data.loading import LoadedData
+from sparseift_llm.runs.formats import METRICS_NAME, RECIPE_NAME
 from sparseift_llm.runs.recipe import Recipe, recorded_recipe
-from sparseift_llm.runs.record import METRICS_NAME, RECIPE_NAME
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import versions
 

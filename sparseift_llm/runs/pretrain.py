@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, TrainingArguments, default_data_collat
 
 from sparseift_llm.data.loading import LoadedData, load_data
 from sparseift_llm.planning.cost import cost_of
+from sparseift_llm.runs.formats import SUMMARY_NAME
 from sparseift_llm.runs.model import make_model
 from sparseift_llm.runs.preparation import check_recipe, prepare_output, training_arguments
 from sparseift_llm.runs.recipe import Recipe, load_recipe
-from sparseift_llm.runs.record import SUMMARY_NAME, RunRecord
+from sparseift_llm.runs.record import RunRecord
 from sparseift_llm.runs.trainer import AlreadyFinished, Pretrainer, StopBeforeExtraStep, sequences_per_step, whole_steps
 from sparseift_llm.trainer.callback import SparseTrainingCallback
 from sparseift_llm.utils.files import write_json

@@ -1,6 +1,6 @@
 """What a training run leaves behind: `metrics.jsonl` while it goes, `summary.json` at its end.
 
-Written by a Trainer callback; read back by report.py.
+A Trainer callback writes it; folder.py reads it back.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from sparseift_llm import isoflop
 from sparseift_llm.metrics.throughput import TrainingFlops
 from sparseift_llm.planning.cost import count_flops
+from sparseift_llm.runs.formats import METRICS_NAME
 from sparseift_llm.trainer.callback import SparseTrainingCallback
 from sparseift_llm.training.controller import SparseTrainingController
 from sparseift_llm.utils.json_lines import append_line, keep_lines, read_lines
-
-METRICS_NAME = "metrics.jsonl"
-RECIPE_NAME = "recipe.json"
-SUMMARY_NAME = "summary.json"
 
 
 class RunRecord(TrainerCallback):

@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from sparseift_llm.reporting.page.charts import Series, downsampled, line_chart
 from sparseift_llm.reporting.page.markup import Body, Table, short
-from sparseift_llm.reporting.page.reading import finite, mapping, number
 from sparseift_llm.reporting.page.runs import Run
+from sparseift_llm.runs.reading import finite, mapping, number
 
 MOST_LOSSES = 500  # points of a loss curve
 NUM_LINES, NUM_STRETCHES = 200, 10  # other curves: lines spread evenly, stretches whose extremes are kept
@@ -23,6 +23,7 @@ X_AXES = (  # name, key, label, words of the switch
     ("flops", "train_flops", "training FLOPs, whole model", "FLOPs"),
     ("tokens", "train_tokens", "training tokens", "tokens"),
     ("time", "wall_seconds", "wall-clock time, evaluation included (s)", "wall-clock time"),
+    ("steps", "step", "optimizer steps", "steps"),  # all that a plain Trainer's log has
 )
 SPANS = (("whole", 0.0, "whole training"), ("half", 0.5, "from the middle of the shortest run"))
 _EXTREMES = "for every curve the smallest and the largest value of equal stretches"
@@ -95,7 +96,11 @@ def loss_figure(runs: Sequence[Run]) -> Figure | None:
     """Training and held-out loss of all runs, over every axis, whole and from the middle of training."""
     kept = [{key: _kept(run.metrics, key, MOST_LOSSES) for key, _, _ in _LOSSES} for run in runs]
     plots = []
-    for column, (name, key, label, words) in enumerate(X_AXES, start=1):
+    keys = ["step", "train_flops", "train_tokens", "wall_seconds", "loss", "eval_loss"]  # columns of the table
+    has_tokens = all(any("train_tokens" in line for line in run.metrics) for run in runs if run.metrics)
+    for name, key, label, words in X_AXES:
+        if name == "steps" and has_tokens:
+            continue  # every run can be drawn over axes that say more
         logged = [[x for line in run.metrics if (x := finite(line.get(key))) is not None] for run in runs]
         for span, start, span_words in SPANS:
             begin = start * min((max(values) for values in logged if values), default=0)
@@ -105,17 +110,22 @@ def loss_figure(runs: Sequence[Run]) -> Figure | None:
                 for index, run in enumerate(runs)
             ]
             title = f"Loss over {words}, {span_words}"
-            columns = {"x": str(column), "y": f"{len(X_AXES) + 1} {len(X_AXES) + 2}"}
+            columns = {"x": str(keys.index(key)), "y": f"{keys.index('loss')} {keys.index('eval_loss')}"}
             chart = line_chart(
                 f"loss-{name}-{span}", title, series, label, "nats per token", columns=columns, x_low=begin
             )
             if chart is not None:
                 plots.append((f"{name}-{span}", title, chart))
     header = ["step", "FLOPs", "tokens", "seconds", "training loss", "held-out loss"]
-    keys = ["step", *(key for _, key, _, _ in X_AXES), "loss", "eval_loss"]
     table = Table("Loss (nats per token) over training", header, _bodies(runs, kept, keys))
     total = sum(any(loss in line for loss, _, _ in _LOSSES) for run in runs for line in run.metrics)
     return Figure("loss", plots, _drawn(kept), table, _note(table.num_rows, total, _EXTREMES)) if plots else None
+
+
+def drawn_axes(loss: Figure | None) -> list[tuple[str, str]]:
+    """The axes over which there are losses: their names, and their words for the switch."""
+    names = {name for name, _, _ in loss.plots} if loss else set()
+    return [(name, words) for name, _, _, words in X_AXES if any(f"{name}-{span}" in names for span, _, _ in SPANS)]
 
 
 def multiples(

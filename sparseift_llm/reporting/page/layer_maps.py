@@ -14,8 +14,9 @@ from sparseift_llm.reporting.page.curves import SPECTRAL_QUANTITIES
 from sparseift_llm.reporting.page.degrees import LayerDegrees, Masks, binned, short_names
 from sparseift_llm.reporting.page.heat import HeatMap, draw
 from sparseift_llm.reporting.page.markup import Body, Table, short
-from sparseift_llm.reporting.page.reading import finite, mapping, text
 from sparseift_llm.reporting.page.runs import Run
+from sparseift_llm.reporting.page.words import text
+from sparseift_llm.runs.reading import finite, mapping
 
 NUM_BINS, MOST_COLUMNS = 48, 32
 _BY_LAYER = (

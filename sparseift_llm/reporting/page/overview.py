@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparseift_llm.evaluation.comparison import Arm, check_comparable
-from sparseift_llm.reporting.comparison import HEADLINES, MASKED_NOTE, NOTES, WITH_RATIO, differing_data
+from sparseift_llm.reporting.comparison import HEADLINES, MASKED_NOTE, NOTES, WITH_RATIO
 from sparseift_llm.reporting.page.markup import NONE, Body, Table, formatted
-from sparseift_llm.reporting.page.reading import finite, flattened, mapping, text
 from sparseift_llm.reporting.page.runs import Run
+from sparseift_llm.reporting.page.words import flattened, text
+from sparseift_llm.runs.reading import finite, mapping
+from sparseift_llm.runs.same_data import differing_data
 
 _RECORD = ("machine", "versions", "commit", "command", "device", "num_ranks", "data_fingerprint")
 _FROM_LOG = ("eval_loss", "train_flops", "train_tokens", "tokens_per_second")  # what a log line has, too

@@ -19,7 +19,7 @@ from sparseift_llm.reporting.page import curves, evaluations, layer_maps, overvi
 from sparseift_llm.reporting.page.charts import MARKERS, marker_of, style_class
 from sparseift_llm.reporting.page.runs import Run, read_runs
 from sparseift_llm.utils.files import written_whole
-from sparseift_llm.utils.outputs import refuse_foreign
+from sparseift_llm.utils.outputs import refuse_foreign, user_path
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ENVIRONMENT = jinja2.Environment(
@@ -39,7 +39,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Run]:
     """Write a page about training runs, whatever state they are in.
 
     Args:
-        folders: output folders of recipes/pretrain.py.
+        folders: output folders of recipes/pretrain.py, or of a Trainer, which may lack some pieces.
         path: the file to write, new or an older page; its folder is made.
 
     Returns:
@@ -49,7 +49,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Run]:
         ValueError: a run's path is no folder, one is given twice, no run can be read, or `path` is a folder or a file
             that is no such page.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         raise ValueError(f"--output must be a file such as report.html, got the folder {path}")
     refuse_foreign([path], _BEGINNING, "sparseift report")
@@ -75,13 +75,14 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _sections(runs: Sequence[Run]) -> dict[str, Any]:
+    loss = curves.loss_figure(runs)
     return {
         "runs": runs,
         "styles": [(run.name, style_class(index), marker_of(index)) for index, run in enumerate(runs)],
         "headline": overview.headline_table(runs),
         "warnings": overview.comparison_warnings(runs),
-        "loss": curves.loss_figure(runs),
-        "x_axes": [(name, words) for name, _, _, words in curves.X_AXES],
+        "loss": loss,
+        "x_axes": curves.drawn_axes(loss),
         "spans": [(name, words) for name, _, words in curves.SPANS],
         "degrees": layer_maps.degree_figures(runs),
         "masks": curves.multiples("masks", "Masks along training", runs, curves.MASK_QUANTITIES),
