@@ -23,6 +23,7 @@ from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.planning.planner import plan
 from sparseift_llm.record.model_record import has_record, missing_layers
 from sparseift_llm.utils.files import written_whole
+from sparseift_llm.utils.outputs import user_path
 
 __all__ = ["export_run", "load_pretrained", "save_export", "sparsify", "to_dense"]
 _TOKENIZER_NAME = "tokenizer_config.json"
@@ -100,7 +101,7 @@ def save_export(model: PreTrainedModel, output: str | Path, format: str = "dense
         ValueError: an unknown format, a folder with something in it, no Sparse-IFT model, sharded weights, or `dense`
             and a family whose non-linearity has no stock twin.
     """
-    output = Path(output)
+    output = user_path(output)
     check_options(output, format)
     if not sparse_layers(model):
         raise ValueError("the model has no sparse layers, so there is nothing to export")
@@ -124,8 +125,8 @@ def export_run(run: str | Path, output: str | Path, format: str = "dense") -> Pa
     Raises:
         ValueError: as `save_export`; no model in `run`, half-written, or damaged.
     """
-    run = Path(run)
-    check_options(Path(output), format)
+    run, output = user_path(run), user_path(output)
+    check_options(output, format)
     check_run(run)
     result = save_export(load_pretrained(run, dtype="auto"), output, format)
     if (run / _TOKENIZER_NAME).is_file():

@@ -29,6 +29,7 @@ from sparseift_llm.runs.formats import SPECTRAL_FORMAT, SPECTRAL_NAME, SUMMARY_N
 from sparseift_llm.runs.reading import read_object
 from sparseift_llm.runs.same_data import check_same_data
 from sparseift_llm.utils.files import write_json, written_whole
+from sparseift_llm.utils.outputs import user_path
 from sparseift_llm.utils.tables import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -103,21 +104,21 @@ def analyze(runs: Sequence[str | Path], output: str | Path, every_nth_layer: int
         OSError: a file cannot be written.
     """
     check_every_nth_layer(every_nth_layer)
-    folders = [Path(run) for run in runs]
+    folders, output = [user_path(run) for run in runs], user_path(output)
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder; give output folders of runs")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice, which would count it twice in correlations")
     settings = make_settings(every_nth_layer)
-    Path(output).mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     found = tuple(_analyze_run(folder, settings) for folder in folders)
     if not any(run.checkpoints for run in found):
         reasons = [f"{run.run} ({where}): {reason}" for run in found for where, reason in run.excluded.items()]
         raise ValueError("nothing to analyse: " + "; ".join(reasons))
     result = Analysis(settings, found, tuple(correlations(found)))
-    write_json(Path(output) / ANALYSIS_NAME, result.to_dict())
-    _write_table(Path(output) / TABLE_NAME, found)
+    write_json(output / ANALYSIS_NAME, result.to_dict())
+    _write_table(output / TABLE_NAME, found)
     return result
 
 

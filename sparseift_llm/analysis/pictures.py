@@ -9,6 +9,7 @@ from sparseift_llm.analysis.checkpoints import LOSS, Analysis, labels
 from sparseift_llm.analysis.correlation import MIN_RUNS
 from sparseift_llm.analysis.spectral import QUANTITIES
 from sparseift_llm.utils.files import written_whole
+from sparseift_llm.utils.outputs import user_path
 
 ALONG_TRAINING_NAME = "spectral.png"
 CORRELATIONS_NAME = "correlations.png"
@@ -27,7 +28,7 @@ def draw(analysis: Analysis, output: str | Path) -> list[Path]:
         import matplotlib.figure
     except ImportError as error:
         raise ValueError("drawing needs matplotlib: pip install 'sparseift_llm[plot]'") from error
-    along, scatter = Path(output) / ALONG_TRAINING_NAME, Path(output) / CORRELATIONS_NAME
+    along, scatter = (user_path(output) / name for name in (ALONG_TRAINING_NAME, CORRELATIONS_NAME))
     figure = matplotlib.figure.Figure(figsize=(11, 7), layout="constrained")
     _draw_along_training(analysis, figure)
     _save(figure, along)

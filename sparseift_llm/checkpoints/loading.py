@@ -19,6 +19,7 @@ from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.checkpoints.saving import install_saving
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.record.quantization_mark import is_marked, mark
+from sparseift_llm.utils.outputs import user_path
 
 _SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -40,6 +41,8 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     if kwargs.get("tp_plan") is not None:
         raise ValueError("tensor parallelism does not know sparse layers; load the model without tp_plan")
+    if str(folder).startswith("~"):  # transformers does not know home folders
+        folder = user_path(folder)
     source = {key: kwargs[key] for key in _SOURCE_OPTIONS if key in kwargs}
     hf_config = AutoConfig.from_pretrained(folder, **source)
     record = read_record(hf_config)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
+
+from sparseift_llm.utils.outputs import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `sparseift analyze`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of `sparseift pretrain` or of a Trainer")
-    parser.add_argument("--output", type=Path, required=True, help="folder for analysis.json, analysis.csv, pictures")
+    parser.add_argument(
+        "--output", type=user_path, required=True, help="folder for analysis.json, analysis.csv, pictures"
+    )
     parser.add_argument("--every-nth-layer", type=int, default=1, metavar="N", help="take decoder layers 0, N, 2N, ...")
 
 

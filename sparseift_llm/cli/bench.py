@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+
+from sparseift_llm.utils.outputs import user_path
 
 # A pattern for the beginning of a result file, by which `refuse_foreign` knows files that this command may overwrite.
 RESULT_BEGINNING = r'\{\s*"rows": \[\s*\{\s*"name": "\w+",\s*"level": "'
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crossover", action="store_true", help="FFNs of several widths and tiles instead")
     parser.add_argument("--repeats", type=int, default=9, help="timed turns of each contestant")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, help="write the JSON object to this file as well")
+    parser.add_argument("--output", type=user_path, help="write the JSON object to this file as well")
 
 
 def run(arguments: argparse.Namespace) -> str:

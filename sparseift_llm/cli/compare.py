@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from sparseift_llm.utils.outputs import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `sparseift compare`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of `sparseift pretrain`, dense first")
-    parser.add_argument("--output", type=Path, required=True, help="folder for comparison.md and loss.png")
+    parser.add_argument("--output", type=user_path, required=True, help="folder for comparison.md and loss.png")
 
 
 def run(arguments: argparse.Namespace) -> str:

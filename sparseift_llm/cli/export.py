@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from sparseift_llm.utils.outputs import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="RUN", help="output folder of `sparseift pretrain`, or a checkpoint of a Trainer"
     )
     parser.add_argument("--format", required=True, help="dense (loads anywhere) or sparse (compact)")
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--output", type=user_path, required=True, help="new folder")
 
 
 def run(arguments: argparse.Namespace) -> str:

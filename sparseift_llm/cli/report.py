@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparseift_llm.utils.outputs import user_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `sparseift report`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of `sparseift pretrain`, dense first")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write")
+    parser.add_argument("-o", "--output", type=user_path, default=Path("report.html"), help="the page to write")
 
 
 def run(arguments: argparse.Namespace) -> str:

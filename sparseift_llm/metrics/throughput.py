@@ -41,10 +41,21 @@ class TrainingFlops:
         return isoflop.run_flops(self._tokens_per_step, num_steps, self._around, active, dense_gradient_weights)
 
 
-class Stopwatch:
-    """Seconds spent in training since the last reading: waiting for data counts, evaluation and saving do not."""
+WARM_UP_STEPS = 1  # of each process: kernels are compiled in it, and memory is first allocated
 
-    def __init__(self) -> None:
+
+class Stopwatch:
+    """Steps and seconds of training, from which `tokens_per_second` is made everywhere in this package.
+
+    Waiting for data counts; evaluation and saving do not. The first steps of the process can be counted apart.
+
+    Args:
+        warm_up_steps: number of steps, at the start, whose time goes to `warm_up_seconds` and to no reading.
+    """
+
+    def __init__(self, warm_up_steps: int = 0) -> None:
+        self.warm_up_seconds = 0.0
+        self._warm_up_left = warm_up_steps
         self._started: float | None = None  # of the first step, or the last reading
         self._step_ended = 0.0
         self._num_steps = 0
@@ -61,15 +72,21 @@ class Stopwatch:
 
     def end_step(self) -> None:
         """After the optimizer."""
+        if self._warm_up_left > 0 and torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # what is queued belongs to the warm-up
         self._num_steps += 1
         self._step_ended = time.perf_counter()
+        if self._warm_up_left > 0 and self._started is not None:
+            self._warm_up_left -= 1
+            self.warm_up_seconds += self._step_ended - self._started
+            self._started, self._num_steps = self._step_ended, 0
 
     def interrupt(self) -> None:
         """Something else than training was done since the last step ended."""
         self._is_interrupted = True
 
     def read(self) -> tuple[int, float]:
-        """Steps and seconds since the last reading; call it once the device has nothing left to do."""
+        """Steps and seconds since the last reading or the warm-up; the device must have nothing left to do."""
         now = time.perf_counter()
         result = self._num_steps, 0.0 if self._started is None else now - self._started
         if self._started is not None:  # anew from now, not from the next step: its batch may have to be waited for

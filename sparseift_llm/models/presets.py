@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sparseift_llm.models.architectures import sizes_of
+from sparseift_llm.utils.outputs import user_path
 from sparseift_llm.utils.words import nearest
 
 _GPT3 = {  # hidden, layers, heads: arXiv 2005.14165, table 2.1 (XL with 16 heads, so that they divide the width)
@@ -58,7 +59,7 @@ def load_config(model: str) -> PreTrainedConfig:
     """
     if model in PRESETS:
         return preset_config(model)
-    path = Path(model)
+    path = user_path(model)
     if model and path.is_dir():
         path /= "config.json"
         if not path.is_file():
@@ -69,7 +70,7 @@ def load_config(model: str) -> PreTrainedConfig:
     if likely and "/" not in model:  # do not wait for the hub over a slip of the pen
         raise ValueError(f"{model!r} is no preset; did you mean {likely[0]!r}? (presets: {', '.join(PRESETS)})")
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model)  # a hub id: files and folders were taken above
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{model!r} is no preset ({', '.join(PRESETS)}){nearest(model, PRESETS)}, no config.json, "
@@ -97,7 +98,11 @@ def load_trained(model: str, config: PreTrainedConfig) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM
     try:
         trained, info = loader.from_pretrained(
-            model, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            str(user_path(model)),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{model!r}: no weights could be loaded: {str(error).splitlines()[0]}") from error

@@ -101,5 +101,5 @@ def loss_picture(runs: Sequence[str | Path], path: str | Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend()
-    with written_whole(path) as temporary:
+    with written_whole(user_path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -17,6 +20,20 @@ from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import versions
 
 logger = logging.getLogger("pretrain")
+
+# Training settings that stand in the optimizer's or the scheduler's state, from which a resumed run restores them.
+# Those of the schedule's shape (warmup, its type, the number of steps) do not: they are read anew from the recipe.
+IN_OPTIMIZER_STATE = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim",
+    "optim_args",
+)
+_FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+_DEFAULTS = {key: _FIELDS[key].default for key in IN_OPTIMIZER_STATE}
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -65,21 +82,58 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
     return checkpoint
 
 
-def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments) -> None:
+def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments, resume_from: Path | None = None) -> None:
     """Write `recipe.json`, and refuse to go on with another model, data or sparsity than the run began with.
 
+    Args:
+        recipe: what is going to be trained.
+        data: its text.
+        args: its training section.
+        resume_from: the checkpoint that training goes on from, None if it starts at step 0.
+
     Raises:
-        ValueError: one of these sections, or the text itself, has changed since, or `recipe.json` is damaged.
+        ValueError: one of these sections, the text itself, or a setting that the checkpoint's optimizer has in its
+            state has changed since; or `recipe.json` is damaged.
     """
     path = Path(recipe.training["output_dir"]) / RECIPE_NAME
+    if resume_from is not None:
+        _check_optimizer_settings(recipe.training, resume_from)
     now = {**recipe.to_dict(), "data_fingerprint": data.fingerprint, "versions": versions()}
     before = recorded_recipe(path) if path.is_file() else now
     before["data"]["cache_dir"] = now["data"]["cache_dir"]  # where tokens are kept does not matter
     for key in ("model", "data", "sparse_ift", "data_fingerprint"):
         if before.get(key) != now[key]:
+            changes = ", ".join(_changes(before.get(key), now[key], key))
             raise ValueError(
-                f"{path.parent} was begun with another {key}: {before.get(key)}, now {now[key]}; resume with the same "
-                "recipe and text, or choose another --output_dir"
+                f"{path.parent} was begun with another {key}: {changes}; resume with the same recipe and text, or "
+                "choose another --output_dir"
             )
     if args.process_index == 0:
         write_json(path, now)
+
+
+def _changes(before: Any, now: Any, key: str) -> Iterator[str]:
+    """In words, the options of a section that are not what they were."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        yield f"{key} was {before!r}, now {now!r}"
+        return
+    for name in dict.fromkeys((*before, *now)):
+        if before.get(name) != now.get(name):
+            yield from _changes(before.get(name), now.get(name), f"{key}.{name}")
+
+
+def _check_optimizer_settings(training: Mapping[str, Any], resume_from: Path) -> None:
+    """Refuse to change settings that a resumed run takes from its checkpoint, whatever its recipe says."""
+    path = resume_from.parent / RECIPE_NAME
+    if not path.is_file():  # a checkpoint without the recipe of its run: nothing can be compared
+        return
+    before = recorded_recipe(path)["training"]
+    for key in IN_OPTIMIZER_STATE:
+        default = _DEFAULTS[key]
+        was, now = before.get(key, default), training.get(key, default)
+        if was != now:
+            raise ValueError(
+                f"training.{key} was {was!r} when {path.parent} was begun, and is now {now!r}; a resumed run takes it "
+                f"from the optimizer's state in {resume_from.name}, so that the new value would be ignored. Resume "
+                f"with {key}={was!r}, or start a new run in another --output_dir"
+            )

@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
 
-from sparseift_llm.data.loading import LoadedData, load_data
+from sparseift_llm.data.loading import LoadedData, check_not_read, load_data
 from sparseift_llm.planning.cost import cost_of
-from sparseift_llm.runs.formats import SUMMARY_NAME
+from sparseift_llm.runs.formats import DATA_NAME, SUMMARY_NAME, WRITTEN_NAMES
 from sparseift_llm.runs.model import make_model
 from sparseift_llm.runs.preparation import check_recipe, prepare_output, training_arguments
 from sparseift_llm.runs.recipe import Recipe, load_recipe
@@ -82,7 +82,7 @@ def prepare_run(words: Sequence[str]) -> PreparedRun:
     """
     recipe, args, resume_from, data = prepare(words)
     model = make_model(recipe, data)
-    check_recipe(recipe, data, args)
+    check_recipe(recipe, data, args, resume_from)
     return PreparedRun(recipe, args, model, data, resume_from)
 
 
@@ -93,9 +93,10 @@ def prepare(words: Sequence[str]) -> tuple[Recipe, TrainingArguments, Path | Non
     recipe = load_recipe(words[0], words[1:])
     args = training_arguments(recipe)
     output_dir = Path(recipe.training["output_dir"])
+    check_not_read(recipe.data, output_dir, WRITTEN_NAMES, "training.output_dir")
     with args.main_process_first(local=False, desc="preparing the run"):
         resume_from = prepare_output(recipe, output_dir, args)
-        data = load_data(recipe.data, output_dir / "data")
+        data = load_data(recipe.data, output_dir / DATA_NAME)
     set_seed(args.seed)
     return recipe, args, resume_from, data
 
@@ -148,7 +149,7 @@ def train(
         logger.info("%s is the run's last checkpoint: only evaluating", resume_from)
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
-    totals = record.totals(trainer.state.global_step, model)
+    totals = {**record.totals(trainer.state.global_step, model), "tokens_per_second": record.tokens_per_second}
     return _summary(recipe, args, model, data, eval_loss, totals)
 
 
@@ -165,7 +166,7 @@ def _summary(
     Args:
         recipe, args, model, data: see `PreparedRun`.
         eval_loss: held-out loss in nats per token.
-        totals: see `RunRecord.totals`.
+        totals: see `RunRecord.totals` and `RunRecord.tokens_per_second`.
     """
     cost = cost_of(model, recipe.data.seq_len)
     return {
@@ -173,7 +174,6 @@ def _summary(
         "perplexity": math.exp(eval_loss),
         "bits_per_byte": eval_loss / math.log(2) / data.bytes_per_eval_token,
         **totals,
-        "tokens_per_second": totals["train_tokens"] / totals["step_seconds"],
         **cost.to_dict(),
         "linear_sparsity": 1 - cost.linear_active_params / cost.linear_params,
         "num_train_tokens": data.num_train_tokens,

@@ -20,6 +20,9 @@ def check_same_data(runs: Sequence[str | Path], summaries: Sequence[dict[str, An
 def differing_data(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Options of the data (key, first's, other's) on which two runs differ, so that losses cannot be compared."""
     defaults = {option.name: option.default for option in dataclasses.fields(DataConfig)}  # of options added since
-    keys = sorted((first.keys() | other.keys()) - {"cache_dir"})  # where tokens are kept does not matter
+    ignored = {"cache_dir"}  # where tokens are kept does not matter
+    if "bpe" not in (first.get("tokenizer", "bpe"), other.get("tokenizer", "bpe")):
+        ignored.add("vocab_size")  # version 0.1.0 wrote one beside a tokenizer that was given
+    keys = sorted((first.keys() | other.keys()) - ignored)
     values = [(key, *(data.get(key, defaults.get(key)) for data in (first, other))) for key in keys]
     return [(key, mine, theirs) for key, mine, theirs in values if mine != theirs]

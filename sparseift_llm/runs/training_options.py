@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from sparseift_llm.config.describe import Option
 from sparseift_llm.config.fields import FieldType
 from sparseift_llm.config.parsing import check_finite, checked
+from sparseift_llm.utils.outputs import user_path
 from sparseift_llm.utils.words import nearest
 
 _POSITIVE = Field(gt=0)
@@ -85,6 +86,9 @@ def checked_training(training: Any) -> dict[str, Any]:
     _check_save_steps(values)
     if not values.get("output_dir"):
         raise ValueError("training.output_dir is missing: say where the run is written")
+    for key in ("output_dir", "logging_dir", "resume_from_checkpoint"):
+        if isinstance(values.get(key), str) and values[key]:
+            values[key] = str(user_path(values[key]))  # once, so that everything of a run is in the same folder
     return values
 
 

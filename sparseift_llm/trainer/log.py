@@ -20,7 +20,7 @@ from transformers.trainer_callback import CallbackHandler, TrainerCallback
 from sparseift_llm.checkpoints.mask_file import digest, read_masks, write_masks
 from sparseift_llm.metrics.mask_history import MaskMetrics
 from sparseift_llm.metrics.step_probe import StepSample
-from sparseift_llm.metrics.throughput import Stopwatch, TrainingFlops, measured_peak
+from sparseift_llm.metrics.throughput import WARM_UP_STEPS, Stopwatch, TrainingFlops, measured_peak
 from sparseift_llm.training.controller import SparseTrainingController
 from sparseift_llm.utils.files import set_aside
 from sparseift_llm.utils.json_lines import append_line, keep_lines
@@ -89,7 +89,7 @@ class MaskReport:
         self._is_sampling = False
         self._max_grad_norm = float(args.max_grad_norm or 0.0)
         self._layers_path = Path(args.output_dir or ".") / LAYERS_NAME
-        self._watch = Stopwatch()
+        self._watch = Stopwatch(WARM_UP_STEPS)
         self._flops: TrainingFlops | None = None
         self._peak: float | None = None
         self._tokens_per_step = options.tokens_per_step or 0
@@ -99,6 +99,7 @@ class MaskReport:
             peak = options.peak_flops_per_second
             self._peak = args.world_size * (_measured(model, args) if isinstance(peak, str) else peak)
         self._flops_before: int | None = None
+        self._step_before = 0
 
     def begin(self, state: TrainerState) -> None:
         """The first step comes; lines of steps that are run again are dropped, those of another run set aside."""
@@ -110,6 +111,7 @@ class MaskReport:
                 aside = set_aside(self._layers_path, "earlier-")
                 logger.warning("%s holds an earlier run's lines; they are now in %s", self._layers_path, aside.name)
         self._flops_before = self._flops.total(state.global_step) if self._flops else None
+        self._step_before = state.global_step
 
     def begin_step(self, args: TrainingArguments, state: TrainerState) -> None:
         """Before a step's first micro-batch."""
@@ -195,11 +197,12 @@ class MaskReport:
             return {}
         flops = self._flops.total(step)
         values: dict[str, float] = {"train_flops": flops}
-        if seconds > 0:
+        if num_steps > 0 and seconds > 0:
             values["tokens_per_second"] = num_steps * self._tokens_per_step / seconds
             if self._peak is not None and self._flops_before is not None:
-                values["model_flops_utilization"] = (flops - self._flops_before) / seconds / self._peak
-        self._flops_before = flops
+                flops_per_step = (flops - self._flops_before) / (step - self._step_before)  # with those not timed
+                values["model_flops_utilization"] = flops_per_step * num_steps / seconds / self._peak
+        self._flops_before, self._step_before = flops, step
         return values
 
 

@@ -101,7 +101,10 @@ def test_which_commands_take_a_trainers_folder(tmp_path: Path, capsys: pytest.Ca
     sparse_trainer(model, run, steps=4, save_strategy="steps", save_steps=4, logging_steps=1).train()
     assert len((run / "layers.jsonl").read_text().splitlines()) == 4
     assert not (run / "metrics.jsonl").exists()
-    assert sparseift(["report", str(run), "-o", str(tmp_path / "report.html")]) == 2
+    assert sparseift(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
+    assert "run: finished" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<figure class="panel steps-') == 2  # losses over steps: such a run logs no tokens
     assert sparseift(["compare", str(run), "--output", str(tmp_path / "comparison")]) == 2
     assert sparseift(["export", str(run), "--format", "sparse", "--output", str(tmp_path / "export")]) == 2
     assert f"the last is {run / 'checkpoint-4'}\n" in capsys.readouterr().err

@@ -10,12 +10,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerState
 
+from sparseift_llm.runs import record
 from sparseift_llm.runs.record import RunRecord
 from tests.helpers.scripts import load_script
 
@@ -101,17 +103,15 @@ def in_trainer_state(step: int) -> None:
 
 def in_metrics(step: int) -> None:
     """Die when half of a metrics line of `step` is on disk."""
-    original = RunRecord._write
+    original = record.append_line
 
-    def write(self: RunRecord, lines: Any, mode: str) -> None:
-        lines = list(lines)
-        original(self, lines, mode)
-        if lines and lines[-1]["step"] == step:
-            path = self.output_dir / "metrics.jsonl"
-            os.truncate(path, path.stat().st_size - len(json.dumps(lines[-1])) // 2)
+    def append(path: Path, values: Mapping[str, Any]) -> None:
+        original(path, values)
+        if values["step"] == step:
+            os.truncate(path, path.stat().st_size - len(json.dumps(values)) // 2)
             _die()
 
-    RunRecord._write = write  # type: ignore[method-assign]
+    record.append_line = append
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainingArguments
 
 from sparseift_llm import load_pretrained
 from sparseift_llm.data.loading import load_data
 from sparseift_llm.data.options import DataConfig
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.runs import pretrain
+from sparseift_llm.runs.preparation import IN_OPTIMIZER_STATE
 from sparseift_llm.runs.recipe import load_recipe
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain_runs import (
@@ -81,8 +82,10 @@ def test_summary_of_a_launched_run(launched: tuple[Path, str]) -> None:
     assert summary["linear_sparsity"] == 0.75
     assert summary["stored_params"] == WIDE_LINEAR_PARAMS + VOCAB * 32 + 16 * 32 + 2 * 32 * (4 + 9) + 2 * 32
     assert summary["num_ranks"] == 1
-    assert 0 < summary["step_seconds"] < summary["wall_seconds"] < 200
-    assert summary["tokens_per_second"] == pytest.approx(summary["train_tokens"] / summary["step_seconds"])
+    assert 0 < summary["timed_seconds"] + summary["warm_up_seconds"] < summary["wall_seconds"] < 200
+    assert summary["timed_steps"] == 7  # all but the first
+    timed_tokens = summary["timed_steps"] * TOKENS_PER_STEP
+    assert summary["tokens_per_second"] == pytest.approx(timed_tokens / summary["timed_seconds"])
     assert summary["config"]["training"]["max_steps"] == 8
     assert summary["config"]["sparse_ift"]["dst"]["algorithm"] == "rigl"
     assert {"python", "sparseift_llm", "torch", "transformers", "accelerate"} <= summary["versions"].keys()
@@ -186,19 +189,77 @@ def test_an_existing_run_is_not_overwritten(dense_run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "override"),
+    ("section", "override", "change"),
     [
-        ("model", ["--model.config.n_layer", "1"]),
-        ("model", ["--init_truncation", "2.0"]),
-        ("data", ["--max_eval_sequences", "4"]),
-        ("sparse_ift", ["--sparse_ift", "{sparsity: 0.5}"]),
+        ("model", ["--model.config.n_layer", "1"], "model.config.n_layer was 2, now 1;"),
+        ("model", ["--init_truncation", "2.0"], "model.init_truncation was None, now 2.0;"),
+        ("data", ["--max_eval_sequences", "4"], "data.max_eval_sequences was 8, now 4;"),
+        ("sparse_ift", ["--sparse_ift", "{sparsity: 0.5}"], "sparse_ift was None, now {"),
     ],
 )
-def test_another_model_data_or_sparsity_is_not_resumed(dense_run: Path, section: str, override: list[str]) -> None:
+def test_another_model_data_or_sparsity_is_not_resumed(
+    dense_run: Path, section: str, override: list[str], change: str
+) -> None:
     record = (dense_run.parent / "run" / "recipe.json").read_text()
     message = refusal(str(dense_run), "--resume_from_checkpoint", "true", *override)
-    assert f"was begun with another {section}: " in message
+    assert f"was begun with another {section}: {change}" in message
     assert (dense_run.parent / "run" / "recipe.json").read_text() == record
+
+
+@pytest.mark.parametrize("key", IN_OPTIMIZER_STATE)
+def test_a_setting_in_the_optimizer_state_cannot_change_on_resume(dense_run: Path, key: str) -> None:
+    """The optimizer's state would win, while recipe.json and summary.json recorded the new value."""
+    other = {"optim": "adafactor", "optim_args": "a=1"}.get(key, "0.5")
+    run = dense_run.parent / "run"
+    record = (run / "recipe.json").read_text()
+    resume = (str(dense_run), "--resume_from_checkpoint", "true")
+    message = refusal(*resume, f"--training.{key}", other)
+    was = json.loads(record)["training"].get(key, getattr(TrainingArguments("x", use_cpu=True), key))
+    assert f"training.{key} was {was!r} when {run} was begun, and is now " in message or key == "optim"
+    assert f"the new value would be ignored. Resume with {key}=" in message
+    assert (run / "recipe.json").read_text() == record
+    pretrain.prepare_run([*resume, *(["--learning_rate", "0.01"] if key == "learning_rate" else [])])  # the same again
+
+
+def test_settings_of_another_folder_s_checkpoint_count_too(dense_run: Path, tmp_path: Path) -> None:
+    checkpoint = next((dense_run.parent / "run").glob("checkpoint-*"))
+    words = [str(dense_run), "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", str(checkpoint)]
+    assert "training.weight_decay was 0.0 when" in refusal(*words, "--weight_decay", "0.1")
+
+
+def test_a_run_without_a_checkpoint_may_change_its_optimizer(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    pretrain.prepare_run([str(recipe)])  # killed before its first checkpoint
+    again = pretrain.prepare_run([str(recipe), "--resume_from_checkpoint", "true", "--learning_rate", "0.5"])
+    assert again.resume_from is None
+    assert read_json(tmp_path / "run" / "recipe.json")["training"]["learning_rate"] == 0.5
+
+
+def test_a_tilde_in_the_output_folder_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints, log and records stand in the same folder, and a resume finds them."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    words = [str(tiny_recipe(tmp_path)), "--output_dir", "~/run", "--max_steps", "4", "--eval_steps", "4"]
+    pretrain.main(words)
+    run = tmp_path / "home" / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"checkpoint-4", "metrics.jsonl", "recipe.json", "summary.json", "model.safetensors"} <= names
+    assert not (tmp_path / "~").exists()
+    assert read_json(run / "recipe.json")["training"]["output_dir"] == str(run)
+    _, _, resume_from, _ = pretrain.prepare([*words, "--resume_from_checkpoint", "true"])
+    assert resume_from == run / "checkpoint-4"
+    _, _, resume_from, _ = pretrain.prepare([*words, "--resume_from_checkpoint", "~/run/checkpoint-4"])
+    assert resume_from == run / "checkpoint-4"
+
+
+@pytest.mark.parametrize("corpus", ["{folder}", "{folder}/**/*.json*"])
+def test_a_corpus_that_holds_the_output_folder_is_refused(corpus: str, tmp_path: Path) -> None:
+    """A resumed run would read its own records as text."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    words = ["--corpus", corpus.replace("{folder}", str(tmp_path)), "--eval_corpus", "null"]
+    message = refusal(str(tiny_recipe(tmp_path)), *words)
+    assert f"covers training.output_dir='{tmp_path / 'run'}', so that a resumed run would read" in message
+    assert not (tmp_path / "run").exists()
 
 
 def check_record(recipe: Path, record: dict[str, Any] | str) -> None:

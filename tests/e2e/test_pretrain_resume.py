@@ -52,7 +52,8 @@ def trained(run: Path) -> dict[str, Any]:
         "summary": {
             key: value
             for key, value in summary.items()
-            if not key.endswith(("seconds", "per_second")) and key not in ("config", "machine", "command", "commit")
+            if not key.endswith(("seconds", "per_second", "timed_steps"))
+            and key not in ("config", "machine", "command", "commit")
         },
     }
 

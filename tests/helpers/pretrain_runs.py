@@ -82,5 +82,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def curve(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl without clock times, which no two runs share."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "runtime", "per_second", "utilization")
+    timed = ("seconds", "runtime", "per_second", "utilization", "timed_steps")
     return [{key: value for key, value in line.items() if not key.endswith(timed)} for line in lines]

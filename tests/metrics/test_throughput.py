@@ -59,6 +59,28 @@ def test_evaluation_after_a_reading_does_not_count(monkeypatch: pytest.MonkeyPat
         watch.interrupt()
 
 
+def test_the_first_steps_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, 10.0, 50.0, 52.0, 55.0, 60.0, 61.0, 64.0, 65.0)
+    watch = Stopwatch(warm_up_steps=1)
+    for _ in range(2):
+        watch.begin_step()
+        watch.end_step()
+    assert watch.read() == (1, 10.0)  # from 50, when the first step ended, to 60
+    assert watch.warm_up_seconds == 40.0
+    watch.begin_step()
+    watch.end_step()
+    assert watch.read() == (1, 5.0)
+    assert watch.warm_up_seconds == 40.0
+
+
+def test_a_reading_within_the_warm_up_has_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, 10.0, 50.0, 51.0)
+    watch = Stopwatch(warm_up_steps=1)
+    watch.begin_step()
+    watch.end_step()
+    assert watch.read()[0] == 0
+
+
 def test_the_measured_peak_is_a_rate() -> None:
     state = torch.get_rng_state()
     peak = measured_peak(torch.device("cpu"), torch.float32, repeats=2)
@@ -72,7 +94,7 @@ def test_utilization_is_flops_over_seconds_over_peak(tmp_path: Path) -> None:
     trainer.train()
     first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
     for entry, flops in ((first, first["train_flops"]), (second, second["train_flops"] - first["train_flops"])):
-        seconds = 2 * 32 / entry["tokens_per_second"]
+        seconds = 2 * 32 / entry["tokens_per_second"]  # of two steps at the speed of those that are timed
         assert entry["model_flops_utilization"] == pytest.approx(flops / seconds / 2.5e9)
     # no dense gradients; see test_run_record.py for the count itself
     assert first["train_flops"] * 2 == second["train_flops"]

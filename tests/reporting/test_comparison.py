@@ -192,8 +192,13 @@ def test_runs_without_evaluation_can_be_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 0
 
 
-def test_nothing_to_draw(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere has no metrics to draw"):
+@pytest.mark.parametrize("is_there", [True, False])
+def test_nothing_to_draw(is_there: bool, tmp_path: Path) -> None:
+    if is_there:
+        (tmp_path / "nowhere").mkdir()
+    with pytest.raises(
+        ValueError, match="nowhere has no metrics to draw" if is_there else "nowhere is missing: a run is"
+    ):
         loss_picture([tmp_path / "nowhere"], tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from importlib import metadata
 from pathlib import Path
@@ -109,21 +110,60 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_step_seconds_leave_out_what_happens_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 100.0, 101.0, 104.0, 110.0, 112.0, 120.0])
+def set_clock(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:
+    """Let all clocks, which share one function, show these times."""
+    clock = iter(times)
     monkeypatch.setattr("sparseift_llm.runs.record.time.perf_counter", lambda: next(clock))
+
+
+def test_speed_leaves_out_warm_up_and_evaluation_but_not_waiting_for_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clock(monkeypatch, 0.0, 100.0, 101.0, 131.0, 140.0, 142.0, 144.0, 150.0, 160.0, 163.0, 164.0, 170.0)
     record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
     event(record, "on_train_begin", 0)  # at 100
-    for step in (1, 2):  # 101 to 104, 110 to 112
+    for step in (1, 2):  # 101 to 131, which is the warm-up, and 140 to 142
         event(record, "on_step_begin", step - 1)
         event(record, "on_step_end", step)
-    totals = record.totals(2, GPT2LMHeadModel(DENSE))  # at 120
-    assert (totals["step_seconds"], totals["wall_seconds"]) == (5.0, 20.0)
+    event(record, "on_log", 2, {"loss": 1.0})  # read at 144, written at 150
+    event(record, "on_evaluate", 2)  # until 160
+    event(record, "on_step_begin", 2)
+    event(record, "on_step_end", 3)  # at 163
+    event(record, "on_train_end", 3)  # at 164
+    (line,) = read_metrics(tmp_path)
+    assert line["tokens_per_second"] == TOKENS / 13  # from 131 to 144
+    totals = record.totals(3, GPT2LMHeadModel(DENSE))  # at 170
+    assert (totals["timed_steps"], totals["timed_seconds"], totals["warm_up_seconds"]) == (2, 17.0, 30.0)
+    assert totals["wall_seconds"] == 70.0
+    assert record.tokens_per_second == 2 * TOKENS / 17
 
 
-def write_lines(folder: Path, *steps: int, end: str = "") -> None:
-    lines = [json.dumps({"step": step, "wall_seconds": 10.0 * step, "step_seconds": 5.0 * step}) for step in steps]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n" + end)
+def test_a_run_of_one_step_has_the_speed_of_its_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, 0.0, 1.0, 2.0, 6.0, 7.0, 8.0)
+    record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
+    event(record, "on_train_begin", 0)
+    assert math.isnan(record.tokens_per_second)
+    event(record, "on_step_begin", 0)
+    event(record, "on_step_end", 1)
+    event(record, "on_log", 1, {"loss": 1.0})
+    assert "tokens_per_second" not in read_metrics(tmp_path)[0]
+    assert record.tokens_per_second == TOKENS / 4
+
+
+def write_lines(folder: Path, *steps: int, end: str = "", is_old: bool = False) -> None:
+    lines = [
+        {"step": step, "wall_seconds": 10.0 * step, "step_seconds": 5.0 * step}
+        if is_old
+        else {
+            "step": step,
+            "wall_seconds": 10.0 * step,
+            "timed_steps": step - 1,
+            "timed_seconds": 5.0 * step,
+            "warm_up_seconds": 3.0,
+        }
+        for step in steps
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n" + end)
 
 
 def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
@@ -139,12 +179,14 @@ def test_no_metrics_yet(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
 
-def test_resume_drops_the_lines_after_the_checkpoint_and_goes_on_with_its_times(tmp_path: Path) -> None:
-    write_lines(tmp_path, 2, 4, 4, 6, end='{"step": 8, "lo')
+@pytest.mark.parametrize("is_old", [False, True])
+def test_resume_drops_the_lines_after_the_checkpoint_and_goes_on_with_its_times(is_old: bool, tmp_path: Path) -> None:
+    write_lines(tmp_path, 2, 4, 4, 6, end='{"step": 8, "lo', is_old=is_old)
     record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
     event(record, "on_train_begin", 4)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
-    assert record.step_seconds == 20.0
+    assert (record.timed_steps, record.timed_seconds) == (4 if is_old else 3, 20.0)
+    assert record.tokens_per_second == record.timed_steps * TOKENS / 20.0
     event(record, "on_log", 6, {"loss": 1.0})
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 4, 6]
@@ -157,7 +199,7 @@ def test_a_run_that_starts_again_at_step_0_drops_all_lines(tmp_path: Path) -> No
     record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
     event(record, "on_train_begin", 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-    assert record.step_seconds == 0
+    assert (record.timed_steps, record.timed_seconds) == (0, 0.0)
 
 
 # ---- JSON
