@@ -7,7 +7,7 @@ CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 LAUNCH := $(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(CORES)
 
-.PHONY: install demo test lint types clean
+.PHONY: install demo test test-fast lint types clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,12 @@ demo: install
 # a file runs in one worker, so that what its processes report is made once
 test: install
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --quiet $(TEST_FLAGS)
+
+# the half of the suite without ranks, whole runs, evaluations and builds, for a second version of Python
+SLOW := distributed e2e evaluation docs bench reporting packaging/test_wheel.py
+test-fast: install
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --quiet \
+		$(SLOW:%=--ignore tests/%) $(TEST_FLAGS)
 
 lint: install
 	$(RUN)/ruff check .
