@@ -28,7 +28,7 @@ class Command:
         help: one line for `sparseift --help`.
         takes_overrides: whether words that are not options of the command are handed on to it as
             `arguments.overrides`, in order. `--learning_rate 1e-3` of `pretrain` is an example.
-        is_foreign: whether all words after the name are those of another program, which parses them and prints by
+        is_foreign: whether all words after the name are those of another command line, which parses them and prints by
             itself. They are handed on as `arguments.words`, and the file has no `add_arguments`.
     """
 
@@ -48,7 +48,9 @@ COMMANDS = {
     for command in (
         Command("plan", "plan", "show sizes, FLOPs and memory of a model before and after Sparse-IFT"),
         Command("pretrain", "pretrain", "train a model from a recipe file", takes_overrides=True),
-        Command("compare", "compare", "put finished runs side by side: a table and a loss picture"),
+        Command("evaluate", "evaluate", "score a model on a suite of tasks", is_foreign=True),
+        Command("fetch-data", "fetch_data", "download the data sets of a suite for later", is_foreign=True),
+        Command("compare", "compare", "put finished runs, or results of evaluations, side by side"),
         Command("report", "report", "write one HTML page about runs, finished or not"),
         Command("analyze", "analyze", "compute spectral quantities of the checkpoints of runs, and correlations"),
         Command("export", "export", "write a run's model as a stock dense one, or as active weights alone"),
@@ -63,6 +65,7 @@ example:
   sparseift pretrain recipes/demo.yaml --output_dir runs/sparse
   sparseift pretrain recipes/demo.yaml --output_dir runs/dense --sparse_ift null
   sparseift compare runs/dense runs/sparse --output runs/comparison
+  sparseift evaluate --model runs/sparse --suite builtin
 
 `sparseift COMMAND --help` lists the options of one command."""
 
@@ -86,11 +89,19 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         text = module.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"sparseift: {in_words(error)}", file=sys.stderr)
-        return 2
+        return _refuse(in_words(error))
+    except SystemExit as error:  # the end of a command line that serves a script as well
+        if not isinstance(error.code, str):
+            raise
+        return _refuse(error.code)
     if text:
         print(text)
     return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"sparseift: {message}", file=sys.stderr)
+    return 2
 
 
 def _without_command(words: Sequence[str]) -> int:

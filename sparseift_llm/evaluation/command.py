@@ -60,7 +60,7 @@ def main(words: Sequence[str], program: str = "eval/leaderboard.py") -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     logging.basicConfig(level=logging.WARNING if state.process_index else logging.INFO, format="%(message)s")
     try:
-        run(arguments(words), shlex.join([program, *words]), state)
+        run(arguments(words, program), shlex.join([*program.split(), *words]), state)
     except ValueError as error:  # the user's to mend, and the same on every process: no traceback, once
         sys.exit(f"leaderboard: {error}" if state.is_main_process else 1)
     except OSError as error:
@@ -69,9 +69,11 @@ def main(words: Sequence[str], program: str = "eval/leaderboard.py") -> None:
         state.destroy_process_group()
 
 
-def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """The command line, parsed."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(words: Sequence[str], program: str = "eval/leaderboard.py") -> argparse.Namespace:
+    """The command line, parsed; arguments as those of `main`."""
+    parser = argparse.ArgumentParser(
+        program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a run's output folder, a checkpoint, or a hub id")
     parser.add_argument("--suite", required=True, help="v1, v2, builtin, or comma-separated lm-eval tasks and groups")
     parser.add_argument("--only", help="comma-separated tasks of the suite; averages that lack a task are left out")

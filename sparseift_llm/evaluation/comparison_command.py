@@ -1,4 +1,4 @@
-"""The command line that compares evaluations of several models: eval/compare.py."""
+"""The command line that compares evaluations of several models: eval/compare.py and `sparseift compare`."""
 
 from __future__ import annotations
 

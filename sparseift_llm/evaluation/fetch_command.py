@@ -1,4 +1,4 @@
-"""The command line that downloads the data sets of a suite into a folder: eval/fetch_data.py."""
+"""The command line that downloads the data sets of a suite: eval/fetch_data.py and `sparseift fetch-data`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ DESCRIPTION = """Download the data sets of a suite into a folder for `leaderboar
 """
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str], program: str = "eval/fetch_data.py") -> None:
     """Fetch what the suite needs, or only the data sets named.
 
     Args:
         words: the command line without the program's name.
+        program: how the program is called, for its help.
 
     Raises:
         SystemExit: a mistake of the user's, in words.
     """
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True, help="made if need be")
     parser.add_argument("--suite", help="v1, v2, or comma-separated lm-eval tasks; default: v1 and v2")
     parser.add_argument("--datasets", nargs="+", help="hub names: fetch only these of the suite's")

@@ -12,6 +12,7 @@ import pytest
 
 from sparseift_llm.cli import main
 from sparseift_llm.models.presets import PRESETS, load_config
+from tests.evaluation.test_comparison import values_of, write
 from tests.helpers.pretrain_runs import ENVIRONMENT
 from tests.reporting.test_comparison import DENSE, SPARSE, write_metrics, write_run
 
@@ -189,7 +190,8 @@ def _offline(name: str, **_: Any) -> Any:
         ["plan"],
         ["paln"],
         ["plan", "--model", "gpt3-small", "--sparsity", "much", "--seq-len", "8"],
-        ["compare", "a"],
+        ["compare"],
+        ["compare", "a", "--outptu", "b"],
     ],
 )
 def test_argparse_refuses_the_rest(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
@@ -270,6 +272,39 @@ def test_compare_of_a_missing_run_writes_nothing(capsys: pytest.CaptureFixture[s
     assert main(["compare", run, str(tmp_path / "nowhere"), "--output", str(tmp_path / "comparison")]) == 2
     assert "nowhere is not a finished run of recipes/pretrain.py" in capsys.readouterr().err
     assert not (tmp_path / "comparison").exists()
+
+
+def test_compare_takes_results_of_evaluations(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    first, second = (write(tmp_path / f"{name}.json", values_of(0.5, 0.5, seed)) for name, seed in (("a", 1), ("b", 2)))
+    words = [f"dense={first}", f"sparse={second}", "--samples", "100", "--confidence", "0.9"]
+    printed = output(capsys, "compare", *words, "--output", str(tmp_path / "out" / "c"))
+    assert (tmp_path / "out" / "c.md").read_text() in printed
+    found = json.loads((tmp_path / "out" / "c.json").read_text())
+    assert (found["num_samples"], found["confidence"]) == (100, 0.9)
+    assert output(capsys, "compare", str(first), str(second), "--samples", "100").startswith("|")  # without an output
+    assert refusal(capsys, "compare", first, tmp_path / "none.json").startswith("compare: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run"], "--output is missing: say in which folder comparison.md and loss.png are written"),
+        (["run", "--samples", "9", "--output", "o"], "--samples is for results of evaluations"),
+        (["run", "--confidence", "0.9", "--output", "o"], "--confidence is for results of evaluations"),
+        (["run", "a.json", "--output", "o"], "run is taken for a run and a.json for the result of an evaluation"),
+    ],
+)
+def test_what_compare_refuses(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_metrics(write_run(tmp_path / "run", DENSE))
+    assert refusal(capsys, "compare", *words).startswith(message)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # ---- as a program

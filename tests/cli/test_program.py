@@ -49,6 +49,23 @@ def test_help_has_one_line_per_command_and_an_example(capsys: pytest.CaptureFixt
     assert all(words[1] in COMMANDS for words in examples)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "fetch-data"])
+def test_help_of_a_command_line_that_scripts_share_has_the_commands_name(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    printed = printed_by_exiting(capsys, name, "--help")
+    assert printed.startswith(f"usage: sparseift {name} ")
+    assert "--suite" in printed
+
+
+def test_a_script_that_ends_with_a_message_is_a_refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--data-dir", str(tmp_path), "--suite", "v1", "--datasets", "no/such"]
+    assert main(["fetch-data", *words]) == 2
+    assert capsys.readouterr().err == (
+        "sparseift: fetch_data: no task of the suite reads no/such; give --suite with the task that does\n"
+    )
+
+
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.is_foreign])
 def test_help_of_a_command_describes_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
     printed = printed_by_exiting(capsys, name, "--help")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.evaluation import save_model
 from tests.helpers.fresh_environment import FreshEnvironment
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain_runs import tiny_recipe
@@ -127,6 +128,15 @@ def test_a_run_from_training_to_report(fresh_environment: FreshEnvironment, tmp_
     assert "wrote page.html" in succeed(
         fresh_environment, "sparseift", "report", "run", "-o", "page.html", cwd=tmp_path
     )
+
+
+def test_the_built_in_suite_is_evaluated_from_the_wheel(fresh_environment: FreshEnvironment, tmp_path: Path) -> None:
+    """The suite's YAML files name functions in a Python file beside them, which must be in the wheel as well."""
+    save_model(tmp_path / "model")
+    words = ["evaluate", "--model", "model", "--suite", "builtin", "--limit", "2", "--output", "result.json"]
+    succeed(fresh_environment, "sparseift", *words, cwd=tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert result["command"] == " ".join(["sparseift", *words])
 
 
 def test_the_environment_has_nothing_of_the_clone(fresh_environment: FreshEnvironment, tmp_path: Path) -> None:
