@@ -1,8 +1,8 @@
 """Names of version 0.1 at the modules where they used to be. They go with version 0.3.0, and this file with them.
 
 Modules that are gone (`sparseift_llm.surgery`) are found by a finder on `sys.meta_path`. Modules in whose place there
-is a folder now (`sparseift_llm.planning`) give their old names by `__getattr__ = old_names(__name__)`. Both import the
-name from its new module at that moment, and warn.
+is a folder now (`sparseift_llm.planning`), and modules that some names have left, give their old names by
+`__getattr__ = old_names(__name__)`. Both import the name from its new module at that moment, and warn.
 """
 
 from __future__ import annotations
@@ -94,6 +94,16 @@ MODULES = {
 
 # old name -> new place, of names that are not in the new module of the others, or under another name there
 NAMES = {
+    "evaluation.comparison.markdown": "evaluation.comparison_table.markdown",
+    "evaluation.harness.LoadedSuite": "evaluation.task_loading.LoadedSuite",
+    "evaluation.harness.load_suite": "evaluation.task_loading.load_suite",
+    "evaluation.harness.named_suite": "evaluation.task_loading.named_suite",
+    "evaluation.harness.requirements_of": "evaluation.task_loading.requirements_of",
+    "evaluation.results.ResultFile": "evaluation.result_file.ResultFile",
+    "evaluation.results.check_held_out": "evaluation.model_facts.check_held_out",
+    "evaluation.results.describe_model": "evaluation.model_facts.describe_model",
+    "evaluation.results.weights_digest": "evaluation.model_facts.weights_digest",
+    "html_report.overview.evaluation_tables": "reporting.page.evaluations.evaluation_tables",
     "bench.FeedForward": "bench.layer.FeedForward",
     "bench.bench": "bench.run.bench",
     "bench.render": "bench.tables.render",

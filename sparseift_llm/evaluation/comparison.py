@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparseift_llm._moved import old_names
 from sparseift_llm.evaluation.intervals import Floats, Uncertainty, uncertainty
 from sparseift_llm.evaluation.results import read_items
 from sparseift_llm.evaluation.suites import (
@@ -26,6 +27,9 @@ from sparseift_llm.evaluation.suites import (
     headline_value,
 )
 from sparseift_llm.utils.outputs import user_path
+
+if not TYPE_CHECKING:  # so that type checkers still know what is here
+    __getattr__ = old_names(__name__)
 
 COMPARISON_BEGINNING = r'\{\s*"suite": "[^"]*",\s*"arms": \['  # a pattern, see refuse_foreign
 _CHUNK = 2**22  # resampled counts held at a time

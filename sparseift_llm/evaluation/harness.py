@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lm_eval.api.model import LM
@@ -17,9 +17,13 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from sparseift_llm._moved import old_names
 from sparseift_llm.evaluation.language_model import SplitLM
 from sparseift_llm.evaluation.options import EvaluationOptions
 from sparseift_llm.evaluation.quiet import quiet, seeded, templates_compiled_once
+
+if not TYPE_CHECKING:  # so that type checkers still know what is here
+    __getattr__ = old_names(__name__)
 
 DEFAULT_OPTIONS = EvaluationOptions()
 # What lm-eval's results say about a task, under these keys.

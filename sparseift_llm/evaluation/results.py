@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sparseift_llm._moved import old_names
 from sparseift_llm.evaluation.suites import (
     Headline,
     Score,
@@ -24,6 +25,9 @@ from sparseift_llm.evaluation.suites import (
     is_ratio,
 )
 from sparseift_llm.utils.tables import markdown_table
+
+if not TYPE_CHECKING:  # so that type checkers still know what is here
+    __getattr__ = old_names(__name__)
 
 Leaves = Mapping[str, Mapping[str, Any]]
 
