@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparseift_llm.utils.outputs import user_path
+from sparseift_llm.utils.outputs import refuse_foreign, user_path
 
 _EXAMPLES = """\
 examples:
@@ -63,14 +63,13 @@ def _compare_runs(arguments: argparse.Namespace) -> str:
         comparison_table,
         loss_picture,
     )
-    from sparseift_llm.utils.outputs import refuse_foreign
 
     for option in ("samples", "confidence"):
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option} is for results of evaluations, F.json; leave it out for folders of runs")
     if arguments.output is None:
         raise ValueError("--output is missing: say in which folder comparison.md and loss.png are written")
-    output = Path(arguments.output)
+    output = arguments.output
     path, picture = output / COMPARISON_NAME, output / PICTURE_NAME
     refuse_foreign([path, picture], COMPARISON_BEGINNING, "sparseift compare")
     table = comparison_table(arguments.given)
