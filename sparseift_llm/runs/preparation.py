@@ -16,6 +16,7 @@ from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_
 from sparseift_llm.data.loading import LoadedData
 from sparseift_llm.runs.formats import METRICS_NAME, RECIPE_NAME
 from sparseift_llm.runs.recipe import Recipe, recorded_recipe
+from sparseift_llm.runs.training_options import LearningRateFactors, trainer_fields
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import versions
 
@@ -31,8 +32,12 @@ IN_OPTIMIZER_STATE = (
     "adam_epsilon",
     "optim",
     "optim_args",
+    "embedding_lr_factor",
+    "head_lr_factor",
 )
-_FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+_FIELDS = {
+    field.name: field for config in (TrainingArguments, LearningRateFactors) for field in dataclasses.fields(config)
+}
 _DEFAULTS = {key: _FIELDS[key].default for key in IN_OPTIMIZER_STATE}
 
 
@@ -42,7 +47,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     Raises:
         ValueError: transformers does not know an argument, or refuses its value.
     """
-    values = {key: value for key, value in recipe.training.items() if key != "resume_from_checkpoint"}
+    values = trainer_fields(recipe.training)
+    values.pop("resume_from_checkpoint", None)
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     try:
         return TrainingArguments(**values)

@@ -25,7 +25,9 @@ from sparseift_llm.runs.preparation import check_recipe, prepare_output, trainin
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.runs.record import RunRecord
 from sparseift_llm.runs.trainer import AlreadyFinished, Pretrainer, StopBeforeExtraStep, sequences_per_step, whole_steps
+from sparseift_llm.runs.training_options import LearningRateFactors
 from sparseift_llm.trainer.callback import SparseTrainingCallback
+from sparseift_llm.training.learning_rates import group_factors
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 
@@ -82,6 +84,8 @@ def prepare_run(words: Sequence[str]) -> PreparedRun:
     """
     recipe, args, resume_from, data = prepare(words)
     model = make_model(recipe, data)
+    factors = LearningRateFactors.of(recipe.training)
+    group_factors(model, factors.embedding_lr_factor, factors.head_lr_factor)  # refuses what the model has not
     check_recipe(recipe, data, args, resume_from)
     return PreparedRun(recipe, args, model, data, resume_from)
 

@@ -63,7 +63,7 @@ class Recipe:
     sparse_ift: SparseIFTConfig | None
     """The transformation; null trains the dense model."""
     training: dict[str, Any]
-    """Fields of `transformers.TrainingArguments`."""
+    """Fields of `transformers.TrainingArguments`, and factors on the learning rates of embeddings and output head."""
     lr_decay_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer step at which a cosine schedule reaches its minimum and stays there; null means the last step."""
 

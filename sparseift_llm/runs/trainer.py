@@ -10,21 +10,31 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from sparseift_llm.data.packing import RepeatedStream
 from sparseift_llm.runs.recipe import Recipe
+from sparseift_llm.runs.training_options import LearningRateFactors
 from sparseift_llm.training.learning_rates import cosine_to_plateau, optimizer_param_groups
 
 
 class Pretrainer(Trainer):
-    """Trainer with SµPar's learning-rate groups and a cosine that may end before training does."""
+    """Trainer with learning rates by group (embeddings, SµPar) and a cosine that may end before training does."""
 
     model: PreTrainedModel
     recipe: Recipe
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.recipe.sparse_ift is None or self.recipe.sparse_ift.init != "supar":
+        is_supar = self.recipe.sparse_ift is not None and self.recipe.sparse_ift.init == "supar"
+        factors = LearningRateFactors.of(self.recipe.training)
+        if not is_supar and factors == LearningRateFactors():
             return super().create_optimizer(model)
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(optimizer_param_groups(self.model, kwargs["lr"], self.args.weight_decay), **kwargs)
+            groups = optimizer_param_groups(
+                self.model,
+                kwargs["lr"],
+                self.args.weight_decay,
+                embedding_lr_factor=factors.embedding_lr_factor,
+                head_lr_factor=factors.head_lr_factor,
+            )
+            self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -1,6 +1,7 @@
-"""The `training` section of a recipe: fields of `transformers.TrainingArguments`, checked before anything is loaded.
+"""The `training` section of a recipe: fields of `transformers.TrainingArguments` and factors on learning rates.
 
-transformers takes many values that it cannot train with, such as a step count of -3, and falls back in silence.
+All are checked before anything is loaded: transformers takes many values that it cannot train with, such as a step
+count of -3, and falls back in silence.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import TrainingArguments
 
-from sparseift_llm.config.describe import Option
+from sparseift_llm.config.describe import Option, describe_options
 from sparseift_llm.config.fields import FieldType
-from sparseift_llm.config.parsing import check_finite, checked
+from sparseift_llm.config.parsing import check_finite, checked, config_class
 from sparseift_llm.utils.outputs import user_path
 from sparseift_llm.utils.words import nearest
 
@@ -55,12 +56,37 @@ _RANGES = {
 _SIMPLE = {float, int, bool, str}
 
 
+@config_class
+class LearningRateFactors:
+    """Factors on learning rates, in the training section beside the fields of TrainingArguments."""
+
+    embedding_lr_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Times the learning rate of input embeddings, tied to the output head or not, and of learned positions."""
+    head_lr_factor: Annotated[float, Field(gt=0)] | None = None
+    """Times the learning rate of an output head that is not tied to the input embedding; null leaves it as it is."""
+
+    @classmethod
+    def of(cls, training: dict[str, Any]) -> LearningRateFactors:
+        """Those that a training section gives, and defaults for the others."""
+        return cls(**{key: training[key] for key in _FACTOR_NAMES if key in training})
+
+
+_FACTOR_NAMES = tuple(field.name for field in dataclasses.fields(LearningRateFactors))
+
+
+def trainer_fields(training: dict[str, Any]) -> dict[str, Any]:
+    """The part of a training section that is fields of TrainingArguments."""
+    return {key: value for key, value in training.items() if key not in _FACTOR_NAMES}
+
+
 @cache
 def training_fields() -> dict[str, Any]:
-    """The annotations of the fields of TrainingArguments by name, with the ranges that a recipe may use."""
+    """The annotations of the fields of the training section by name, with the ranges that a recipe may use."""
     hints = typing.get_type_hints(TrainingArguments)
     names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    return {name: Annotated[hints[name], _RANGES[name]] if name in _RANGES else hints[name] for name in names}
+    fields = {name: Annotated[hints[name], _RANGES[name]] if name in _RANGES else hints[name] for name in names}
+    own = typing.get_type_hints(LearningRateFactors, include_extras=True)
+    return fields | {name: own[name] for name in _FACTOR_NAMES}
 
 
 def checked_training(training: Any) -> dict[str, Any]:
@@ -129,8 +155,8 @@ def _check_save_steps(training: dict[str, Any]) -> None:
 
 
 def training_options() -> list[Option]:
-    """The fields of TrainingArguments for `--help`, with what transformers says of them."""
-    options = []
+    """The fields of the training section for `--help`; what transformers says of its own fields is taken over."""
+    options = describe_options(LearningRateFactors, "training")
     for field in dataclasses.fields(TrainingArguments):
         if field.init:
             accepted = FieldType.of(training_fields()[field.name])

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sparseift_llm.layers.base import SparseProjection, plain_name
-from sparseift_llm.training.learning_rates import learning_rate_factors
+from sparseift_llm.training.learning_rates import embedding_parameters, head_parameters, learning_rate_factors
 
 logger = logging.getLogger(__name__)
 DISTRIBUTED = "DistributedDataParallel or FSDP2 (torch.distributed.fsdp.fully_shard)"
@@ -98,7 +98,10 @@ def check_optimizer(optimizer: Any, model: nn.Module, layers: Mapping[str, Spars
 
 
 def warn_of_learning_rates(optimizer: Optimizer, model: PreTrainedModel) -> None:
-    """Log a warning unless, under `init="supar"`, learning rates are in the proportions that it asks for."""
+    """Log a warning unless, under `init="supar"`, learning rates are in the proportions that it asks for.
+
+    Embeddings and the output head are left out, because their rates may have factors of the user's choice.
+    """
     if not (factors := learning_rate_factors(model)):
         return
     rates = {
@@ -106,12 +109,13 @@ def warn_of_learning_rates(optimizer: Optimizer, model: PreTrainedModel) -> None
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
+    free = {id(parameter) for parameter in (*embedding_parameters(model), *head_parameters(model))}
     base_rates = [
         rates[id(parameter)] / math.prod(factors.get(plain_name(name), (1.0, 1.0)))
         for name, parameter in model.named_parameters()
-        if id(parameter) in rates
+        if id(parameter) in rates and id(parameter) not in free
     ]
-    if max(base_rates) > 1.01 * min(base_rates):
+    if base_rates and max(base_rates) > 1.01 * min(base_rates):
         logger.warning(
             "init='supar' has a learning rate of its own for every width and sparsity, and the optimizer's are others: "
             "build it with optimizer_param_groups(model, lr)"

@@ -1,4 +1,4 @@
-"""Learning rates: parameter groups that correct for width and sparsity (`supar`), and the schedule of the recipes.
+"""Learning rates: parameter groups for embeddings, width and sparsity (`supar`), and the schedule of the recipes.
 
 The initial weights that go with them are in conversion/scaling.py.
 """
@@ -21,32 +21,104 @@ from sparseift_llm.models.norms import final_norm
 from sparseift_llm.record.model_record import has_record
 
 
-def optimizer_param_groups(model: PreTrainedModel, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Parameter groups for an Adam-type optimizer: no decay on vectors, and SµPar's learning rates.
+def optimizer_param_groups(
+    model: PreTrainedModel,
+    lr: float,
+    weight_decay: float = 0.0,
+    embedding_lr_factor: float = 1.0,
+    head_lr_factor: float | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for an Adam-type optimizer: no decay on vectors, rates of embeddings, SµPar's learning rates.
 
-    For a dense model, `paper`, `preserve` and `pretrained` every group has `lr`. Under `supar` a projection's
-    is lr / m (see `fan_in_multipliers`), and parameters that carry a folded factor (final norm,
+    For a dense model, `paper`, `preserve` and `pretrained` every group has `lr`, but for embeddings and head. Under
+    `supar` a projection's is lr / m (see `fan_in_multipliers`), and parameters that carry a folded factor (final norm,
     queries that have a matrix or norm of their own) have it on their learning rate, too. With a fused
     QKV matrix the queries share its learning rate.
+
+    The factors of embeddings and head leave the product of decay and learning rate as it is: the decay of their
+    matrices is divided by the factor. Groups with the rate `lr` come first, so that a log of the first group's rate
+    shows it.
 
     Args:
         model: dense or Sparse-IFT model.
         lr: peak learning rate of the dense base model.
         weight_decay: decoupled decay for matrices.
+        embedding_lr_factor: times the rate of input embeddings and learned positions. A matrix that is both embedding
+            and output head counts as an embedding.
+        head_lr_factor: times the rate of an output head with weights of its own; None leaves that rate as it is.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay`, ready for `torch.optim.AdamW`.
 
+    Raises:
+        ValueError: a factor is not a positive finite number, or `head_lr_factor` is given for a model whose head is
+            its embedding, or that has no head.
+
     Source: SµPar, arXiv 2405.15743, table 1.
     """
+    own_factors = group_factors(model, embedding_lr_factor, head_lr_factor)
     factors = learning_rate_factors(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor, folded = factors.get(plain_name(name), (1.0, 1.0))
+            folded *= own_factors.get(id(parameter), 1.0)
             decay = weight_decay / folded if parameter.ndim >= 2 else 0.0
             groups[lr * factor * folded, decay].append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    found = [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    return sorted(found, key=lambda group: group["lr"] != lr) if own_factors else found
+
+
+def group_factors(model: PreTrainedModel, embedding_lr_factor: float, head_lr_factor: float | None) -> dict[int, float]:
+    """`id` of a parameter of embeddings or head -> factor on its learning rate; empty if both factors change nothing.
+
+    Raises:
+        ValueError: see `optimizer_param_groups`.
+    """
+    _check_factor("embedding_lr_factor", embedding_lr_factor)
+    if head_lr_factor is not None:
+        _check_factor("head_lr_factor", head_lr_factor)
+    factors: dict[int, float] = {}
+    if embedding_lr_factor != 1:
+        factors = {id(parameter): embedding_lr_factor for parameter in embedding_parameters(model)}
+    if head_lr_factor is None:
+        return factors
+    head = head_parameters(model)
+    if not head:
+        lacks = "no output head" if model.get_output_embeddings() is None else "an output head tied to its embedding"
+        raise ValueError(
+            f"head_lr_factor={head_lr_factor!r} is given, but {type(model).__name__} has {lacks}; leave head_lr_factor "
+            "out (embedding_lr_factor is that of a tied matrix), or untie them with tie_word_embeddings=False"
+        )
+    if head_lr_factor != 1:
+        factors |= {id(parameter): head_lr_factor for parameter in head}
+    return factors
+
+
+def _check_factor(name: str, factor: float) -> None:
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not (is_number and math.isfinite(factor) and factor > 0):
+        raise ValueError(f"{name} must be a positive finite number, got {factor!r}")
+
+
+def embedding_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights of input embeddings, tied or not, and of learned positions."""
+    modules = [
+        model.get_input_embeddings(),
+        *(module for module in model.modules() if isinstance(module, nn.Embedding)),
+    ]
+    found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    return list(found.values())
+
+
+def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights of an output head that is not tied to the input embedding, with its bias; else nothing."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return []
+    embeddings = {id(parameter) for parameter in embedding_parameters(model)}
+    parameters = list(head.parameters())
+    return [] if any(id(parameter) in embeddings for parameter in parameters) else parameters
 
 
 def learning_rate_factors(model: PreTrainedModel) -> dict[str, tuple[float, float]]:

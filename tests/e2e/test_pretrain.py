@@ -23,6 +23,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.runs import pretrain
 from sparseift_llm.runs.preparation import IN_OPTIMIZER_STATE
 from sparseift_llm.runs.recipe import load_recipe
+from sparseift_llm.runs.training_options import LearningRateFactors
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain_runs import (
     ENVIRONMENT,
@@ -206,7 +207,7 @@ def test_another_model_data_or_sparsity_is_not_resumed(
     assert (dense_run.parent / "run" / "recipe.json").read_text() == record
 
 
-@pytest.mark.parametrize("key", IN_OPTIMIZER_STATE)
+@pytest.mark.parametrize("key", [key for key in IN_OPTIMIZER_STATE if key != "head_lr_factor"])
 def test_a_setting_in_the_optimizer_state_cannot_change_on_resume(dense_run: Path, key: str) -> None:
     """The optimizer's state would win, while recipe.json and summary.json recorded the new value."""
     other = {"optim": "adafactor", "optim_args": "a=1"}.get(key, "0.5")
@@ -214,11 +215,40 @@ def test_a_setting_in_the_optimizer_state_cannot_change_on_resume(dense_run: Pat
     record = (run / "recipe.json").read_text()
     resume = (str(dense_run), "--resume_from_checkpoint", "true")
     message = refusal(*resume, f"--training.{key}", other)
-    was = json.loads(record)["training"].get(key, getattr(TrainingArguments("x", use_cpu=True), key))
+    defaults = {**vars(LearningRateFactors()), **vars(TrainingArguments("x", use_cpu=True))}
+    was = json.loads(record)["training"].get(key, defaults[key])
     assert f"training.{key} was {was!r} when {run} was begun, and is now " in message or key == "optim"
     assert f"the new value would be ignored. Resume with {key}=" in message
     assert (run / "recipe.json").read_text() == record
     pretrain.prepare_run([*resume, *(["--learning_rate", "0.01"] if key == "learning_rate" else [])])  # the same again
+
+
+def test_a_rate_for_a_tied_head_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    message = refusal(str(tiny_recipe(tmp_path)), "--head_lr_factor", "2")
+    assert "head_lr_factor=2.0 is given, but GPT2LMHeadModel has an output head tied to its embedding" in message
+    assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+def test_embeddings_are_trained_at_their_own_rate(tmp_path: Path) -> None:
+    """Adam's first steps go as far as the rate says, and only embeddings and positions have another rate."""
+    moved = {}
+    words = [str(tiny_recipe(tmp_path)), "--max_steps", "4", "--eval_strategy", "no"]
+    for factor in ("1", "3"):
+        output = tmp_path / factor
+        run = pretrain.prepare_run([*words, "--output_dir", str(output), "--embedding_lr_factor", factor])
+        before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+        pretrain.finish(run, ["test"])
+        moved[factor] = {
+            name: (value - before[name]).abs().max().item() for name, value in run.model.named_parameters()
+        }
+        record = read_json(output / "recipe.json")
+        assert record["training"]["embedding_lr_factor"] == float(factor)
+        log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        assert max(line["learning_rate"] for line in log if "learning_rate" in line) <= 0.01
+    ratios = {name: moved["3"][name] / moved["1"][name] for name in moved["1"]}
+    for name, ratio in ratios.items():
+        is_embedding = name in ("transformer.wte.weight", "transformer.wpe.weight")
+        assert (2.5 < ratio < 3.5) if is_embedding else (0.7 < ratio < 1.4), (name, ratio)
 
 
 def test_settings_of_another_folder_s_checkpoint_count_too(dense_run: Path, tmp_path: Path) -> None:
