@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import field
 from functools import cache
@@ -92,6 +93,8 @@ class Recipe:
         return values
 
 
+logger = logging.getLogger(__name__)
+
 SECTIONS = ("model", "data", "sparse_ift", "training", "lr_decay_steps")
 _FAMILY = "sparse_ift.family"
 
@@ -115,8 +118,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} must hold a mapping with the keys {', '.join(SECTIONS)}")
     _check_keys(values, SECTIONS, str(path))
     values = copy.deepcopy(values)
-    for key, value in _parse_overrides(overrides):
-        _set(values, key, value)
+    pairs = [(_resolve(key), value) for key, value in _parse_overrides(overrides)]
+    for path, value in pairs:
+        _set(values, path, value)
+    _forget_trained_tokenizer(values, {path for path, _ in pairs})
     return _build(values)
 
 
@@ -186,9 +191,20 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Put `value` at the dotted path that `key` means."""
-    *sections, last = _resolve(key).split(".")
+def _forget_trained_tokenizer(values: dict[str, Any], overridden: set[str]) -> None:
+    """Where the command line gives a tokenizer, the file's size of one to be trained goes with the one it was for."""
+    data = values.get("data")
+    if "data.tokenizer" not in overridden or "data.vocab_size" in overridden or not isinstance(data, dict):
+        return
+    if data["tokenizer"] != "bpe" and data.pop("vocab_size", None) is not None:
+        logger.info(
+            "data.tokenizer=%r has its own entries: the recipe's data.vocab_size is left out", data["tokenizer"]
+        )
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    """Put `value` at a dotted path, as `_resolve` gives it."""
+    *sections, last = path.split(".")
     if sections == _FAMILY.split("."):
         sections, last = _place_in_family(values, last)
     target = values

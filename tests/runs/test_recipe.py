@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from sparseift_llm import DSTConfig, SparseIFTConfig
+from sparseift_llm.config import Doped, Wide
 from sparseift_llm.data.options import DataConfig
-from sparseift_llm.runs.recipe import ModelConfig, Recipe, load_recipe
+from sparseift_llm.runs.recipe import ModelConfig, Recipe, load_recipe, recipe_options, recorded_recipe
 
 MINIMAL = "training: {output_dir: out}\n"
 DECAYING = (
@@ -175,6 +176,58 @@ def test_section_overrides(tmp_path: Path, words: list[str], section: str, chang
 )
 def test_sparse_overrides(tmp_path: Path, words: list[str], expected: SparseIFTConfig | None) -> None:
     assert load(tmp_path, MINIMAL + "sparse_ift: {sparsity: 0.5, seed: 1}\n", *words).sparse_ift == expected
+
+
+def test_a_tokenizer_given_on_the_command_line_replaces_the_one_to_be_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = MINIMAL + "data: {vocab_size: 300}\n"
+    with caplog.at_level("INFO"):
+        data = load(tmp_path, text, "--tokenizer", "a/b").data
+    assert (data.tokenizer, data.vocab_size) == ("a/b", None)
+    assert "data.tokenizer='a/b' has its own entries: the recipe's data.vocab_size is left out" in caplog.text
+    assert load(tmp_path, text, "--tokenizer", "bpe").data.vocab_size == 300
+    with pytest.raises(ValueError, match="data: vocab_size=300 is for tokenizer='bpe'"):
+        load(tmp_path, MINIMAL + "data: {vocab_size: 300, tokenizer: a/b}\n")
+
+
+@pytest.mark.parametrize(
+    "family", ["family: wide", "family: {name: wide}", "family: {name: wide, scope: model}", "seed: 1"]
+)
+@pytest.mark.parametrize("word", ["--scope", "--sparse_ift.scope", "--sparse_ift.family.scope"])
+def test_options_of_the_family_are_overridden_in_either_form(tmp_path: Path, family: str, word: str) -> None:
+    config = load(tmp_path, MINIMAL + f"sparse_ift: {{{family}}}\n", word, "ffn").sparse_ift
+    assert config is not None
+    assert config.family == Wide("ffn")
+
+
+@pytest.mark.parametrize("family", ["family: wide", "family: {name: parallel, nonlinearity: none}"])
+@pytest.mark.parametrize("words", [["--family", "doped"], ["--sparse_ift.family", "{name: doped}"]])
+def test_the_family_is_overridden_with_its_options(tmp_path: Path, family: str, words: list[str]) -> None:
+    config = load(tmp_path, MINIMAL + f"sparse_ift: {{{family}}}\n", *words).sparse_ift
+    assert config is not None
+    assert config.family == Doped()
+
+
+def test_every_option_has_a_name_a_type_and_a_meaning() -> None:
+    options = {option.name: option for option in recipe_options()}
+    assert len(options) == len(recipe_options())
+    assert all(option.type and option.meaning for option in options.values())
+    assert options["training.per_device_train_batch_size"].type == "int, at least 1"
+    assert options["training.learning_rate"].default == "5e-05"
+    assert options["model.init_truncation"].type == "float, above 0, or null"
+    assert options["sparse_ift.dst.stop_fraction"].type == "float in (0, 1]"
+
+
+def test_a_recorded_recipe_of_an_older_version_equals_that_of_today(tmp_path: Path) -> None:
+    """Flat options of the family, and the size of a tokenizer to train beside one that was given."""
+    today = load(tmp_path, MINIMAL + "data: {tokenizer: a/b}\nsparse_ift: {scope: ffn, seed: 1}\n").to_dict()
+    old = json.loads(json.dumps(today))
+    del old["sparse_ift"]["family"]
+    old["sparse_ift"] |= {"family": "wide", "scope": "ffn", "nonlinearity": None, "sparse_u_only": False}
+    old["data"]["vocab_size"] = 4096
+    (tmp_path / "recipe.json").write_text(json.dumps(old))
+    assert recorded_recipe(tmp_path / "recipe.json") == today
 
 
 def test_a_bare_name_that_training_has_too_means_training(tmp_path: Path) -> None:
