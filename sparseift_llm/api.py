@@ -69,7 +69,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         A copy with plain layers (zeros stay in the weights) and without the `sparse_ift` record.
 
     Raises:
-        ValueError: `model` has no sparse layers, its weights are sharded, or it is no stock model because of a
+        ValueError: `model` has no sparse layers, its weights are sharded, or it is not a stock model because of a
             family's non-linearity.
     """
     if not sparse_layers(model):

@@ -99,8 +99,8 @@ def analyze(runs: Sequence[str | Path], output: str | Path, every_nth_layer: int
         every_nth_layer: see `spectral_report`.
 
     Raises:
-        ValueError: a run is no folder or is given twice, no run has anything to analyse, or `every_nth_layer` is no
-            step.
+        ValueError: a run is not a folder or is given twice, no run has anything to analyse, or `every_nth_layer` is
+            below 1.
         OSError: a file cannot be written.
     """
     check_every_nth_layer(every_nth_layer)

@@ -65,8 +65,8 @@ def restore_saving(model: PreTrainedModel) -> None:
 
 def _refuse_base_model(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        "a Sparse-IFT model of own layout is saved and loaded whole, with its head: call save_pretrained of the causal "
-        "language model; its base model can be saved after to_dense"
+        "a Sparse-IFT model with a layout of its own is saved and loaded whole, with its head: call save_pretrained of "
+        "the causal language model; its base model can be saved after to_dense"
     )
 
 

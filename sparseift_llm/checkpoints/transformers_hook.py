@@ -32,7 +32,7 @@ class LayoutLoader(HfQuantizer):
     """Gives a model its sparse layers before its weights are read, and its masks afterwards.
 
     Raises:
-        ValueError: from `from_pretrained`: the class is no causal language model, `sparse_ift` in config.json,
+        ValueError: from `from_pretrained`: the class is not a causal language model, `sparse_ift` in config.json,
             weights or masks are missing or damaged, or weights are to be moved to disk or sharded by tensor
             parallelism.
     """
@@ -49,8 +49,8 @@ class LayoutLoader(HfQuantizer):
         expected: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
         if type(model) is not expected:
             raise ValueError(
-                f"a Sparse-IFT model of own layout is a causal language model, not a {type(model).__name__}; load it "
-                "with AutoModelForCausalLM, or export it with --format dense first"
+                f"a Sparse-IFT model with a layout of its own is a causal language model, not a "
+                f"{type(model).__name__}; load it with AutoModelForCausalLM, or export it with --format dense first"
             )
         distributed = getattr(model.config, "distributed_config", None)
         if getattr(distributed, "tp_size", None) not in (None, 1) or getattr(distributed, "tp_plan", None):

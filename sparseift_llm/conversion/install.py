@@ -108,10 +108,10 @@ def _stock_projection(model: PreTrainedModel, layer: LayerSpec) -> nn.Module:
     try:
         module = model.get_submodule(layer.name)
     except AttributeError as error:
-        raise damaged(layer.name, f"is no module of {type(model).__name__}") from error
+        raise damaged(layer.name, f"is not a module of {type(model).__name__}") from error
     found = stock_shape(module)
     if found is None:
-        raise damaged(layer.name, f"is no projection in {type(model).__name__}, but a {type(module).__name__}")
+        raise damaged(layer.name, f"is not a projection in {type(model).__name__}, but a {type(module).__name__}")
     if found != layer.sparse_shape:
         where = model.config.name_or_path or "the model"
         raise ValueError(

@@ -53,7 +53,7 @@ class LoadedData:
         bytes_per_eval_token: UTF-8 bytes of held-out text per token, end-of-text tokens counted, so
             that bits per byte = loss in nats / ln 2 / bytes_per_eval_token.
         fingerprint: hex digest of the tokenizer and of the training and held-out token streams, the
-            same wherever and whenever those are the same; sequence length is no part of it. A
+            same wherever and whenever those are the same; it does not depend on the sequence length. A
             streamed training text is known by its files' paths, sizes and times or by the hub's version.
     """
 

@@ -67,7 +67,7 @@ def continuation_items(documents: Sequence[str], num_items: int = NUM_ITEMS) -> 
 def identifier_items(documents: Sequence[str], num_items: int = NUM_ITEMS) -> list[dict[str, Any]]:
     """Items `{context, identifier}`: complete the last name of a piece of code, greedily and exactly.
 
-    The name has 4 to 24 characters, is no keyword, stands in the context already and is asked for 15
+    The name has 4 to 24 characters, is not a keyword, stands in the context already and is asked for 15
     times at most. A model that guesses tokens scores next to nothing: chance is stated as 0.
 
     Args, Raises: as `continuation_items`.

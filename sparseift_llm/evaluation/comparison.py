@@ -249,7 +249,7 @@ def _read_records(arm: Arm) -> list[Records]:
 
 
 def _comparable_part(suite: Suite, records: Sequence[Sequence[Records]]) -> tuple[Suite, list[str]]:
-    """The suite without further metrics that are no means over items, and the names of those."""
+    """The suite without further metrics that are not means over items, and the names of those."""
 
     def has_values(score: Score) -> bool:
         found = (item["values"].get(score.key) for arm in records for seed in arm for item in seed[score.task])

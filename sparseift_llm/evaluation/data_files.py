@@ -34,8 +34,8 @@ def count_rows(path: Path) -> int:
         The number of rows, at least 1.
 
     Raises:
-        DataError: the file is empty, or a row cannot be read: it is cut off, is no JSON object, or holds text that is
-            not valid UTF-8 or half of a surrogate pair. The message names the file and the line or row.
+        DataError: the file is empty, or a row cannot be read: it is cut off, is not a JSON object, or holds text that
+            is not valid UTF-8 or half of a surrogate pair. The message names the file and the line or row.
     """
     rows = _count_parquet_rows(path) if is_parquet(path) else sum(1 for _ in _read_json_lines(path))
     if rows == 0:

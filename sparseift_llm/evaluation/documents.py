@@ -54,7 +54,7 @@ class Inspection:
 
     Args:
         faults: one message per split with faulty rows, and one if there are too few rows for the shots.
-        chance: the accuracy of guessing, the mean of the items' shares of right choices; None where that is no choice
+        chance: the accuracy of guessing, the mean of the items' shares of right choices; None where nothing is chosen
             among given answers.
         wrong_labels: how many items have a gold answer that is none of their choices, and are let pass all the same.
     """
@@ -373,7 +373,7 @@ def _undecided(task: Any, doc: Any, item: _Item) -> str | None:
         metrics = task.process_results(doc, answers)
         found.append({key: float(value) for key, value in metrics.items() if isinstance(value, int | float)})
     if not all(found):
-        return None  # the metrics are no numbers per item
+        return None  # the metrics are not numbers per item
     if any(math.isnan(value) for metrics in found for value in metrics.values()):
         return "its score is not a number, whichever choice a model takes"
     if any(len({metrics[key] for metrics in found}) > 1 for key in found[0]):

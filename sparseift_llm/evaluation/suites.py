@@ -127,7 +127,7 @@ def headline_normalized(line: Headline, values: Mapping[Score, float], weights: 
 
 
 def is_ratio(metric: str) -> bool:
-    """Whether a metric is no share of items, so that neither percent nor a mean with others make sense."""
+    """Whether a metric is something else than a share of items: then percent or a mean with others make no sense."""
     return "bits_per_byte" in metric or "perplexity" in metric
 
 

@@ -108,7 +108,7 @@ class FactorizedProjection(CompositeProjection):
     def matrix(self) -> Tensor:
         if self.nonlinearity != "none":
             raise ValueError(
-                f"Factorized with nonlinearity={self.nonlinearity!r} is no linear map, so there is no stock model of "
-                "equal logits; keep the sparse model, or train with nonlinearity='none'"
+                f"Factorized with nonlinearity={self.nonlinearity!r} is not a linear map, so there is no stock model "
+                "of equal logits; keep the sparse model, or train with nonlinearity='none'"
             )
         return matrix_of(self.v) @ matrix_of(self.u)

@@ -89,7 +89,7 @@ class ParallelProjection(CompositeProjection):
     def matrix(self) -> Tensor:
         if self.norms:
             raise ValueError(
-                "Parallel with a LayerNorm in each branch is no linear map, so there is no stock model of equal "
+                "Parallel with a LayerNorm in each branch is not a linear map, so there is no stock model of equal "
                 "logits; keep the sparse model, or train with nonlinearity='none'"
             )
         return torch.stack([matrix_of(branch) for branch in self.branches]).sum(0)

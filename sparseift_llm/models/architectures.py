@@ -46,7 +46,7 @@ class Sizes:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Refuse what is no decoder-only language model of float weights, as far as its config tells.
+    """Refuse what is not a decoder-only language model of float weights, as far as its config tells.
 
     Raises:
         ValueError: quantised, encoder-decoder, cross-attending, bidirectional, more than a text model, or no causal
@@ -69,7 +69,7 @@ def check_config(config: PreTrainedConfig) -> None:
     if getattr(config, "is_heterogeneous", False):
         raise ValueError(f"{name} has layers of different sizes (per_layer_config), which is not supported")
     if name in SEE_LATER_TOKENS:
-        raise ValueError(f"{name} is no GPT: each token sees the later ones, too; use a causal language model")
+        raise ValueError(f"{name} is not a GPT: each token sees the later ones, too; use a causal language model")
     # other configs have a left-over field `is_decoder` that says nothing
     if hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True):
         raise ValueError(f"{name} with is_decoder=False sees later tokens, too; set is_decoder=True")

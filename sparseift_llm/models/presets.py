@@ -68,12 +68,12 @@ def load_config(model: str) -> PreTrainedConfig:
         return _config_from_file(path)
     likely = difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.8)
     if likely and "/" not in model:  # do not wait for the hub over a slip of the pen
-        raise ValueError(f"{model!r} is no preset; did you mean {likely[0]!r}? (presets: {', '.join(PRESETS)})")
+        raise ValueError(f"{model!r} is not a preset; did you mean {likely[0]!r}? (presets: {', '.join(PRESETS)})")
     try:
         return AutoConfig.from_pretrained(model)  # a hub id: files and folders were taken above
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{model!r} is no preset ({', '.join(PRESETS)}){nearest(model, PRESETS)}, no config.json, "
+            f"{model!r} is not a preset ({', '.join(PRESETS)}){nearest(model, PRESETS)}, no config.json, "
             f"no model folder, and could not be loaded as a hub id: {str(error).splitlines()[0]}"
         ) from error
 

@@ -104,7 +104,7 @@ def head_groups(
     a group each, however the matrix orders them. Of o the inputs are.
 
     Raises:
-        ValueError: sides are no multiples of the head size, or, with tiles, a head is not whole block-rows.
+        ValueError: sides are not multiples of the head size, or, with tiles, a head is not whole block-rows.
     """
     groups, num_heads = {}, sizes_of(hf_config).num_heads
     widths = {p.layer_index: p.in_features for p in projections if p.kinds == ("o",)}

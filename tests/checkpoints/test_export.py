@@ -169,7 +169,7 @@ def test_dense_is_a_stock_model(kind: str, tmp_path: Path) -> None:
 
 
 def test_dense_is_refused_where_a_non_linearity_forbids_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Parallel with a LayerNorm in each branch is no linear map"):
+    with pytest.raises(ValueError, match="Parallel with a LayerNorm in each branch is not a linear map"):
         save_export(sparse_model("parallel"), tmp_path / "dense")
     assert not list(tmp_path.iterdir())
 

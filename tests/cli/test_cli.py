@@ -151,7 +151,7 @@ def test_the_table_of_the_whole_recipe(capsys: pytest.CaptureFixture[str]) -> No
         (["--width-multiple", "0"], "width_multiple must be at least 1, got 0"),
         (
             ["--model", "gpt3-smal"],
-            "'gpt3-smal' is no preset; did you mean 'gpt3-small'? (presets: gpt3-small, ",
+            "'gpt3-smal' is not a preset; did you mean 'gpt3-small'? (presets: gpt3-small, ",
         ),
         (["--model", "{folder}"], "is a folder without config.json"),
         (["--model", "{folder}/broken.json"], "broken.json is not valid JSON"),
@@ -316,5 +316,5 @@ def test_the_console_script() -> None:
     done = subprocess.run([program, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "sparseift: 'nobody/nothing' is no preset" in done.stderr
+    assert "sparseift: 'nobody/nothing' is not a preset" in done.stderr
     assert "Traceback" not in done.stderr

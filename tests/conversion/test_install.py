@@ -76,8 +76,8 @@ def test_a_drop_in_family_keeps_the_sides_of_the_dense_projection() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("transformer.h.7.mlp.c_fc", r"transformer\.h\.7\.mlp\.c_fc is no module of GPT2LMHeadModel"),
-        ("transformer.ln_f", r"transformer\.ln_f is no projection in GPT2LMHeadModel, but a LayerNorm"),
+        ("transformer.h.7.mlp.c_fc", r"transformer\.h\.7\.mlp\.c_fc is not a module of GPT2LMHeadModel"),
+        ("transformer.ln_f", r"transformer\.ln_f is not a projection in GPT2LMHeadModel, but a LayerNorm"),
     ],
 )
 def test_names_of_something_else_are_refused(name: str, message: str) -> None:

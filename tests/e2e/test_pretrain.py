@@ -335,7 +335,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, damage: str) -> None:
     [
         (["--model.config.n_lyer", "1"], "gpt2 has no field 'n_lyer'"),
         (["--data.seq_len", "17"], "data.seq_len=17 is above the model's 16 positions"),
-        (["--model.name", "gpt3-smal"], "'gpt3-smal' is no preset"),
+        (["--model.name", "gpt3-smal"], "'gpt3-smal' is not a preset"),
         (["--lr_scheduler_type", "cosin"], "cosin"),
         (["--eval_strategy", "sometimes"], "sometimes"),
         (["--learning_rte", "1"], "unknown option --learning_rte; did you mean 'learning_rate'?"),

@@ -76,10 +76,10 @@ def test_a_model_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpt3-smal", "'gpt3-smal' is no preset; did you mean 'gpt3-small'? (presets: gpt3-small, gpt3-medium, "),
+        ("gpt3-smal", "'gpt3-smal' is not a preset; did you mean 'gpt3-small'? (presets: gpt3-small, gpt3-medium, "),
         ("no-one/nothing", "no config.json, no model folder, and could not be loaded as a hub id: "),
         ("a/b/c", "could not be loaded as a hub id: "),
-        ("missing/folder/config.json", "'missing/folder/config.json' is no preset"),
+        ("missing/folder/config.json", "'missing/folder/config.json' is not a preset"),
     ],
 )
 def test_a_name_that_is_nothing(name: str, message: str) -> None:

@@ -46,8 +46,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Run]:
         The runs as they were read.
 
     Raises:
-        ValueError: a run's path is no folder, one is given twice, no run can be read, or `path` is a folder or a file
-            that is no such page.
+        ValueError: a run's path is not a folder, one is given twice, no run can be read, or `path` is a folder or a
+            file that is not such a page.
     """
     path = user_path(path)
     if path.is_dir():
