@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,9 @@ from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.record.model_record import missing_layers
 from sparseift_llm.training.algorithms import ALGORITHMS
 from sparseift_llm.training.averages import AveragedCopies
-from sparseift_llm.training.backends.torch import zero_state
-from sparseift_llm.training.backends.zero import ZeroState, zero_optimizer
+from sparseift_llm.training.backends.choice import backend_of
 from sparseift_llm.training.collectives import Ranks, UpdateCost, gradient_dtype, no_gradient, world_size
-from sparseift_llm.training.compatibility import check_model, check_optimizer, pretrained_model, warn_of_learning_rates
+from sparseift_llm.training.compatibility import pretrained_model
 from sparseift_llm.training.join import SparseJoinHook, check_join
 
 logger = logging.getLogger(__name__)
@@ -81,23 +80,22 @@ class SparseTrainingController(Joinable):
         self.layers = sparse_layers(model)
         if not self.layers:
             raise ValueError(missing_layers(getattr(model, "config", None)))
+        # The order of what follows matters:
+        # 1. A model without a record cannot be trained, whatever the optimizer is.
+        # 2. Sharded weights are put back in their places before anything compares parameters with the optimizer's.
+        # 3. The backend refuses what cannot work at all. Only then can it be asked for the optimizer in it,
+        # 4. which tells whether this optimizer and these layers are in use already.
+        # 5. Ranks are compared last, because every rank must get here, or raise one of the errors above.
         pretrained = pretrained_model(model)
-        zero = zero_optimizer(optimizer)
-        self._zero = ZeroState(zero, self.layers) if zero is not None else None
-        # of accelerate's wrapper, the optimizer in it
-        inner = zero.optimizer if zero is not None else getattr(optimizer, "optimizer", optimizer)
         reshard(model)
-        check_model(model, zero is not None)
-        if zero is None:
-            check_optimizer(inner, model, self.layers)
-            warn_of_learning_rates(inner, pretrained)
+        self.backend = backend_of(optimizer, model, self.layers)
         if any(
-            other._optimizer() is inner and {*other.layers.values()} & {*self.layers.values()} for other in _attached
+            other.backend.shares_optimizer(self.backend) and {*other.layers.values()} & {*self.layers.values()}
+            for other in _attached
         ):
             raise ValueError(
                 "model and optimizer have a SparseTrainingController already: close() it first, or make a new optimizer"
             )
-        self._optimizer: ref[Optimizer] = ref(inner)  # which holds the controller: a cycle would outlive the loop
         config = read_record(pretrained.config).transformation
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
         self._micro_batches = micro_batches
@@ -112,20 +110,14 @@ class SparseTrainingController(Joinable):
         self.ranks = Ranks(next(iter(self.layers.values())).topology.device)
         self.ranks.check_same_schedule(f"total_steps={total_steps}, {config.dst}, seed={config.seed}")
         self.ranks.check_same_masks(self._masks(), self.step)
-        if self._zero is not None:
-            self._unhook = self._zero.follow_steps(self._after_optimizer_step)
-        else:
-            self._unhook = self.optimizer.register_step_post_hook(
-                torch.compiler.disable(self._after_optimizer_step)
-            ).remove
+        self._unhook = self.backend.follow_steps(self._after_optimizer_step)
         _attached.add(self)
         self._arm()
 
     @property
     def optimizer(self) -> Optimizer:
-        """The torch optimizer that is followed."""
-        optimizer = self._optimizer()
-        assert optimizer is not None  # whoever steps it holds it
+        """The torch optimizer that is followed; with DeepSpeed ZeRO, the one inside."""
+        optimizer: Optimizer = self.backend.optimizer
         return optimizer
 
     def follow(self, copy: nn.Module) -> None:
@@ -228,15 +220,13 @@ class SparseTrainingController(Joinable):
 
     @torch.no_grad()
     def _after_optimizer_step(self, *_: Any) -> None:
-        # a fused optimizer is stepped by the gradient scaler also when it will skip, and told so
-        if bool(getattr(self.optimizer, "found_inf", False)):
+        if self.backend.was_skipped():
             return
         check_join(self, self.model)
         reshard(self.model)
         self.step += 1
         self.active_weight_steps += self._num_active
-        for layer in self.layers.values() if self._zero is None else ():
-            layer.zero_inactive()  # some optimizers move weights whose gradient is 0
+        self.backend.zero_inactive(self.layers)  # some optimizers move weights whose gradient is 0
         if self.algorithm.is_update_step(self.step):
             self._update_masks()
         self._arm()
@@ -255,11 +245,7 @@ class SparseTrainingController(Joinable):
                 for listener in self.listeners:
                     listener(name, layer.current_mask(), mask, growth)
                 changed = layer.set_mask(mask)
-            if self._zero is None:
-                zero_state(self.optimizer, layer.weight, changed, name)
-                self.ranks.num_bytes += layer.gathered_bytes
-            else:
-                self.ranks.num_bytes += self._zero.zero(layer, changed)
+            self.ranks.num_bytes += self.backend.reset(name, layer, changed)
         self._num_active = self._count_active()
         self.ranks.check_same_masks(self._masks(), self.step)
         self._copies.update(self.layers)

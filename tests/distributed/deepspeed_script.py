@@ -17,7 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from sparseift_llm import SparseTrainingController
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.training.backends.zero import ZeroState
+from sparseift_llm.training.backends.zero import ZeroBackend
 from tests.distributed.ddp_modes_script import STEPS, message_of, part
 from tests.distributed.torchrun import main
 from tests.helpers.models import shake
@@ -105,12 +105,12 @@ def bf16(rank: int, folder: Path) -> dict[str, Any]:
 
 def state_kept(rank: int, folder: Path) -> dict[str, Any]:
     """A fault: master weights and state of changed positions stay."""
-    zero = ZeroState.zero
-    ZeroState.zero = lambda *_: 0  # type: ignore[method-assign]
+    reset = ZeroBackend.reset
+    ZeroBackend.reset = lambda *_: 0  # type: ignore[method-assign]
     try:
         return run(1)
     finally:
-        ZeroState.zero = zero  # type: ignore[method-assign]
+        ZeroBackend.reset = reset  # type: ignore[method-assign]
 
 
 def resumed(rank: int, folder: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def refused(rank: int, folder: Path) -> dict[str, str]:
     return {
         "no_zero": message_of(lambda: SparseTrainingController(plain, plain.optimizer, STEPS)),
         "stray": message_of(lambda: SparseTrainingController(stray, engine.optimizer, STEPS)),
-        "muon": message_of(lambda: ZeroState(type("ZeRO", (), {"optimizer": muon}), {})),
+        "muon": message_of(lambda: ZeroBackend(type("ZeRO", (), {"optimizer": muon}), {})),
     }
 
 

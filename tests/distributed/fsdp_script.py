@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-import sparseift_llm.training.controller as controller_module
+import sparseift_llm.training.backends.torch as backend_module
 from sparseift_llm import SparseTrainingController, load_pretrained
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import local, part_of, reshard, whole
@@ -114,12 +114,12 @@ def default(rank: int, folder: Path) -> dict[str, Any]:
 
 def state_kept(rank: int, folder: Path) -> dict[str, Any]:
     """A fault: optimizer state of changed weights stays."""
-    zero_state = controller_module.zero_state
-    controller_module.zero_state = lambda *_: None  # type: ignore[attr-defined]
+    zero_state = backend_module.zero_state
+    backend_module.zero_state = lambda *_: None  # type: ignore[attr-defined]
     try:
         return run()
     finally:
-        controller_module.zero_state = zero_state  # type: ignore[attr-defined]
+        backend_module.zero_state = zero_state  # type: ignore[attr-defined]
 
 
 def keep_gathered(rank: int, folder: Path) -> dict[str, Any]:

@@ -172,7 +172,7 @@ MAGNITUDE = BlockSparseLinear.magnitude
 @pytest.mark.parametrize(
     ("target", "fault"),
     [
-        ("sparseift_llm.training.controller.zero_state", keep_state),
+        ("sparseift_llm.training.backends.torch.zero_state", keep_state),
         ("sparseift_llm.layers.block.BlockSparseLinear.growth_scores", signed),
         ("sparseift_llm.layers.block.BlockSparseLinear.magnitude", largest),
     ],

@@ -96,7 +96,7 @@ def test_inactive_weights_and_state_stay_zero(name: str, algorithm: str) -> None
 
 @pytest.mark.usefixtures("either_structure")
 def test_the_check_catches_state_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparseift_llm.training.controller.zero_state", lambda *_: None)
+    monkeypatch.setattr("sparseift_llm.training.backends.torch.zero_state", lambda *_: None)
     model = sparse_gpt2("rigl", every=3)
     with pytest.raises(AssertionError):
         check_invariants(model, AdamW(model.parameters(), lr=0.01), "rigl")

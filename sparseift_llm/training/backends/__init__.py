@@ -1,1 +1,1 @@
-"""The optimizers whose state a mask update has to zero: torch's own, and DeepSpeed ZeRO."""
+"""The optimizers that a controller can follow: torch's own, and DeepSpeed ZeRO's."""

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO: which optimizer it is, when it has stepped, and zeros in the weights and state that it partitions.
+"""DeepSpeed ZeRO's optimizers: their steps, and zeros in the weights and the state that they partition.
 
-Master weights and optimizer state are read and written through DeepSpeed's safe_get/safe_set functions. DeepSpeed is
-imported when a model of its kind arrives.
+Master weights and optimizer state are read and written through DeepSpeed's safe_get and safe_set functions. DeepSpeed
+is imported when one of its optimizers arrives.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.sharding import is_zero3
+from sparseift_llm.training.backends.base import OptimizerBackend
 from sparseift_llm.training.collectives import world_size
 
 # a weight whose gradient and state are 0 stays 0, so that nothing need be gathered between mask updates
@@ -20,7 +21,7 @@ _KEEPS_ZEROS = ("SGD", "Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "Adagra
 
 
 def zero_optimizer(optimizer: Any) -> Any:
-    """The ZeRO optimizer that `optimizer` is, or that accelerate has wrapped; None if there is none."""
+    """The ZeRO optimizer that `optimizer` is, or that accelerate has wrapped, or None."""
     for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
         kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(candidate).__mro__}
         if "deepspeed.ZeROOptimizer" in kinds:
@@ -28,8 +29,8 @@ def zero_optimizer(optimizer: Any) -> Any:
     return None
 
 
-class ZeroState:
-    """The weights and optimizer state of a model that DeepSpeed ZeRO (stage 1, 2 or 3) trains.
+class ZeroBackend(OptimizerBackend):
+    """DeepSpeed's ZeRO, stage 1, 2 or 3.
 
     Args:
         optimizer: the ZeRO optimizer, `engine.optimizer`.
@@ -41,7 +42,7 @@ class ZeroState:
     """
 
     def __init__(self, optimizer: Any, layers: Mapping[str, SparseProjection]) -> None:
-        self.optimizer = optimizer
+        self._zero = optimizer
         self.inner = optimizer.optimizer
         if type(self.inner).__name__ not in _KEEPS_ZEROS:
             raise ValueError(
@@ -62,25 +63,35 @@ class ZeroState:
                     "with model.parameters()"
                 )
 
-    def follow_steps(self, after: Callable[[], None]) -> Callable[[], None]:
-        """Call `after` at the end of every optimizer step that was not skipped; returns what ends this."""
-        step = self.optimizer.step
+    @property
+    def optimizer(self) -> Any:
+        return self.inner
+
+    def shares_optimizer(self, other: OptimizerBackend) -> bool:
+        return isinstance(other, ZeroBackend) and other.inner is self.inner
+
+    def follow_steps(self, after: Callable[..., None]) -> Callable[[], None]:
+        zero, step = self._zero, self._zero.step
 
         def stepped(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            if not self.optimizer.overflow:
-                after()
+            after()
             return result
 
         def end() -> None:
-            if self.optimizer.__dict__.get("step") is stepped:
-                del self.optimizer.step
+            if zero.__dict__.get("step") is stepped:
+                del zero.step
 
-        self.optimizer.step = stepped
+        zero.step = stepped
         return end
 
-    def zero(self, layer: SparseProjection, changed: Tensor) -> int:
-        """Set master weights and per-element state to 0 where `changed` is true; returns the bytes communicated."""
+    def was_skipped(self) -> bool:
+        return bool(self._zero.overflow)
+
+    def zero_inactive(self, layers: Mapping[str, SparseProjection]) -> None:
+        """Nothing to do: only optimizers that keep zeros are accepted, so that nothing has to be gathered here."""
+
+    def reset(self, name: str, layer: SparseProjection, changed: Tensor) -> int:
         from deepspeed.utils import (
             safe_get_full_fp32_param,
             safe_get_full_optimizer_state,
@@ -99,7 +110,7 @@ class ZeroState:
         return num_bytes
 
     def _state_keys(self) -> list[str]:
-        """Names of the inner optimizer's per-element state; it steps partitions, flat tensors."""
+        """Names of the inner optimizer's per-element state. It steps partitions, which are flat tensors."""
         keys: dict[str, None] = {}
         for partition, state in self.inner.state.items():
             same = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == partition.shape]

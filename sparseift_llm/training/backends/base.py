@@ -1,0 +1,60 @@
+"""What a controller asks of an optimizer, whoever made it.
+
+The backends themselves are in torch.py and zero.py; which one fits is decided in choice.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sparseift_llm.layers.base import SparseProjection
+
+
+class OptimizerBackend(ABC):
+    """An optimizer that holds the sparse weights of a model.
+
+    A backend knows when the optimizer steps, and it reaches the weights and the state that the optimizer keeps, which
+    may be sharded or hidden in a wrapper. It does not know masks, schedules or algorithms.
+    """
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> Any:
+        """The optimizer that is followed."""
+
+    @abstractmethod
+    def shares_optimizer(self, other: OptimizerBackend) -> bool:
+        """Whether an optimizer that is followed here is followed by `other`, too."""
+
+    @abstractmethod
+    def follow_steps(self, after: Callable[..., None]) -> Callable[[], None]:
+        """Call `after` at the end of every optimizer step.
+
+        Returns:
+            A function that ends this.
+        """
+
+    @abstractmethod
+    def was_skipped(self) -> bool:
+        """Whether the step that just ended changed nothing, because a gradient scaler had found an overflow."""
+
+    @abstractmethod
+    def zero_inactive(self, layers: Mapping[str, SparseProjection]) -> None:
+        """Set inactive weights to 0 where this optimizer can have moved them although their gradient was 0."""
+
+    @abstractmethod
+    def reset(self, name: str, layer: SparseProjection, changed: Tensor) -> int:
+        """Set per-element optimizer state, and copies of the weight that the optimizer keeps, to 0.
+
+        Args:
+            name: the layer's, for error messages.
+            layer: its weight is 0 at `changed` already.
+            changed: bool, broadcastable to the weight's shape; true where the weight stands for something else now.
+
+        Returns:
+            Bytes that were communicated between ranks.
+        """
