@@ -103,9 +103,7 @@ class MaskedProjection(SparseProjection):
     def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
         if self.heads is not None:
             return drop_and_grow_per_head(self.mask, self.magnitude(), growth, fraction, phase, self.heads)
-        active = self.count_active()
-        num_changed = min(int(fraction * active), self.mask.numel() - active)
-        return drop_and_grow(self.mask, self.magnitude(), growth, num_changed)
+        return drop_and_grow(self.mask, self.magnitude(), growth, int(fraction * self.count_active()))
 
     def to_dense(self) -> nn.Module:
         """The stock layer around the same parameters."""

@@ -131,15 +131,15 @@ def drop_and_grow_per_row(mask: Tensor, magnitude: Tensor, growth: Tensor, num_c
         mask: current tile mask, bool (R, C).
         magnitude: score of active tiles, (R, C).
         growth: score of inactive tiles, (R, C), finite.
-        num_changed: tiles to exchange per row, int (R,); cut to what the row holds and lacks.
+        num_changed: tiles to drop and to grow per row, int (R,); cut to what the row holds. It may be more than the
+            row lacks, because dropped tiles can be grown again.
 
     Returns:
         New mask with as many tiles in every row as `mask`.
 
     Source: RigL, arXiv 1911.11134, algorithm 1, on tiles and with constant fan-in per block-row.
     """
-    active = mask.sum(1)
-    num_changed = num_changed.to(mask.device).minimum(active).minimum(mask.shape[1] - active)
+    num_changed = num_changed.to(mask.device).minimum(mask.sum(1))
     kept = mask & ~largest_per_row(-magnitude, mask, num_changed)
     return kept | largest_per_row(growth, ~kept, num_changed)
 

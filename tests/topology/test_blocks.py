@@ -247,7 +247,7 @@ MASK = bits("1101 0110 1000")
         ([[1, 0, 0, 1]] * 3, [0, 1, 0], "1101 1010 1000"),  # of equal ones grows the first
         ([[0, 0, 0, 0]] * 3, [1, 1, 1], "1101 1010 1000"),  # row 0: 1 and 2 tie, row 2: all do
         ([[0, 1, 2, 0], [3, 0, 0, 4], [0, 6, 7, 5]], [1, 2, 1], "1011 1001 0010"),
-        ([[0, 1, 2, 0], [3, 0, 0, 4], [0, 6, 7, 5]], [9, 9, 9], "1011 1001 0010"),  # as many as a row holds or lacks
+        ([[0, 1, 2, 0], [3, 0, 0, 4], [0, 6, 7, 5]], [9, 9, 9], "1110 1001 0010"),  # all that a row holds
     ],
 )
 def test_drop_and_grow_by_hand(growth: list[list[int]], num_changed: list[int], expected: str) -> None:
@@ -258,7 +258,7 @@ def test_drop_and_grow_by_hand(growth: list[list[int]], num_changed: list[int], 
 
 def slow_row(mask: list[bool], magnitude: list[int], growth: list[int], num_changed: int) -> list[bool]:
     active = [column for column, is_active in enumerate(mask) if is_active]
-    num_changed = min(num_changed, len(active), len(mask) - len(active))
+    num_changed = min(num_changed, len(active))
     dropped = sorted(active, key=lambda column: (magnitude[column], column))[:num_changed]
     kept = set(active) - set(dropped)
     inactive = [column for column in range(len(mask)) if column not in kept]

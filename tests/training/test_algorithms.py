@@ -69,12 +69,42 @@ def test_rigl_regrows_a_dropped_weight_with_the_largest_gradient() -> None:
     assert updated("rigl", 50, gradient) == MASK
 
 
-def test_rigl_cannot_change_more_weights_than_are_inactive() -> None:
-    mask = bits("1111 1110")
-    layer = toy_layer(torch.arange(1.0, 9.0).view(2, 4), mask)
-    gradient = torch.zeros(2, 4)
-    gradient[1, 3] = 1.0
-    assert text(algorithm("rigl").next_mask(layer, 1, 0, gradient)) == "0111 1111"  # 1 of 7, not int(0.6 * 7) = 4
+@pytest.mark.parametrize(
+    ("growth", "expected"),
+    [
+        # 7 of 8 active, weights 1 to 7; int(0.6 * 7) = 4 drop, the weights 1 to 4, and 4 of the 5 inactive ones grow
+        ([0, 0, 0, 0, 0, 0, 0, 1], "1110 1111"),  # the one that was inactive, then the first of equals
+        ([0, 3, 4, 2, 0, 0, 0, 1], "0111 1111"),  # not the weight of magnitude 1, whose gradient is the smallest
+        ([5, 6, 7, 8, 9, 9, 9, 4], "1111 1110"),  # all that were dropped come back
+        ([2, 0, 2, 2, 9, 9, 9, 2], "1011 1111"),  # what is kept does not compete
+    ],
+)
+def test_dropped_weights_compete_where_few_are_inactive(growth: list[int], expected: str) -> None:
+    """Above a density of 1 / (1 + fraction) more are dropped than were inactive; the rule does not cut that number."""
+    layer = toy_layer(torch.arange(1.0, 9.0).view(2, 4), bits("1111 1110"))
+    scores = torch.tensor(growth, dtype=torch.float32).view(2, 4)
+    assert text(algorithm("rigl").next_mask(layer, 1, 0, scores)) == expected
+
+
+def test_the_number_dropped_does_not_depend_on_how_many_are_inactive() -> None:
+    """Golden masks of the rule on a (4, 5) layer of density 0.9 at a fraction of 0.3, by hand: 5 of 18 drop."""
+    weight = torch.tensor(
+        [
+            [-9.0, 1.0, 8.0, 7.0, -2.0],
+            [6.0, 5.0, 0.0, -3.0, 9.0],
+            [4.0, 9.0, -8.0, 0.0, 7.0],
+            [2.5, 6.0, 5.0, 1.5, -4.0],
+        ]
+    )
+    mask = weight != 0
+    gradient = torch.tensor(
+        [[9.0, 0.5, 9.0, 9.0, 0.6], [9.0, 9.0, 0.4, 0.1, 9.0], [9.0, 9.0, 9.0, 0.3, 9.0], [0.2, 9.0, 9.0, 0.7, 9.0]]
+    )
+    # dropped: 1, 1.5, -2, 2.5, -3 with gradients .5 .7 .6 .2 .1; inactive before: .4 and .3; grown: .7 .6 .5 .4 .3
+    rule = algorithm("rigl", total_steps=10, drop=0.6)
+    assert int(rule.config.drop_fraction / 2 * 18) == 5
+    found = rule.next_mask(toy_layer(weight, mask), 5, 0, gradient)
+    assert text(found) == "11111 11101 11111 01111"
 
 
 def test_rigl_grows_by_the_mean_gradient_not_the_mean_of_magnitudes() -> None:
