@@ -35,6 +35,7 @@ def register_with_transformers() -> None:
 
 def _register() -> None:
     importlib.import_module("sparseift_llm.checkpoints.registry_entry")
+    importlib.import_module("sparseift_llm.layers.unattended")  # before the first model is built
 
 
 class _RegistryFinder(importlib.abc.MetaPathFinder):

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -39,6 +40,17 @@ GATHER = (
 )
 _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
 _UPLOADED = (CONFIG_NAME, GENERATION_CONFIG_NAME, "model*.safetensors", "model*.safetensors.index*.json", MASKS_NAME)
+
+
+SaveListener = Callable[[Path], None]
+_listeners: WeakKeyDictionary[nn.Module, WeakMethod[SaveListener]] = WeakKeyDictionary()
+
+
+def tell_before_saving(model: nn.Module, listener: SaveListener | None) -> None:
+    """From now on call `listener`, a method, with the folder before `save_pretrained` writes to it; None: nobody."""
+    _listeners.pop(model, None)
+    if listener is not None:
+        _listeners[model] = WeakMethod(listener)
 
 
 def install_saving(model: PreTrainedModel, record: ModelRecord) -> None:
@@ -95,6 +107,8 @@ def save_pretrained(
             where their mask is, so that the folder could not be loaded.
     """
     _check_weights(model, state_dict or {})
+    if (listener := _listeners.get(model)) is not None and (tell := listener()) is not None:
+        tell(Path(save_directory))
     if is_sharded(model) and state_dict is None:
         if getattr(model.config, "distributed_config", None) is None:
             raise ValueError(f"the model's weights are sharded; {GATHER}")

@@ -16,11 +16,14 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sparseift_llm.utils.files import set_aside
 
 logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"
+SAVING_NAME = "saving.tmp"  # in a folder that a Trainer has begun to write, until all but its state is there
+_OF_TRAINERS = ("training_args.bin", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state*")
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -56,8 +59,19 @@ def numbered_checkpoints(output_dir: str | Path) -> dict[int, Path]:
     return dict(sorted(numbered.items()))
 
 
+def is_saved_by_hand(folder: Path) -> bool:
+    """Whether a folder is a model that `save_pretrained` wrote outside of a Trainer, whatever its name is."""
+    if (folder / SAVING_NAME).exists() or not (folder / CONFIG_NAME).is_file():
+        return False
+    if any(any(folder.glob(pattern)) for pattern in _OF_TRAINERS):
+        return False
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
 def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
     """Rename half-written `checkpoint-N` folders to `incomplete-checkpoint-N`, so that no resume takes them.
+
+    A model that was saved under such a name by hand, without anything of a Trainer's, stays where it is.
 
     Args:
         output_dir: a Trainer's output folder; may not exist yet.
@@ -67,7 +81,7 @@ def set_aside_incomplete(output_dir: str | Path) -> list[Path]:
     """
     moved = []
     for folder in numbered_checkpoints(output_dir).values():
-        if not is_complete(folder):
+        if not is_complete(folder) and not is_saved_by_hand(folder):
             target = set_aside(folder, INCOMPLETE_PREFIX)
             logger.warning("%s was not written to its end; it is now %s and will not be resumed", folder, target.name)
             moved.append(target)

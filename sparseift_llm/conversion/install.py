@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparseift_llm.families.registry import drop_in_with
+from sparseift_llm.layers import unattended
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.block_ffn import BlockFeedForward, can_be_fused
@@ -58,6 +59,7 @@ def install_sparse_layers(
                 sparse.balance_heads(*layer.matrices[0].heads)  # block-rows have equal numbers of tiles anyway
             _replace(model, layer.name, sparse)
     _fuse_feed_forwards(model, layers)
+    unattended.watch(model)
     # every rank computes the same masks and indices; broadcasting them before each forward would be waste
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
         f"{prefix}{name}.{buffer}"

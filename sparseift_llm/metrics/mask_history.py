@@ -1,6 +1,6 @@
 """`MaskMetrics`: follows a controller through its mask updates, and says at any time what the masks have done.
 
-Other steps cost nothing. What the numbers are is in metrics.py, what a Trainer does with them in report.py.
+Other steps cost nothing. What the numbers mean is in counts.py, and what a Trainer does with them in trainer/log.py.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MaskMetrics:
         return self._grown_norm
 
     def counters(self) -> dict[str, Any]:
-        """What of the state is JSON-ready."""
+        """The part of the state that JSON can hold."""
         counts = {name: [x.num_grown_before, x.num_survived] for name, x in self._all_histories().items()}
         return {
             "num_updates": self.num_updates,
@@ -95,7 +95,7 @@ class MaskMetrics:
         }
 
     def masks(self) -> dict[str, Tensor]:
-        """The rest of the state: bool masks of the units ever active, and of those grown last."""
+        """The rest of the state: bool masks of the units that were ever active, and of those that were grown last."""
         masks = {}
         for name, history in self._all_histories().items():
             shape = self.controller.layers[name].mask_shape

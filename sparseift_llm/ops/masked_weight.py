@@ -16,22 +16,27 @@ from sparseift_llm.ops.dense_gradient import DenseGradient
 
 class _MaskedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor, sink: DenseGradient | None) -> Tensor:
+    def forward(weight: Tensor, mask: Tensor, sink: DenseGradient | None, leaf: Tensor | None) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, DenseGradient | None], output: Tensor) -> None:
-        _, mask, ctx.sink = inputs
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, DenseGradient | None, Tensor | None], output: Tensor
+    ) -> None:
+        _, mask, sink, leaf = inputs
+        ctx.sink = sink if leaf is not None else None
         ctx.save_for_backward(mask)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         (mask,) = ctx.saved_tensors
+        dense = None
         if ctx.sink is not None:
-            ctx.sink.add(gradient)
-            mask = mask | ~gradient.isfinite()  # a gradient scaler must see what overflowed, and skip the step
+            ctx.sink.forget_thrown_away()
+            dense = gradient.detach()
+            mask = mask | ~dense.isfinite()  # a gradient scaler must see what overflowed, and skip the step
         # where, not *: an infinite gradient of an inactive weight must not become nan
-        return torch.where(mask, gradient, 0), None, None
+        return torch.where(mask, gradient, 0), None, None, dense
 
 
 def masked_weight(weight: Tensor, mask: Tensor, sink: DenseGradient | None = None) -> Tensor:
@@ -46,5 +51,6 @@ def masked_weight(weight: Tensor, mask: Tensor, sink: DenseGradient | None = Non
         A view of `weight`. What reaches `weight.grad` is 0 wherever `mask` is; with a sink, except for what is not
         finite.
     """
-    masked: Tensor = _MaskedGradient.apply(weight, mask, sink)
+    leaf = sink.leaf(mask.shape, weight) if sink is not None and weight.requires_grad else None
+    masked: Tensor = _MaskedGradient.apply(weight, mask, sink, leaf)
     return masked

@@ -1,4 +1,7 @@
-"""`SparseTrainingCallback`: the controller as a transformers Trainer callback, with automatic resume."""
+"""`SparseTrainingCallback`: a controller for the transformers Trainer, with automatic resume.
+
+What it logs is in log.py, and which checkpoints are complete is decided in checkpoints/trainer_folder.py.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
-from sparseift_llm.checkpoints.trainer_folder import find_resumed_checkpoint, set_aside_incomplete
+from sparseift_llm.checkpoints.saving import tell_before_saving
+from sparseift_llm.checkpoints.trainer_folder import SAVING_NAME, find_resumed_checkpoint, set_aside_incomplete
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.record.model_record import transformation_values
 from sparseift_llm.trainer.log import MaskReport, ReportOptions, go_first
+from sparseift_llm.training.checks import changed_keys, fits
 from sparseift_llm.training.controller import SparseTrainingController
 
 logger = logging.getLogger(__name__)
@@ -35,10 +47,13 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     Args:
         metrics: log the mask metrics of docs/metrics.md and write `layers.jsonl`; training is the same without.
         tokens_per_step, seq_len, peak_flops_per_second: for metrics of speed, see `ReportOptions`.
+        backward_passes: per optimizer step, if a `training_step` of your own makes others than
+            `gradient_accumulation_steps`. One loss that uses the model several times takes one backward pass.
 
     Raises:
         ValueError: an argument out of range. At the start of training: the model has no sparse layers, DeepSpeed,
             FSDP1 or DataParallel is in use, or the resumed checkpoint's masks are missing, damaged or another model's.
+        RuntimeError: after a step that the controller has not seen.
     """
 
     def __init__(
@@ -47,15 +62,40 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         tokens_per_step: int | None = None,
         seq_len: int | None = None,
         peak_flops_per_second: float | str | None = None,
+        backward_passes: int | None = None,
     ) -> None:
+        if backward_passes is not None and backward_passes < 1:
+            raise ValueError(f"backward_passes must be at least 1, got {backward_passes}")
+        self.backward_passes = backward_passes
         self.options = ReportOptions(tokens_per_step, seq_len, peak_flops_per_second)
         self.metrics = metrics
         self.report: MaskReport | None = None
         self.controller: SparseTrainingController | None = None
         self.saved: dict[str, Any] = {}
         self._output_dir = "."
+        self._is_attached = False
         self._step = 0
+        self._counted_before: int | None = None
+        self._checkpoint: Path | None = None  # that is just being written
         self._rank_files: list[str] = []
+
+    def attach(self, trainer: Trainer) -> SparseTrainingCallback:
+        """Put this callback ahead of all other callbacks of `trainer`, which need not have it yet.
+
+        Trackers such as TensorBoard then get what it adds to the log. `Trainer(callbacks=[callback])` does as well, but
+        has to find the Trainer at the start of training, which transformers does not tell its callbacks.
+
+        Returns:
+            This callback.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        else:
+            self.on_init_end(trainer.args, trainer.state, trainer.control)
+        callbacks.insert(0, self)
+        self._is_attached = True
+        return self
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._output_dir = args.output_dir or "."
@@ -86,10 +126,15 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
                 "per GPU with accelerate launch or torchrun, or choose one with CUDA_VISIBLE_DEVICES"
             )
         assert model is not None
-        go_first(self)
+        if not self._is_attached:
+            go_first(self)
         self._rank_files = _rank_files(args)
         self._close()  # what an earlier train() left that ended in an exception
-        self.controller = SparseTrainingController(model, optimizer, state.max_steps, args.gradient_accumulation_steps)
+        micro_batches = self.backward_passes or args.gradient_accumulation_steps
+        self.controller = SparseTrainingController(model, optimizer, state.max_steps, micro_batches)
+        if state.global_step == 0:  # the Trainer's own schedule starts again, too, when train() is called twice
+            self.controller.accept_optimizer_steps()
+        tell_before_saving(model, self._before_saving)
         scaler = getattr(optimizer, "scaler", None)
         self.report = MaskReport(self.controller, model, args, scaler, self.options) if self.metrics else None
         if state.global_step > 0:
@@ -133,6 +178,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.controller is not None:
             self.controller.begin_step()
+            self._counted_before = self.controller.step
         if self.report is not None:
             self.report.begin_step(args, state)
 
@@ -142,6 +188,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step
+        self._check_step_was_counted(kwargs.get("optimizer"))
         if self.report is not None:
             self.report.end_step()
 
@@ -172,15 +219,22 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         self._close()
+        tell_before_saving(model, None)
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            apply_masks(model, read_masks(state.best_model_checkpoint), state.best_model_checkpoint)
+            _apply_best_masks(model, Path(state.best_model_checkpoint))
 
     def state(self) -> dict[str, Any]:
-        """What a Trainer stores of this callback in `trainer_state.json`."""
-        arguments = {"metrics": self.metrics, **asdict(self.options)}
+        """What a Trainer stores for this callback in `trainer_state.json`.
+
+        A Trainer asks for it last, before it writes that file. So this is also the moment to write what only this
+        callback knows how to write, and to take off the mark of a checkpoint that is not complete.
+        """
+        arguments = {"metrics": self.metrics, **asdict(self.options), "backward_passes": self.backward_passes}
         if self.controller is None:
             return {"args": arguments, "attributes": {"saved": {}}}
-        checkpoint = Path(self._output_dir).absolute() / f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
+        # a search for hyperparameters and subclasses of the Trainer choose other folders
+        checkpoint = self._checkpoint or Path(self._output_dir).absolute() / self._checkpoint_name
+        self._checkpoint = None
         if checkpoint.is_dir() and not (checkpoint / MASKS_NAME).exists():
             save_masks(self.controller.model, checkpoint)  # sharded weights are saved without save_pretrained
         masks_digest = self.controller.masks_digest()
@@ -192,7 +246,35 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         }
         if self.report is not None:
             saved["metrics"] = self.report.save(checkpoint, masks_digest)
+        (checkpoint / SAVING_NAME).unlink(missing_ok=True)
         return {"args": arguments, "attributes": {"saved": saved}}
+
+    @property
+    def _checkpoint_name(self) -> str:
+        """As the Trainer names the folder of the checkpoint after the last step, wherever it puts it."""
+        return f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
+
+    def _before_saving(self, folder: Path) -> None:
+        """The model is about to be saved: perhaps the first part of a checkpoint, which is marked as not complete."""
+        if folder.name != self._checkpoint_name:
+            return
+        self._checkpoint = folder.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SAVING_NAME).touch()
+
+    def _check_step_was_counted(self, optimizer: Any) -> None:
+        """A Trainer's step is one step of the optimizer, unless a gradient scaler skipped it."""
+        if self.controller is None or self._counted_before is None:
+            return
+        expected = 0 if getattr(optimizer, "step_was_skipped", False) else 1
+        counted, self._counted_before = self.controller.step - self._counted_before, None
+        if counted != expected:
+            name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+            raise RuntimeError(
+                f"the Trainer has taken step {self._step}, but the controller has counted {counted} steps of the "
+                f"optimizer ({name}) in it, so masks would not be updated when they should: call step() of the "
+                "Trainer's optimizer once per training step"
+            )
 
     def _close(self) -> None:
         for part in (self.controller, self.report):
@@ -210,9 +292,25 @@ def _warn_of_changes(folder: Path, model: PreTrainedModel) -> None:
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("whether %s was written with other mask updates cannot be read (%r)", folder, error)
         return
-    now = transformation_values(model.config.sparse_ift)["dst"]
-    if before != now:
-        logger.warning("%s was written with dst=%s, and the run goes on with dst=%s", folder, before, now)
+    if changed := changed_keys(before, transformation_values(model.config.sparse_ift)["dst"]):
+        logger.warning("%s was written with other mask updates, and the run goes on with these: %s", folder, changed)
+
+
+def _apply_best_masks(model: PreTrainedModel, folder: Path) -> None:
+    """Set the masks that belong to the weights which the Trainer has just loaded from its best checkpoint.
+
+    If the checkpoint is gone, the Trainer has warned and has kept the weights of the last step; so masks stay, too.
+
+    Raises:
+        ValueError: the masks are missing or damaged, although the weights were loaded.
+    """
+    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    has_weights = any((folder / name).exists() for name in weights)
+    keep = all(fits(layer) for layer in sparse_layers(model).values())
+    if not (folder / MASKS_NAME).exists() and not has_weights and keep:
+        logger.warning("the best checkpoint, %s, is not there any more: the model of the last step is kept", folder)
+        return
+    apply_masks(model, read_masks(folder), folder)
 
 
 def _rank_files(args: TrainingArguments) -> list[str]:

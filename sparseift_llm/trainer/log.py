@@ -1,6 +1,6 @@
 """The mask metrics of a Trainer run: what `SparseTrainingCallback` adds to the log, `layers.jsonl`, and the state kept.
 
-The metrics themselves are in ../metrics.py, ../samples.py, tracking.py and throughput.py.
+The metrics themselves are in metrics/.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAYERS_NAME = "layers.jsonl"
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report cannot find out by itself; JSON-ready.
+    """What a report cannot find out by itself. JSON can hold it.
 
     Args:
         tokens_per_step: tokens of one optimizer step on all ranks; without it no FLOPs and no speed are reported.
@@ -153,7 +153,7 @@ class MaskReport:
         """Write the state that belongs to a checkpoint which is just being written.
 
         Returns:
-            The rest of the state, JSON-ready.
+            The rest of the state, which JSON can hold.
         """
         masks = self.metrics.masks()
         if _holds(checkpoint, masks_digest):  # else a Trainer asks for its state without saving
@@ -217,7 +217,8 @@ def go_first(callback: TrainerCallback) -> None:
     """Make `callback`, which is handling an event, the first of its Trainer's callbacks.
 
     A Trainer calls TensorBoard, wandb and other trackers before a user's callbacks, so that what those add to `logs`
-    would come too late. It does not tell a callback who calls, hence the look at the call stack.
+    would come too late. transformers has no event that tells a callback which Trainer calls it, so this looks at the
+    call stack. `SparseTrainingCallback.attach` does without.
     """
     handler = _handler_on_stack()
     if handler is None or callback not in handler.callbacks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -63,22 +63,26 @@ def check_model(model: nn.Module, is_zero: bool = False) -> None:
             raise ValueError(f"torch.nn.DataParallel is not supported: start one process per GPU and use {DISTRIBUTED}")
 
 
-def check_optimizer(optimizer: Any, model: nn.Module, layers: Mapping[str, SparseProjection]) -> None:
-    """Refuse optimizers whose state cannot be reset, and weights that they do not own.
+def check_optimizer(
+    optimizer: Any, optimizers: Sequence[Any], model: nn.Module, layers: Mapping[str, SparseProjection]
+) -> None:
+    """Refuse optimizers whose steps or state cannot be reached, and weights that they do not own.
+
+    Args:
+        optimizer: the outermost one.
+        optimizers: it, and those inside it.
+        model: what the controller was given.
+        layers: its sparse layers.
 
     Raises:
-        ValueError: no torch optimizer, a quantised or paged one, sharding other than FSDP2's, a sparse weight that
-            takes gradients but is not in the optimizer, or no sparse weight that takes gradients.
+        ValueError: neither a torch optimizer nor a wrapper of one, a quantised or paged one, sharding other than
+            FSDP2's, a sparse weight that takes gradients but is not in the optimizer, or no sparse weight that takes
+            gradients.
     """
-    package = type(optimizer).__module__.partition(".")[0]
-    if package == "deepspeed":
-        raise ValueError(NO_ZERO)
-    if package in _QUANTISING:
-        raise ValueError(
-            f"{type(optimizer).__name__} of {package} (8-bit or paged state) is not supported: state of single weights "
-            "cannot be reset there; use torch.optim.AdamW or another optimizer with floating-point state"
-        )
-    if not isinstance(optimizer, Optimizer):
+    for found in optimizers:
+        _check_package(found)
+    is_wrapper = len(optimizers) > 1 and all(hasattr(optimizer, name) for name in ("step", "state", "param_groups"))
+    if not isinstance(optimizer, Optimizer) and not is_wrapper:
         raise ValueError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer, so it cannot be followed")
     if all(layer.is_frozen for layer in layers.values()):
         raise ValueError(
@@ -97,7 +101,18 @@ def check_optimizer(optimizer: Any, model: nn.Module, layers: Mapping[str, Spars
             )
 
 
-def warn_of_learning_rates(optimizer: Optimizer, model: PreTrainedModel) -> None:
+def _check_package(optimizer: Any) -> None:
+    package = type(optimizer).__module__.partition(".")[0]
+    if package == "deepspeed":
+        raise ValueError(NO_ZERO)
+    if package in _QUANTISING:
+        raise ValueError(
+            f"{type(optimizer).__name__} of {package} (8-bit or paged state) is not supported: state of single weights "
+            "cannot be reset there; use torch.optim.AdamW or another optimizer with floating-point state"
+        )
+
+
+def warn_of_learning_rates(optimizer: Any, model: PreTrainedModel) -> None:
     """Log a warning unless, under `init="supar"`, learning rates are in the proportions that it asks for.
 
     Embeddings and the output head are left out, because their rates may have factors of the user's choice.

@@ -1,7 +1,8 @@
 """`SparseTrainingController`: dynamic sparse training for any loop, driven by the optimizer's own steps.
 
-It counts optimizer steps through a hook, so that accumulation steps and steps that a gradient
-scaler skips do not count. The Trainer's adapter is in callback.py.
+It counts the optimizer's own steps, so that accumulation steps and steps that a gradient scaler skips do not count.
+The Trainer's adapter is in trainer/callback.py. What a controller refuses is in checks.py and compatibility.py, and how
+it reaches optimizers is in backends/.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 from weakref import WeakSet
 
@@ -20,19 +22,23 @@ from torch.optim import Optimizer
 
 from sparseift_llm.checkpoints.mask_file import apply_masks, digest, pack, unpack
 from sparseift_llm.checkpoints.records import read_record
+from sparseift_llm.layers import unattended
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import gathered, reshard
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.record.model_record import missing_layers
+from sparseift_llm.training import checks, eager
 from sparseift_llm.training.algorithms import ALGORITHMS
 from sparseift_llm.training.averages import AveragedCopies
 from sparseift_llm.training.backends.choice import backend_of
 from sparseift_llm.training.collectives import Ranks, UpdateCost, gradient_dtype, no_gradient, world_size
 from sparseift_llm.training.compatibility import pretrained_model
 from sparseift_llm.training.join import SparseJoinHook, check_join
+from sparseift_llm.training.thrown_away import GradientWatch
 
 logger = logging.getLogger(__name__)
 _attached: WeakSet[SparseTrainingController] = WeakSet()
+MISSES_TO_WARN = 3
 UpdateListener = Callable[[str, Tensor, Tensor, "Tensor | None"], None]
 
 
@@ -49,7 +55,7 @@ class SparseTrainingController(Joinable):
         model: a Sparse-IFT model, bare, compiled, in DistributedDataParallel, sharded by `fully_shard`, or a DeepSpeed
             engine with ZeRO. Weights with `requires_grad=False` keep their masks.
         optimizer: a torch optimizer that holds all sparse weights, DeepSpeed's `engine.optimizer`, or accelerate's
-            wrapper of either.
+            wrapper of either. Of optimizers inside each other (Lookahead, SAM) the outermost.
         total_steps: optimizer steps of the whole run, at least 1.
         micro_batches: backward passes per optimizer step. With 1, in a single process, each layer's dense
             gradient is reduced to scores at once and freed; otherwise, or if None (not known), the
@@ -65,9 +71,11 @@ class SparseTrainingController(Joinable):
 
     Raises:
         ValueError: the model has no sparse layers, a sparse weight is not in the optimizer, the two have a controller
-            already, or a wrapper, adapter or optimizer is not supported; see support.py. On all ranks, if they were
-            given different schedules.
-        RuntimeError: on all ranks, if they hold different masks.
+            already, or a wrapper, adapter or optimizer is not supported; see compatibility.py. On all ranks, if they
+            were given different schedules. At the first optimizer step, before any weight is changed: weights are not
+            0 where their mask is, or the optimizer has taken more steps than the controller.
+        RuntimeError: on all ranks, if they hold different masks. At an update, if weights or dense gradients are not
+            finite, or no dense gradient has arrived.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, total_steps: int, micro_batches: int | None = None) -> None:
@@ -105,13 +113,20 @@ class SparseTrainingController(Joinable):
         self.num_dense_gradient_steps = 0
         self.cost = UpdateCost()
         self.listeners: list[UpdateListener] = []
+        self._schedule = {**asdict(config.dst), "seed": config.seed, "total_steps": total_steps}
+        self._is_checked = False
+        self._steps_before = 0
+        self._watches: list[GradientWatch] = []
+        self._misses: dict[str, int] = {}
         self._copies = AveragedCopies()
         self._num_active = self._count_active()
         self.ranks = Ranks(next(iter(self.layers.values())).topology.device)
         self.ranks.check_same_schedule(f"total_steps={total_steps}, {config.dst}, seed={config.seed}")
         self.ranks.check_same_masks(self._masks(), self.step)
-        self._unhook = self.backend.follow_steps(self._after_optimizer_step)
+        checks.warn_without_updates(self.algorithm, total_steps, config.dst)
+        self._unhook = self.backend.follow_steps(self._before_optimizer_step, self._after_optimizer_step)
         _attached.add(self)
+        unattended.attend(self.layers.values())
         self._arm()
 
     @property
@@ -137,12 +152,20 @@ class SparseTrainingController(Joinable):
     def begin_step(self) -> None:
         """Forget gradients captured so far for the coming optimizer step.
 
-        Only needed where a step may be abandoned after its backward passes (fp16 gradient
-        scaling): call it before the first micro-batch of each step. The Trainer callback does.
+        Only needed where gradients are abandoned after a backward pass without `zero_grad()`, or with DeepSpeed, where
+        that cannot be seen: call it before the first micro-batch of each step. The Trainer callback does.
         """
         for layer in self.layers.values():
             if layer.dense_gradient is not None:
                 layer.dense_gradient.total = None
+
+    def accept_optimizer_steps(self) -> None:
+        """Let the schedule start at 0 although the optimizer has stepped before: a new phase with the same optimizer.
+
+        Without this, an optimizer that is further than the controller is an error at the first step, because then the
+        optimizer's state was loaded and the controller's was forgotten.
+        """
+        self._steps_before = self.backend.num_steps(self.layers)
 
     def close(self) -> None:
         """Detach from model and optimizer; masks stay as they are."""
@@ -151,23 +174,36 @@ class SparseTrainingController(Joinable):
         self._disarm()
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, counters and packed masks: all that a resumed run needs."""
+        """Step, counters and packed masks: all that a resumed run needs; and the schedule, to be compared."""
         masks = {name: pack(layer.current_mask()) for name, layer in self.layers.items()}
         shapes = {name: list(layer.mask_shape) for name, layer in self.layers.items()}
-        return {**self.counters(), "masks": masks, "shapes": shapes}
+        return {**self.counters(), "masks": masks, "shapes": shapes, "schedule": self._schedule}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`'s state. Load the model's and optimizer's state as well.
+        """Go on from `state_dict()`'s state. Load the model's and optimizer's state as well, in any order.
+
+        A schedule other than the one the state was saved with is followed from here on, and a warning names what
+        differs.
 
         Raises:
-            ValueError: the state is of another model.
+            ValueError: the state is of another model, or the model's weights are neither those of its masks nor those
+                of the state's, so that a state of another step is being loaded; nothing is changed then.
         """
         masks = {name: unpack(packed, tuple(state["shapes"][name])) for name, packed in state["masks"].items()}
+        reshard(self.model)
+        for name, layer in self.layers.items():
+            if name in masks and not checks.fits(layer) and not checks.fits(layer, masks[name]):
+                raise ValueError(
+                    f"{name}.weight is not 0 where the masks of the controller's state are, so they are of different "
+                    "steps: load weights and state from one checkpoint"
+                )
+        if changed := checks.changed_keys(state.get("schedule", self._schedule), self._schedule):
+            logger.warning("the state was saved with other mask updates, and the run goes on with these: %s", changed)
         apply_masks(self.model, masks, "the controller's state")
         self.load_counters(state)
 
     def counters(self) -> dict[str, int]:
-        """The integers of `state_dict`, JSON-ready."""
+        """The integers of `state_dict`, which JSON can hold."""
         return {
             "step": self.step,
             "active_weight_steps": self.active_weight_steps,
@@ -186,6 +222,7 @@ class SparseTrainingController(Joinable):
         self._num_active = self._count_active()
         self.ranks.check_same_masks(self._masks(), self.step)
         self._copies.update(self.layers)
+        self._is_checked, self._steps_before = False, 0
         self._arm()
 
     def masks_digest(self) -> str:
@@ -219,6 +256,20 @@ class SparseTrainingController(Joinable):
         return sum(layer.count_active() for layer in self.layers.values())
 
     @torch.no_grad()
+    def _before_optimizer_step(self) -> None:
+        """Look at weights and counts before anything is changed: at the first step, and before updates."""
+        for layer in self.layers.values():
+            if layer.dense_gradient is not None:
+                layer.dense_gradient.forget_thrown_away()
+        if self._is_checked and not self.algorithm.is_update_step(self.step + 1):
+            return
+        reshard(self.model)
+        checks.check_weights(self.layers, self.ranks, self.step + 1)
+        if not self._is_checked:
+            checks.check_step_count(self.backend.num_steps(self.layers) - self._steps_before, self.step)
+        self._is_checked = True
+
+    @torch.no_grad()
     def _after_optimizer_step(self, *_: Any) -> None:
         if self.backend.was_skipped():
             return
@@ -233,17 +284,21 @@ class SparseTrainingController(Joinable):
 
     def _update_masks(self) -> None:
         started, bytes_before = self._now(), self.ranks.num_bytes
+        checks.check_finite(self.layers, self.ranks, self.step)
         if self.algorithm.needs_dense_gradient:
             self.num_dense_gradient_steps += 1
-            self._check_gradients_arrived()
+        unused = self._unused_layers() if self.algorithm.needs_dense_gradient else set()
         for index, (name, layer) in enumerate(self.layers.items()):
             if layer.is_frozen:
+                continue
+            if name in unused:
+                mask = layer.current_mask()
+                self._notify(name, mask, mask, None)
                 continue
             growth = self._growth(name) if self.algorithm.needs_dense_gradient else None
             with gathered(layer.weight):
                 mask = self.algorithm.next_mask(layer, self.step, index, growth)
-                for listener in self.listeners:
-                    listener(name, layer.current_mask(), mask, growth)
+                self._notify(name, layer.current_mask(), mask, growth)
                 changed = layer.set_mask(mask)
             self.ranks.num_bytes += self.backend.reset(name, layer, changed)
         self._num_active = self._count_active()
@@ -255,22 +310,37 @@ class SparseTrainingController(Joinable):
         self.cost.num_bytes += num_bytes
         logger.info("step %d: masks updated in %.4f s, %d bytes over ranks", self.step, seconds, num_bytes)
 
+    def _notify(self, name: str, mask: Tensor, next_mask: Tensor, growth: Tensor | None) -> None:
+        for listener in self.listeners:
+            listener(name, mask, next_mask, growth)
+
     def _now(self) -> float:
         if self.ranks.device.type != "cpu":
             torch.accelerator.synchronize()  # do not count what the device had to do before
         return time.perf_counter()
 
-    def _check_gradients_arrived(self) -> None:
-        """Raise on all ranks if a layer was used on none of them; one that was used on some is fine."""
+    def _unused_layers(self) -> set[str]:
+        """The layers that no backward pass of this step has reached on any rank (LayerDrop): they keep their masks.
+
+        Raises:
+            RuntimeError: on all ranks, if there was no backward pass through any of them.
+        """
         layers = {name: layer for name, layer in self.layers.items() if not layer.is_frozen}
         captures = [layer.dense_gradient for layer in layers.values()]
         arrived = self.ranks.any_has([capture is not None and capture.total is not None for capture in captures])
-        for name, has_gradient in zip(layers, arrived, strict=True):
-            if not has_gradient:
-                raise RuntimeError(
-                    f"{name}: no dense gradient reached step {self.step}; run forward and backward of every sparse "
-                    "layer between two optimizer steps"
-                )
+        unused = {name for name, has_gradient in zip(layers, arrived, strict=True) if not has_gradient}
+        if unused and len(unused) == len(layers):
+            raise RuntimeError(
+                f"{next(iter(layers))}: no dense gradient reached step {self.step}, nor did one reach any other sparse "
+                "layer; run forward and backward between two optimizer steps"
+            )
+        self._misses = {name: self._misses.get(name, 0) + 1 for name in unused}
+        for name in unused:
+            log = logger.warning if self._misses[name] == MISSES_TO_WARN else logger.info
+            log(
+                "step %d: %s was not used, so its mask stays (%d updates in a row)", self.step, name, self._misses[name]
+            )
+        return unused
 
     def _growth(self, name: str) -> Tensor:
         """Scores of the layer's dense gradient, summed over micro-batches, averaged over ranks; freed here."""
@@ -286,22 +356,28 @@ class SparseTrainingController(Joinable):
             scores = layer.growth_scores(self.ranks.mean(total))
         if not scores.isfinite().all():
             raise RuntimeError(
-                f"{name}: the dense gradient at step {self.step} is not finite; training has diverged, or "
-                "a gradient scaler skipped a step: call controller.begin_step() before each step's first micro-batch"
+                f"{name}: the dense gradient at step {self.step} is not finite; training has diverged, or gradients "
+                "of a step that a gradient scaler skipped were kept: call optimizer.zero_grad(), or "
+                "controller.begin_step(), before each step's first micro-batch"
             )
         return scores
 
     def _arm(self) -> None:
         """Capture dense gradients during the coming optimizer step, if it updates masks."""
-        if self.algorithm.needs_dense_gradient and self.algorithm.is_update_step(self.step + 1):
-            for layer in self.layers.values():
-                layer.dense_gradient = DenseGradient(layer.growth_scores if self._reduces_at_once else None)
-            torch.compiler.set_stance("force_eager")  # compiled graphs do not capture
-        else:
-            self._disarm()
+        self._disarm()
+        if not (self.algorithm.needs_dense_gradient and self.algorithm.is_update_step(self.step + 1)):
+            return
+        for layer in self.layers.values():
+            layer.dense_gradient = DenseGradient(layer.growth_scores if self._reduces_at_once else None)
+            if (watch := self.backend.watch(layer)) is not None:
+                layer.dense_gradient.is_thrown_away = watch.is_thrown_away
+                self._watches.append(watch)
+        eager.hold(self)  # compiled graphs do not capture
 
     def _disarm(self) -> None:
-        if any(layer.dense_gradient is not None for layer in self.layers.values()):
-            for layer in self.layers.values():
-                layer.dense_gradient = None
-            torch.compiler.set_stance("default")
+        for layer in self.layers.values():
+            layer.dense_gradient = None
+        for watch in self._watches:
+            watch.close()
+        self._watches.clear()
+        eager.release(self)

@@ -33,11 +33,13 @@ class SparseJoinHook(JoinHook):
         controller.step += 1
         if not controller.algorithm.is_update_step(controller.step):
             return
+        controller.ranks.any_has([False] * len(controller.layers))  # as in check_finite
         if controller.algorithm.needs_dense_gradient:
             trained = [layer for layer in controller.layers.values() if not layer.is_frozen]
-            controller.ranks.any_has([False] * len(trained))
-            for layer in trained:
-                controller.ranks.mean(no_gradient(layer))
+            arrived = controller.ranks.any_has([False] * len(trained))
+            for layer, has_gradient in zip(trained, arrived, strict=True):
+                if has_gradient:
+                    controller.ranks.mean(no_gradient(layer))
         controller.ranks.check_same_masks(None, controller.step)
 
     def post_hook(self, is_last_joiner: bool) -> None:

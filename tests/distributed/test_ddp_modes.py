@@ -91,11 +91,14 @@ def test_ranks_that_grow_by_their_own_gradient_are_stopped(two: Results) -> None
 
 
 def test_the_cost_of_updates_is_counted(two: Results, every_structure: str) -> None:
-    """Per update: each layer's dense gradient in float64, a flag of 4 bytes per layer, a digest and a step per rank."""
+    """Per update: each layer's dense gradient in float64, two flags of 4 bytes, a digest and a step per rank.
+
+    The flags: whether its weights are finite, and whether a gradient has arrived.
+    """
     model = sparse_gpt2("rigl")
     layers = [module for module in model.modules() if hasattr(module, "gradient_shape")]
     weights = sum(layer.gradient_shape[0] * layer.gradient_shape[1] for layer in layers)
-    expected = 8 * weights + 4 * len(layers) + 16 * 2
+    expected = 8 * weights + 2 * 4 * len(layers) + 16 * 2
     for rank in two["default"]:
         assert rank["updates"] == 3
         assert rank["bytes"] == 3 * expected

@@ -90,7 +90,7 @@ def test_what_zero_communicates_is_counted(two: Results) -> None:
     from sparseift_llm.layers.base import sparse_layers
 
     layers = list(sparse_layers(sparse_gpt2("rigl")).values())
-    reduced = sum(4 * layer.gradient_shape[0] * layer.gradient_shape[1] + 4 for layer in layers)
+    reduced = sum(4 * layer.gradient_shape[0] * layer.gradient_shape[1] + 2 * 4 for layer in layers)
     gathered = sum(3 * 4 * layer.weight.numel() for layer in layers)
     assert two["stage2"][0]["bytes"] == 3 * (reduced + gathered + 16 * 2)
 

@@ -123,7 +123,7 @@ def test_gathering_magnitudes_is_counted(two: Results) -> None:
     """Whole layers' weights, or with tiles one number per tile, on top of what replicas communicate."""
     model = sparse_gpt2("rigl")
     layers = list(sparse_layers(model).values())
-    reduced = sum(8 * layer.gradient_shape[0] * layer.gradient_shape[1] + 4 for layer in layers)
+    reduced = sum(8 * layer.gradient_shape[0] * layer.gradient_shape[1] + 2 * 4 for layer in layers)
     gathered = sum(8 * (layer.weight.numel() // layer.unit_size) for layer in layers)
     assert two["default"][0]["bytes"] == 3 * (reduced + gathered + 16 * 2)
 

@@ -29,7 +29,7 @@ def accelerate_loop(folder: Path, epochs: int = 3, resume: bool = False) -> Logg
     )
     accelerator.init_trackers("run")
     model = sparse_gpt2("rigl", seed=5 if resume else 0)
-    model.config.sparse_ift["seed"] = 0
+    model.config.sparse_ift["transformation"]["seed"] = 0
     optimizer: Any = AdamW(model.parameters(), lr=0.01)
     loader: Any = DataLoader(Rows(32), batch_size=4)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -94,7 +94,7 @@ def test_the_model_that_resumes_may_start_from_anything(complete: Complete, tmp_
     resumable(complete, tmp_path)
     trainer = new_trainer(tmp_path, seed=3)
     assert trainer.model is not None
-    trainer.model.config.sparse_ift["seed"] = 0
+    trainer.model.config.sparse_ift["transformation"]["seed"] = 0
     trainer.train(resume_from_checkpoint=True)
     assert not differences(complete("rigl")[1], final_state(trainer))
 
@@ -105,7 +105,7 @@ def test_a_run_that_goes_on_with_other_updates_says_so(
 ) -> None:
     resumable(complete, tmp_path)
     new_trainer(tmp_path, algorithm).train(resume_from_checkpoint=True)
-    assert ("the run goes on with dst={'algorithm': 'static'" in caplog.text) == (algorithm == "static")
+    assert ("goes on with these: algorithm: 'rigl' -> 'static'\n" in caplog.text) == (algorithm == "static")
 
 
 def test_runs_differ_where_they_should(complete: Complete, tmp_path: Path) -> None:

@@ -125,6 +125,27 @@ def test_without_going_first_tensorboard_would_get_nothing(tmp_path: Path, monke
     assert not scalars(tmp_path).keys() & {"mask_update_seconds", "mask_update_bytes", "sparsity"}
 
 
+@pytest.mark.parametrize("is_in_the_list", [False, True])
+def test_attached_it_needs_no_look_at_the_call_stack(
+    is_in_the_list: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("sparseift_llm.trainer.log._handler_on_stack")
+    callback, record = SparseTrainingCallback(), Record()
+    trainer = make_trainer(sparse_gpt2(), tmp_path, record, TensorBoardCallback(), *[callback] * is_in_the_list)
+    assert callback.attach(trainer) is callback
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    trainer.train()
+    assert len(scalars(tmp_path)["mask_update_bytes"]) == 12
+    assert all("sparsity" in logs for logs in record.logs)
+
+
+def test_attaching_late_sets_half_written_checkpoints_aside(tmp_path: Path) -> None:
+    trainer = make_trainer(sparse_gpt2(), tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    SparseTrainingCallback().attach(trainer)
+    assert [path.name for path in tmp_path.iterdir()] == ["incomplete-checkpoint-3"]
+
+
 def test_without_a_trainer_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         report.go_first(SparseTrainingCallback())

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.training.thrown_away import GradientWatch
 
 
 class OptimizerBackend(ABC):
@@ -31,8 +32,10 @@ class OptimizerBackend(ABC):
         """Whether an optimizer that is followed here is followed by `other`, too."""
 
     @abstractmethod
-    def follow_steps(self, after: Callable[..., None]) -> Callable[[], None]:
-        """Call `after` at the end of every optimizer step.
+    def follow_steps(self, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
+        """Call `before` ahead of every optimizer step, and `after` once at its end, when no wrapper writes weights.
+
+        `before` may be called several times ahead of one step. `after` is also called for a step that was skipped.
 
         Returns:
             A function that ends this.
@@ -41,6 +44,14 @@ class OptimizerBackend(ABC):
     @abstractmethod
     def was_skipped(self) -> bool:
         """Whether the step that just ended changed nothing, because a gradient scaler had found an overflow."""
+
+    @abstractmethod
+    def num_steps(self, layers: Mapping[str, SparseProjection]) -> int:
+        """Steps that the optimizer's own state counts for the layers' weights, 0 if it has no count."""
+
+    @abstractmethod
+    def watch(self, layer: SparseProjection) -> GradientWatch | None:
+        """What notices that gradients of the layer's weight are thrown away; None where that cannot be seen."""
 
     @abstractmethod
     def zero_inactive(self, layers: Mapping[str, SparseProjection]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.training.backends.base import OptimizerBackend
-from sparseift_llm.training.backends.torch import TorchBackend
+from sparseift_llm.training.backends.torch import TorchBackend, optimizers_in, unwrap_accelerate
 from sparseift_llm.training.backends.zero import ZeroBackend, zero_optimizer
 from sparseift_llm.training.compatibility import (
     check_model,
@@ -35,9 +35,8 @@ def backend_of(optimizer: Any, model: nn.Module, layers: Mapping[str, SparseProj
         backend = ZeroBackend(zero, layers)
         check_model(model, is_zero=True)
         return backend
-    # of accelerate's wrapper, the optimizer in it
-    inner = getattr(optimizer, "optimizer", optimizer)
+    outermost = unwrap_accelerate(optimizer)
     check_model(model)
-    check_optimizer(inner, model, layers)
-    warn_of_learning_rates(inner, pretrained_model(model))
-    return TorchBackend(inner)
+    check_optimizer(outermost, optimizers_in(outermost), model, layers)
+    warn_of_learning_rates(outermost, pretrained_model(model))
+    return TorchBackend(outermost, layers)

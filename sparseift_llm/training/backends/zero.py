@@ -15,6 +15,7 @@ from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.sharding import is_zero3
 from sparseift_llm.training.backends.base import OptimizerBackend
 from sparseift_llm.training.collectives import world_size
+from sparseift_llm.training.thrown_away import GradientWatch
 
 # a weight whose gradient and state are 0 stays 0, so that nothing need be gathered between mask updates
 _KEEPS_ZEROS = ("SGD", "Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "Adagrad", "DeepSpeedCPUAdagrad")
@@ -70,10 +71,11 @@ class ZeroBackend(OptimizerBackend):
     def shares_optimizer(self, other: OptimizerBackend) -> bool:
         return isinstance(other, ZeroBackend) and other.inner is self.inner
 
-    def follow_steps(self, after: Callable[..., None]) -> Callable[[], None]:
+    def follow_steps(self, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
         zero, step = self._zero, self._zero.step
 
         def stepped(*args: Any, **kwargs: Any) -> Any:
+            before()
             result = step(*args, **kwargs)
             after()
             return result
@@ -87,6 +89,14 @@ class ZeroBackend(OptimizerBackend):
 
     def was_skipped(self) -> bool:
         return bool(self._zero.overflow)
+
+    def num_steps(self, layers: Mapping[str, SparseProjection]) -> int:
+        counts = [state.get("step", 0) for state in self.inner.state.values()]
+        return max((int(count) for count in counts), default=0)
+
+    def watch(self, layer: SparseProjection) -> GradientWatch | None:
+        """None: DeepSpeed takes gradients away from the parameter as soon as they arrive."""
+        return None
 
     def zero_inactive(self, layers: Mapping[str, SparseProjection]) -> None:
         """Nothing to do: only optimizers that keep zeros are accepted, so that nothing has to be gathered here."""

@@ -1,0 +1,97 @@
+"""Notices, at the first step of an optimizer, that it trains a Sparse-IFT model whose masks nobody looks after.
+
+Two such cases exist. Masks that a config wants updated stay as they are, because no controller (no callback) was
+created: a warning. Or an unstructured Wide model was loaded as the stock model that its folder also is, without masks,
+so that training would fill in its zeros: an error. The first is known from models that get sparse layers, see `watch`.
+For the second nothing of this package takes part in loading, so a hook on the registration of submodules, which
+torch calls while any model is built, remembers models whose config has a `sparse_ift` record.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from sparseift_llm.layers.base import SparseProjection, sparse_layers
+from sparseift_llm.record.model_record import transformation_values
+
+logger = logging.getLogger(__name__)
+_sparse_models: WeakSet[nn.Module] = WeakSet()
+_recorded_models: WeakSet[nn.Module] = WeakSet()
+_attended: WeakSet[SparseProjection] = WeakSet()
+_seen: WeakSet[Optimizer] = WeakSet()
+
+
+def watch(model: nn.Module) -> None:
+    """From now on a warning is due if `model`, which has sparse layers, is trained without a controller."""
+    _sparse_models.add(model)
+
+
+def attend(layers: Iterable[SparseProjection]) -> None:
+    """A controller looks after these layers."""
+    _attended.update(layers)
+
+
+def _remember(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if _record(parent):
+        _recorded_models.add(parent)
+
+
+def _record(model: nn.Module) -> Mapping[str, Any]:
+    return transformation_values(getattr(vars(model).get("config"), "sparse_ift", None))
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    """Look at every optimizer once, unless its step is compiled.
+
+    Raises:
+        ValueError: it trains a model that lost its masks.
+    """
+    if torch.compiler.is_compiling() or optimizer in _seen:
+        return
+    _seen.add(optimizer)
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for model in list(_sparse_models):
+        _warn_of_fixed_masks(model, owned)
+    for model in list(_recorded_models):
+        _check_masks_are_there(model, owned)
+
+
+def _warn_of_fixed_masks(model: nn.Module, owned: set[int]) -> None:
+    algorithm = _record(model).get("dst", {}).get("algorithm", "static")
+    if algorithm == "static":
+        return
+    trained = [layer for layer in sparse_layers(model).values() if id(layer.weight) in owned and not layer.is_frozen]
+    if trained and not any(layer in _attended for layer in trained):
+        logger.warning(
+            "a Sparse-IFT model with algorithm=%r is trained, but its masks will stay as they are, because no "
+            "SparseTrainingController follows the optimizer (in a Trainer: pass callbacks=[SparseTrainingCallback()]); "
+            "if that is meant, use algorithm='static'", algorithm
+        )  # fmt: skip
+
+
+def _check_masks_are_there(model: nn.Module, owned: set[int]) -> None:
+    if not _record(model) or any(isinstance(module, SparseProjection) for module in model.modules()):
+        return
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or isinstance(module, nn.Embedding) or weight.ndim != 2 or id(weight) not in owned:
+            continue
+        if weight.requires_grad and float((weight == 0).float().mean()) > _record(model).get("sparsity", 0.0) / 2 > 0:
+            raise ValueError(
+                f"{name}.weight holds the zeros of a Sparse-IFT model, but the model was loaded without its masks, so "
+                "training would fill them in: load it with sparseift_llm.load_pretrained(folder); to train it as a "
+                "dense model, del model.config.sparse_ift first"
+            )
+
+
+register_module_module_registration_hook(_remember)
+register_optimizer_step_pre_hook(_before_step)
