@@ -44,7 +44,7 @@ def test_counts_records_training_and_checkpoints(family: str, structure: str, ar
     before = copy.deepcopy(dense.state_dict())
     model = started(dense, family, structure, dst=dst)
     assert all(torch.equal(dense.state_dict()[name], value) for name, value in before.items())
-    assert model.config.sparse_ift["init"] == "pretrained"
+    assert model.config.sparse_ift["transformation"]["init"] == "pretrained"
     planned = {
         part.name: part.num_active
         for layer in plan(dense, SparseIFTConfig(init="pretrained", **FAMILIES[family], **STORAGES[structure])).layers
@@ -68,7 +68,7 @@ def test_counts_records_training_and_checkpoints(family: str, structure: str, ar
     assert {name: layer.count_active() for name, layer in sparse_layers(model).items()} == planned
     model.eval().save_pretrained(tmp_path)
     loaded = load_pretrained(tmp_path, dtype=torch.float64)
-    assert loaded.config.sparse_ift["init"] == "pretrained"
+    assert loaded.config.sparse_ift["transformation"]["init"] == "pretrained"
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 
