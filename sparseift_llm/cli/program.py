@@ -48,6 +48,7 @@ COMMANDS = {
     for command in (
         Command("plan", "plan", "show sizes, FLOPs and memory of a model before and after Sparse-IFT"),
         Command("pretrain", "pretrain", "train a model from a recipe file", takes_overrides=True),
+        Command("sweep", "sweep", "train a recipe over a grid of settings and seeds", takes_overrides=True),
         Command("evaluate", "evaluate", "score a model on a suite of tasks", is_foreign=True),
         Command("fetch-data", "fetch_data", "download the data sets of a suite for later", is_foreign=True),
         Command("compare", "compare", "put finished runs, or results of evaluations, side by side"),

@@ -118,7 +118,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} must hold a mapping with the keys {', '.join(SECTIONS)}")
     _check_keys(values, SECTIONS, str(path))
     values = copy.deepcopy(values)
-    pairs = [(_resolve(key), value) for key, value in _parse_overrides(overrides)]
+    pairs = [(option_path(key), parse_yaml(text, f"--{key}")) for key, text in split_overrides(overrides)]
     for path, value in pairs:
         _set(values, path, value)
     _forget_trained_tokenizer(values, {path for path, _ in pairs})
@@ -176,7 +176,12 @@ def _check_keys(values: Iterable[Any], valid: Iterable[str], where: str) -> None
             raise ValueError(f"{where}: unknown key {key!r}{nearest(key, valid)}")
 
 
-def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The name and the YAML text of each override, in order.
+
+    Raises:
+        ValueError: a word that does not start with `--` stands where a name should be, or a name has no value.
+    """
     pairs, rest = [], list(words)
     while rest:
         word = rest.pop(0)
@@ -187,7 +192,7 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
                 raise ValueError(f"--{key} needs a value")
             text = rest.pop(0)
-        pairs.append((key, parse_yaml(text, f"--{key}")))
+        pairs.append((key, text))
     return pairs
 
 
@@ -203,7 +208,7 @@ def _forget_trained_tokenizer(values: dict[str, Any], overridden: set[str]) -> N
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:
-    """Put `value` at a dotted path, as `_resolve` gives it."""
+    """Put `value` at a dotted path, as `option_path` gives it."""
     *sections, last = path.split(".")
     if sections == _FAMILY.split("."):
         sections, last = _place_in_family(values, last)
@@ -228,8 +233,12 @@ def _place_in_family(values: dict[str, Any], option: str) -> tuple[list[str], st
     return sections, family if option == "name" else option
 
 
-def _resolve(key: str) -> str:
-    """The dotted path that a word on the command line means: a path, or the last part of one."""
+def option_path(key: str) -> str:
+    """The dotted path that a word on the command line means: a path, or the last part of one.
+
+    Raises:
+        ValueError: there is no such option (naming the nearest one), or several.
+    """
     options = [option.name for option in recipe_options()]
     paths = list(dict.fromkeys(path for option in options for path in (*_sections_of(option), option)))
     section, _, last = key.rpartition(".")
