@@ -18,10 +18,16 @@ from sparseift_llm.cli import main as sparseift
 from sparseift_llm.config.yaml_files import parse_yaml
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.reporting.comparison import comparison_table
+from sparseift_llm.runs.sweep import Sweep
 from tests.helpers.models import tiny_config, tiny_model
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
 from tests.helpers.tiny_runs import sparse_gpt2, sparse_trainer
+
+
+class NotRunError(Exception):
+    """Raised in the place of running a sweep, with the number of runs."""
+
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -74,7 +80,12 @@ def test_the_diff_makes_a_plain_trainer_script_sparse(tmp_path: Path) -> None:
 def test_shell_commands_name_things_that_exist(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def planned(sweep: Sweep, jobs: int) -> None:
+        raise NotRunError(len(sweep.runs))
+
+    monkeypatch.setattr("sparseift_llm.runs.sweep.run_sweep", planned)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     sparsify(tiny_config("gpt2"), SparseIFTConfig()).save_pretrained("runs/wide75")
     tiny_model("gpt2").save_pretrained("runs/dense")
     for run in ("runs/dense", "runs/wide75"):
@@ -90,6 +101,9 @@ def test_shell_commands_name_things_that_exist(
             scripts = [word for word in words if word.startswith(("recipes/", "eval/"))]
             assert scripts
             assert all((ROOT / word).is_file() for word in scripts)
+        elif words[0] == "sweep":  # planned, but not run
+            with pytest.raises(NotRunError, match="24"):  # two rates, two factors, three seeds, two models
+                sparseift(words)
         else:
             assert program == "sparseift"
             assert sparseift(words) == 0
