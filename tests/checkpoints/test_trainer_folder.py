@@ -156,8 +156,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def storage_of(folder: Path) -> dict[str, Any]:
-    record = json.loads((folder / "config.json").read_text())["sparse_ift"]
-    return STORAGES[record["structure"]]
+    values = json.loads((folder / "config.json").read_text())["sparse_ift"]["transformation"]
+    return STORAGES[values["structure"]]
 
 
 @pytest.fixture

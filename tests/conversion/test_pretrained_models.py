@@ -46,10 +46,10 @@ def test_counts_records_training_and_checkpoints(family: str, structure: str, ar
     assert all(torch.equal(dense.state_dict()[name], value) for name, value in before.items())
     assert model.config.sparse_ift["transformation"]["init"] == "pretrained"
     planned = {
-        part.name: part.num_active
+        layer.path_of(matrix): matrix.num_active
         for layer in plan(dense, SparseIFTConfig(init="pretrained", **FAMILIES[family], **STORAGES[structure])).layers
-        for part in layer.matrices
-        if part.is_sparse
+        for matrix in layer.matrices
+        if matrix.is_sparse
     }
     assert {name: layer.count_active() for name, layer in sparse_layers(model).items()} == planned
     optimizer = torch.optim.AdamW(optimizer_param_groups(model, 1e-2))

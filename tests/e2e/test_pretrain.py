@@ -418,4 +418,6 @@ def test_the_plain_accelerate_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, layer in layers.items():
         assert int(layer.current_mask().sum()) == layer.num_active, name
         assert not layer.weight[~layer.current_mask()].any(), name
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["sparse_ift"]["sparsity"] == 0.75
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["sparse_ift"]["transformation"]["sparsity"] == 0.75
+    )
