@@ -308,6 +308,8 @@ def _outcome_of(run: SweepRun, environment: Mapping[str, str], stop: threading.E
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
         _lock(log, stop)
+        if stop.is_set():
+            return Outcome(run, None, "the sweep was interrupted")
         try:
             if not is_finished(run):
                 _put_aside_another(run)
