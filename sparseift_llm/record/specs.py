@@ -16,35 +16,64 @@ from sparseift_llm.record.fields import Fields, damaged
 
 STRUCTURES = ("dense", "unstructured", "block", "n:m")
 _KIND = re.compile(r"(q|k|v|o)+|mlp_in|mlp_out|embedding|logits")
+ROW_KINDS = ("q", "k", "v", "kv", "gate", "up")
 
 
 @dataclass(frozen=True)
 class RowGroup:
     """Rows of a matrix that keep a number of active weights of their own, e.g. the keys of a fused matrix.
 
+    The rows may be interleaved with others: in GPT-NeoX each head has its query, its key and its value in turn.
+
     Args:
-        kind: what these rows compute, e.g. `k`.
-        start, stop: the rows, counted from 0; `stop` is not among them.
-        num_active: active weights within them.
+        kind: what these rows compute: `q`, `k`, `v`, `kv` (a latent of both), or an FFN's `gate` or `up`.
+        start, stop: the first run of consecutive rows, counted from 0; `stop` is not among them.
+        num_active: active weights within all rows of the group.
+        repeats: how many such runs there are.
+        period: rows from the start of one run to the start of the next; None if there is one run.
     """
 
     kind: str
     start: int
     stop: int
     num_active: int
+    repeats: int = 1
+    period: int | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """The numbers of all its rows, ascending."""
+        return [
+            row + index * (self.period or 0) for index in range(self.repeats) for row in range(self.start, self.stop)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object from which `from_dict` gives back an equal group."""
-        return {"kind": self.kind, "start": self.start, "stop": self.stop, "num_active": self.num_active}
+        """A JSON object from which `from_dict` gives back an equal group; what has its default is left out."""
+        values: dict[str, Any] = {
+            "kind": self.kind, "start": self.start, "stop": self.stop, "num_active": self.num_active,
+        }  # fmt: skip
+        return values if self.period is None else values | {"repeats": self.repeats, "period": self.period}
 
     @classmethod
     def from_dict(cls, values: Any, where: str) -> RowGroup:
         """The group from its JSON object at the dotted path `where`. Raises ValueError naming a damaged field."""
         fields = Fields(values, where)
+        kind = fields.text("kind")
+        if kind not in ROW_KINDS:
+            raise damaged(fields.path("kind"), f"must be one of {', '.join(ROW_KINDS)}, got {kind!r}")
         group = cls(
-            _kind(fields), fields.integer("start", least=0), fields.integer("stop"), fields.integer("num_active")
+            kind,
+            fields.integer("start", least=0),
+            fields.integer("stop"),
+            fields.integer("num_active"),
+            fields.integer("repeats", 1),
+            fields.integer("period", None),
         )
         fields.end()
+        if group.stop <= group.start:
+            raise damaged(fields.path("stop"), f"must be above start={group.start}, got {group.stop}")
+        if (group.repeats > 1) != (group.period is not None):
+            raise damaged(fields.path("period"), f"is {group.period} with repeats={group.repeats}")
         return group
 
 
@@ -64,8 +93,8 @@ class MatrixSpec:
         transposed: whether weight and mask are stored as (in, out), like those of GPT-2's `Conv1D`.
         heads: the side along which attention heads lie that keep as many active weights each (0 outputs, 1 inputs), and
             their number; None if heads are not balanced.
-        row_groups: disjoint groups of rows, in order, that keep an active count each; together they have all
-            `num_active` weights. Empty if the matrix has one count only.
+        row_groups: disjoint groups of rows, which keep an active count each; together they have all `num_active`
+            weights. Empty if the matrix has one count only.
     """
 
     path: str
@@ -132,11 +161,9 @@ class MatrixSpec:
         self._check_sizes(where)
         if self.heads is not None and not self._has_heads():
             raise damaged(f"{where}.heads", f"is {self.heads}, which does not divide a matrix of {self.shape}")
-        end = 0
-        for group in self.row_groups:
-            if not end <= group.start < group.stop <= self.shape[0]:
-                raise damaged(f"{where}.row_groups", "must be in order, disjoint and inside the matrix")
-            end = group.stop
+        rows = [row for group in self.row_groups for row in group.rows]
+        if len(set(rows)) < len(rows) or max(rows, default=0) >= self.shape[0]:
+            raise damaged(f"{where}.row_groups", "must be disjoint and inside the matrix")
         if self.row_groups and sum(group.num_active for group in self.row_groups) != self.num_active:
             raise damaged(f"{where}.row_groups", f"must have num_active={self.num_active} weights together")
 

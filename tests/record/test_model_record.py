@@ -110,6 +110,18 @@ def test_there_is_room_for_what_is_still_to_come() -> None:
     assert through_json(record) == record
 
 
+def test_groups_may_be_interleaved() -> None:
+    """Two heads of two rows each, as GPT-NeoX orders them: query, key, value, and again."""
+    groups = [RowGroup(kind, 2 * place, 2 * place + 2, 8, 2, 6) for place, kind in enumerate("qkv")]
+    assert [group.rows for group in groups] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    matrix = MatrixSpec("", (12, 4), 24, "unstructured", row_groups=tuple(groups))
+    assert MatrixSpec.from_dict(json.loads(json.dumps(matrix.to_dict())), "here") == matrix
+    values = matrix.to_dict()
+    values["row_groups"][0]["period"] = 2
+    with pytest.raises(ValueError, match=r"here\.row_groups must be disjoint and inside the matrix"):
+        MatrixSpec.from_dict(values, "here")
+
+
 def test_absent_fields_have_the_defaults_that_specs_name() -> None:
     matrix = MatrixSpec.from_dict({"shape": [4, 4], "num_active": 16, "structure": "dense"}, "here")
     assert matrix == MatrixSpec("", (4, 4), 16, "dense", None, None, False, None, ())
@@ -208,9 +220,12 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("layers.0.matrices.0.transposed", 1, r"matrices\[0\]\.transposed must be true or false"),
     ("layers.0.matrices.0.heads", [0, 5], r"matrices\[0\]\.heads is \(0, 5\), which does not divide"),
     ("layers.0.matrices.0.heads", [2, 4], r"matrices\[0\]\.heads is \(2, 4\), which does not divide"),
-    ("layers.0.matrices.0.row_groups.1.start", 7, r"matrices\[0\]\.row_groups must be in order, disjoint and inside"),
-    ("layers.0.matrices.0.row_groups.2.stop", 25, r"matrices\[0\]\.row_groups must be in order, disjoint and inside"),
-    ("layers.0.matrices.0.row_groups.0.kind", "x", r"row_groups\[0\]\.kind must be made of"),
+    ("layers.0.matrices.0.row_groups.1.start", 7, r"matrices\[0\]\.row_groups must be disjoint and inside"),
+    ("layers.0.matrices.0.row_groups.2.stop", 25, r"matrices\[0\]\.row_groups must be disjoint and inside"),
+    ("layers.0.matrices.0.row_groups.2.stop", 16, r"row_groups\[2\]\.stop must be above start=16, got 16"),
+    ("layers.0.matrices.0.row_groups.2.repeats", 2, r"row_groups\[2\]\.period is None with repeats=2"),
+    ("layers.0.matrices.0.row_groups.2.period", 4, r"row_groups\[2\]\.period is 4 with repeats=1"),
+    ("layers.0.matrices.0.row_groups.0.kind", "x", r"row_groups\[0\]\.kind must be one of q, k, v"),
     (
         "layers.3.tied_to",
         "nowhere",
