@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +50,7 @@ _SET_BY_SWEEP = {
 }
 _ANYWHERE = (("training", "output_dir"), ("training", "resume_from_checkpoint"), ("data", "cache_dir"))
 _LONGEST_VALUE = 40
+_LONGEST_REASON = 200  # letters of a log's last line, which the table repeats
 _POLL_SECONDS = 0.2
 _PROGRAM = "import sys; from sparseift_llm.cli import main; sys.exit(main())"
 
@@ -392,4 +394,5 @@ def _lock(log: IO[bytes], stop: threading.Event) -> None:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    return textwrap.shorten(last, _LONGEST_REASON, placeholder=" ...")

@@ -207,6 +207,13 @@ def test_a_killed_run_goes_on_in_its_folder_and_others_are_not_ended(recipe: Pat
     assert [outcome.eval_loss for outcome in outcomes] == [3.0, 3.0]
 
 
+def test_a_long_last_line_is_cut_in_the_table(recipe: Path, stand_in: StandIn) -> None:
+    run = plan(recipe).runs[0]
+    run.log.parent.mkdir()
+    run.log.write_text("first\n" + "word " * 100 + "\n\n")
+    assert sweep_module._last_line(run.log) == "word " * 39 + "..."
+
+
 def test_a_run_without_a_result_is_a_failure(recipe: Path, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_module, "train_in_process", lambda *arguments: 0)
     (outcome,) = run_sweep(plan(recipe))
