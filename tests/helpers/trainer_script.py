@@ -106,7 +106,12 @@ def kill_in_state(share: float | None) -> None:
 def kill_in_rotation() -> None:
     """While an old checkpoint is being deleted, its first file gone."""
 
+    remove = shutil.rmtree
+
     def patched(path: str, **kwargs: Any) -> None:
+        if not Path(path).name.startswith("checkpoint-"):  # what else is deleted is no rotation
+            remove(path, **kwargs)
+            return
         (Path(path) / "trainer_state.json").unlink()
         kill()
 

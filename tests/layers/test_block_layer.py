@@ -42,10 +42,16 @@ def inputs(layer: BlockSparseLinear, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def backward(layer: nn.Module, x: Tensor, run: Any = None) -> tuple[Tensor, ...]:
-    """Output and gradients of input, weight and bias."""
+    """Output and gradients of input, weight and bias; by `backward()`, which alone captures dense gradients."""
     y = (layer if run is None else run)(x)
     weighted = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
-    return (y, *torch.autograd.grad(weighted, [x, *layer.parameters()]))
+    weighted.backward()
+    gradients = []
+    for leaf in (x, *layer.parameters()):
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+        leaf.grad = None
+    return (y, *gradients)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

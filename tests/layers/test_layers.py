@@ -87,8 +87,8 @@ def test_output_equals_the_stock_layers_to_the_bit(kind: str) -> None:
 # ---- planted faults: the check above must notice each
 
 
-def mask_in_the_forward_only(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return gradient, None, None
+def mask_in_the_forward_only(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return gradient, None, None, None
 
 
 @pytest.mark.parametrize("kind", KINDS)

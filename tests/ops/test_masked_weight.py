@@ -63,26 +63,28 @@ def test_sink_collects_the_dense_gradient_of_all_micro_batches(rows: int, column
     check_sink(*sparse_pair((rows, columns), density), two_upstreams((rows, columns)))
 
 
-def unmasked_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return gradient, None, None
+Gradients = tuple[Tensor, None, None, Tensor | None]  # of weight, mask, sink, and the sink's leaf
 
 
-def sink_after_the_mask(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+def unmasked_backward(ctx: Any, gradient: Tensor) -> Gradients:
+    return gradient, None, None, None
+
+
+def sink_after_the_mask(ctx: Any, gradient: Tensor) -> Gradients:
     (mask,) = ctx.saved_tensors
     masked = torch.where(mask, gradient, 0)
-    ctx.sink.add(masked)
-    return masked, None, None
+    return masked, None, None, masked
 
 
-def sink_keeps_the_last(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+def sink_keeps_the_last(ctx: Any, gradient: Tensor) -> Gradients:
     (mask,) = ctx.saved_tensors
-    ctx.sink.total = gradient.clone()
-    return torch.where(mask, gradient, 0), None, None
+    ctx.sink.total = None
+    return torch.where(mask, gradient, 0), None, None, gradient
 
 
-def inverted_mask(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+def inverted_mask(ctx: Any, gradient: Tensor) -> Gradients:
     (mask,) = ctx.saved_tensors
-    return torch.where(mask, 0, gradient), None, None
+    return torch.where(mask, 0, gradient), None, None, None
 
 
 @pytest.mark.parametrize("fault", [unmasked_backward, inverted_mask])
