@@ -96,7 +96,9 @@ def test_builtin_suite_of_models_that_know_and_guess(builtin_suite: LoadedSuite)
 def test_a_random_network_scores_chance_and_a_memorising_one_100_percent(builtin_suite: LoadedSuite) -> None:
     """Through tokenizer, network and batches: logits that know the texts get every item right."""
     name = "builtin_continuation"
-    chance = evaluate_task(SplitLM(tiny_gpt2(), tokenizer(), 32), name, builtin_suite.tasks[name], 400)[0]["metrics"]
+    guessing = SplitLM(tiny_gpt2(), tokenizer(), 32)
+    found = evaluate_task(guessing, name, builtin_suite.tasks[name], EvaluationOptions(400))
+    chance = found.result["metrics"]
     assert abs(chance["acc_mutual_info,none"] - 0.25) < 4 * chance["acc_mutual_info_stderr,none"]
     for task in ("builtin_continuation", "builtin_identifier"):
         docs = [builtin_suite.tasks[task].eval_docs[index] for index in range(60)]
