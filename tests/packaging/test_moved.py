@@ -29,6 +29,7 @@ REPLACED = {
     "sparseift_llm.families.factorized": {"num_norm_params", "parts", "start"},
     "sparseift_llm.families.doped": {"num_norm_params", "parts", "start"},
     "sparseift_llm.layers.block": {"AppliedByNextLayer"},
+    "sparseift_llm.dst.zero": {"ZeroState"},
     "sparseift_llm.families.drop_in": {"build", "num_norm_params", "parts_of", "start"},
 }
 
