@@ -1,7 +1,7 @@
 """A folder of data sets under their hub names: which pieces are missing or damaged, and reading it without a cache.
 
 Each data set has a README.md whose front matter names its configurations and files, as on the hub. Whether the rows
-mean what a task takes them for is checked in documents.py.
+mean what a task takes them for is checked in item_checks.py.
 """
 
 from __future__ import annotations

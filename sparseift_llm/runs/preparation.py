@@ -16,7 +16,7 @@ from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_
 from sparseift_llm.data.loading import LoadedData
 from sparseift_llm.runs.formats import METRICS_NAME, RECIPE_NAME
 from sparseift_llm.runs.recipe import Recipe, recorded_recipe
-from sparseift_llm.runs.training_options import LearningRateFactors, trainer_fields
+from sparseift_llm.runs.recipe_training import LearningRateFactors, trainer_fields
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import versions
 

@@ -23,9 +23,9 @@ from sparseift_llm.runs.formats import DATA_NAME, SUMMARY_NAME, WRITTEN_NAMES
 from sparseift_llm.runs.model import make_model
 from sparseift_llm.runs.preparation import check_recipe, prepare_output, training_arguments
 from sparseift_llm.runs.recipe import Recipe, load_recipe
+from sparseift_llm.runs.recipe_training import LearningRateFactors
 from sparseift_llm.runs.record import RunRecord
 from sparseift_llm.runs.trainer import AlreadyFinished, Pretrainer, StopBeforeExtraStep, sequences_per_step, whole_steps
-from sparseift_llm.runs.training_options import LearningRateFactors
 from sparseift_llm.trainer.callback import SparseTrainingCallback
 from sparseift_llm.training.learning_rates import group_factors
 from sparseift_llm.utils.files import write_json

@@ -22,7 +22,7 @@ from sparseift_llm.config.parsing import check_finite, checked, config_class
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.config.yaml_files import load_yaml, parse_yaml
 from sparseift_llm.data.options import DataConfig
-from sparseift_llm.runs.training_options import checked_training, training_options
+from sparseift_llm.runs.recipe_training import checked_training, training_options
 from sparseift_llm.utils.words import nearest
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from sparseift_llm.data.packing import RepeatedStream
 from sparseift_llm.runs.recipe import Recipe
-from sparseift_llm.runs.training_options import LearningRateFactors
+from sparseift_llm.runs.recipe_training import LearningRateFactors
 from sparseift_llm.training.learning_rates import cosine_to_plateau, optimizer_param_groups
 
 

@@ -23,7 +23,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.runs import pretrain
 from sparseift_llm.runs.preparation import IN_OPTIMIZER_STATE
 from sparseift_llm.runs.recipe import load_recipe
-from sparseift_llm.runs.training_options import LearningRateFactors
+from sparseift_llm.runs.recipe_training import LearningRateFactors
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain_runs import (
     ENVIRONMENT,

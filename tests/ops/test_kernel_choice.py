@@ -12,7 +12,7 @@ from sparseift_llm.ops.kernels import choice
 from sparseift_llm.ops.kernels.choice import kernel_for, kernel_name, use_block_kernel
 from sparseift_llm.ops.kernels.native import NATIVE
 from sparseift_llm.ops.kernels.triton import TRITON
-from tests.ops.test_block_ops import operands
+from tests.ops.test_block_linear import operands
 
 
 def test_kernels_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pyarrow import Table, array, binary, parquet, string  # type: ignore[import-untyped, unused-ignore]
 
-from sparseift_llm.evaluation import command, documents
+from sparseift_llm.evaluation import command, item_checks
 from sparseift_llm.evaluation.data_files import DataError
 from sparseift_llm.evaluation.suites import V1, V2, Headline, Score, select
 from sparseift_llm.evaluation.task_loading import load_suite
@@ -379,7 +379,7 @@ def test_wrong_labels_pass_if_that_is_asked_for_and_are_counted(
 
 
 def test_what_published_data_has_wrong_passes_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(documents.PUBLISHED_WRONG, "quiz_choice", frozenset({"Monsters, Inc"}))
+    monkeypatch.setitem(item_checks.PUBLISHED_WRONG, "quiz_choice", frozenset({"Monsters, Inc"}))
     rows = [{**row, "label": row["choices"][row["label"]]} for row in quiz_rows(12, 1)]
     rows[2]["label"] = "Monsters, Inc"
     assert quiz_suite(write_quiz(tmp_path, "jsonl", {"train": rows[:2], "test": rows}), "quiz_choice").wrong_labels == {
