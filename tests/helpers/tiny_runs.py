@@ -72,7 +72,10 @@ def sparse_gpt2(
     if "family" in storage:
         hidden *= 2
         if linear:
-            rules = tuple(dataclasses.replace(rule, nonlinearity=None) for rule in storage["rules"])
+            rules = tuple(
+                dataclasses.replace(rule, nonlinearity="none") if rule.family == "factorized" else rule
+                for rule in storage["rules"]
+            )
             storage.update(nonlinearity="none", rules=rules)
     torch.manual_seed(seed)
     dense = GPT2LMHeadModel(
