@@ -51,7 +51,7 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
 
     Source: arXiv 2303.11525.
     """
-    if config.init == "pretrained":
+    if isinstance(config, SparseIFTConfig) and config.init == "pretrained":  # `plan` refuses anything else
         check_has_weights(model)
     result = plan(model, config)
     sparse = build_twin(model, result)

@@ -119,6 +119,11 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
 
     Source: arXiv 2303.11525, section 3.
     """
+    if not isinstance(config, SparseIFTConfig):
+        raise ValueError(
+            f"the transformation must be a SparseIFTConfig, got {type(config).__name__}: {config!r}; make one of a "
+            "mapping with SparseIFTConfig.from_dict(...), or with SparseIFTConfig(sparsity=0.75)"
+        )
     if not isinstance(model, PreTrainedModel | PreTrainedConfig):
         raise ValueError(
             f"expected a transformers model or config, got {type(model).__name__}; sparsify before wrapping "

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from sparseift_llm import SparseIFTConfig, sparsify
+from sparseift_llm import SparseIFTConfig, plan, sparsify
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, digest, masks_of, read_masks
 from sparseift_llm.layers.base import sparse_layers
 from tests.helpers.models import FUSED_ARCHS, SPLIT_ARCHS, logits_of, tiny_config, tiny_model
@@ -136,3 +136,10 @@ def test_a_pickled_model_comes_back_whole(tmp_path: Path) -> None:
 def test_only_the_main_process_writes_masks(tmp_path: Path) -> None:
     sparsify(tiny_config("llama"), SparseIFTConfig()).save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / MASKS_NAME).exists()
+
+
+@pytest.mark.parametrize("given", [{"sparsity": 0.75}, None, 0.75, "wide"])
+def test_a_transformation_of_another_type_is_refused_in_words(given: Any) -> None:
+    for verb in (sparsify, plan):
+        with pytest.raises(ValueError, match=r"must be a SparseIFTConfig, got .*SparseIFTConfig\.from_dict"):
+            verb(tiny_config("gpt2"), given)
