@@ -144,7 +144,8 @@ def test_weights_are_needed() -> None:
 def test_a_projection_without_a_start_is_an_error() -> None:
     config, dense = SparseIFTConfig(scope="ffn", init="pretrained"), tiny_model("gpt2")
     result = plan(dense, config)
-    unknown = replace(result, layers=tuple(replace(layer, kind="new") for layer in result.layers))
+    layers = tuple(replace(layer, kind="new") for layer in result.record.layers)
+    unknown = replace(result.record, layers=layers)
     with pytest.raises(ValueError, match=r"no start for transformer\.h\.0\.mlp\.c_fc\.weight"):
         start_from(dense, sparsify(dense, config), unknown)
 
@@ -153,4 +154,4 @@ def test_a_parameter_without_a_start_is_an_error() -> None:
     config = SparseIFTConfig(scope="ffn", init="pretrained")
     other = tiny_model("gpt2", vocab_size=120)
     with pytest.raises(ValueError, match=r"no start for transformer\.wte\.weight of shape \(120, 32\)"):
-        start_from(tiny_model("gpt2"), sparsify(other, config), plan(other, config))
+        start_from(tiny_model("gpt2"), sparsify(other, config), plan(other, config).record)
