@@ -1,6 +1,12 @@
-"""Line charts as inline SVG: text keeps its size at every width, lines are told apart by colour, dash and marker.
+"""Line charts as inline SVG, laid out here and coloured by the style sheet.
 
-An axis' numbers stand outside of the SVG's box, in the padding that the style sheet leaves.
+A chart consists of two SVG elements. The outer one is as wide as the page leaves it, and everything in it (numbers,
+grid lines, markers) is placed in percent of it, so that text and markers keep their size at every width. The inner one
+holds the curves in a box of 1000 by 1000 units, which the browser stretches to the outer one without keeping its
+proportions; only lines survive that, and their width does not scale. Numbers along the axes are placed outside of the
+outer box, at negative places or beyond 100%, in the padding that the style sheet leaves around it.
+
+Lines are told apart by colour, dash and marker. Why no plotting library draws this is in docs/developers/decisions.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from markupsafe import Markup
 from sparseift_llm.reporting.page.markup import element
 
 NUM_STYLES = 6
-_SIZE = 1000  # of the box that lines are drawn in, stretched to the chart
+_SIZE = 1000  # width and height of the box that curves are drawn in, before it is stretched to the chart
 _SCALES = {3: "thousands", 6: "millions", 9: "billions"}
 _TIMES_TEN = "\u00d710"
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
@@ -34,10 +40,10 @@ class Series:
     """One line.
 
     Args:
-        label: in the legend and in the figure's description.
-        style: number of its run; decides colour, dash and marker.
-        points: (x, y); a y that is not finite leaves a gap.
-        is_main: thick, with markers; otherwise thin, without.
+        label: its name in the legend and in the description of the figure.
+        style: the number of its run, which decides colour, dash and marker.
+        points: pairs (x, y). A y that is not finite leaves a gap.
+        is_main: whether the line is thick and has markers; otherwise it is thin and has none.
     """
 
     label: str
@@ -61,38 +67,47 @@ class Axis:
 
 
 def style_class(style: int) -> str:
-    """Classes for colour and dash; the first 36 styles are all different."""
+    """The style sheet's classes for colour (`s0` to `s5`) and dash (`d0` to `d5`).
+
+    Each time the colours have been through, the dashes move on by one, so that the first 36 styles all differ.
+    """
     turn = style // NUM_STYLES
     return f"s{style % NUM_STYLES} d{(style + turn) % NUM_STYLES}"
 
 
 def marker_of(style: int) -> str:
-    """Reference to a run's marker."""
+    """A reference to the marker of a run; it moves on by two whenever the dashes move on by one."""
     return f"#mark-{(style + 2 * (style // NUM_STYLES)) % NUM_STYLES}"
 
 
 def make_axis(low: float, high: float, label: str, num_ticks: int = 5) -> Axis:
-    """An axis from `low` to `high` with round numbers; large ones are scaled, which the label then says.
+    """An axis from `low` to `high` with round numbers along it.
 
-    Limits that are equal, or nearly so that ticks could not be told apart, are moved apart.
+    Very large and very small numbers are divided by a power of 1000, which the label then says. Limits that are equal,
+    or so close that ticks could not be told apart, are moved apart.
     """
+    # Written as "not above", so that limits of 0 and 0 are moved apart, too.
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     step = _round_step((high - low) / num_ticks)
     largest = max(abs(low), abs(high))
+    # The power of ten that numbers are divided by: 1.2e7 is printed as 12 (millions). From 0.001 to 100,000 it is 0.
     power = 3 * (math.floor(math.log10(largest)) // 3) if largest >= 1e5 or largest < 1e-3 else 0
     if power:
         label = f"{label} ({_SCALES.get(power) or _TIMES_TEN + str(power).translate(_SUPERSCRIPTS)})"
+    # As many decimals as the first digit of the printed step needs, and one more for steps of 2.5, 0.25, ...
     decimals = max(0, -math.floor(math.log10(step / 10.0**power) + 1e-9))
-    if round(step / 10.0**power, decimals) != round(step / 10.0**power, decimals + 1):  # 2.5
+    if round(step / 10.0**power, decimals) != round(step / 10.0**power, decimals + 1):
         decimals += 1
+    # Ticks are whole multiples of the step; 1e-9 keeps one that rounding has put just outside of the limits.
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     ticks = tuple((index * step, f"{index * step / 10.0**power:,.{decimals}f}") for index in numbers)
     return Axis(low, high, ticks, label)
 
 
 def _round_step(step: float) -> float:
+    """The smallest of 1, 2, 2.5 and 5 times a power of ten that is not below `step`."""
     power = 10.0 ** math.floor(math.log10(step))
     return power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
 
@@ -123,6 +138,7 @@ def line_chart(
         return None
     x_values, y_values = [x for x, _ in points], [y for _, y in points]
     low, high = min(y_values), max(y_values)
+    # A twentieth of the range stays free above the highest point, and below the lowest unless the axis starts at 0.
     margin = (high - low) * 0.05
     low, high = (min(low, 0.0) if starts_at_zero else low - margin), high + margin
     x_low = min(x_values) if x_low is None else min(x_low, *x_values)
@@ -141,7 +157,7 @@ def line_chart(
 
 
 def _description(series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """What the lines do, for those who do not see them."""
+    """Where each line starts and ends, for readers who do not see it."""
     parts = []
     for line in series:
         finite = [point for point in line.points if math.isfinite(point[1])]
@@ -151,6 +167,10 @@ def _description(series: Sequence[Series], x: Axis, y: Axis) -> str:
 
 
 def _grid(x: Axis, y: Axis) -> list[Markup]:
+    """Lines and numbers of both axes, in percent of the outer SVG, whose y grows downwards.
+
+    The numbers of the y axis end 8 pixels left of the box. Those of the x axis stand one and a half lines below it.
+    """
     parts = []
     for value, text in y.ticks:
         at = f"{100 * (1 - y.share(value)):.2f}%"
@@ -164,7 +184,10 @@ def _grid(x: Axis, y: Axis) -> list[Markup]:
 
 
 def _lines(line: Series, x: Axis, y: Axis) -> list[Markup]:
-    """A polyline for every stretch without gaps; a lone point becomes a dot."""
+    """A polyline for every stretch without gaps, in the units of the inner SVG.
+
+    A point without neighbours is drawn twice: a line of length 0 with round ends is a dot.
+    """
     stretches: list[list[str]] = [[]]
     for value, height in line.points:
         if math.isfinite(height):
@@ -181,7 +204,7 @@ def _lines(line: Series, x: Axis, y: Axis) -> list[Markup]:
 
 
 def _marks(line: Series, x: Axis, y: Axis, most: int = 12) -> list[Markup]:
-    """Markers on at most so many points, spread evenly."""
+    """Markers on at most `most` points, spread evenly; they stand in the outer SVG, where nothing is stretched."""
     finite = [point for point in line.points if math.isfinite(point[1])]
     most = min(most, len(finite))
     chosen = sorted({round(place) for place in np.linspace(0, len(finite) - 1, most).tolist()})
@@ -193,11 +216,14 @@ def _marks(line: Series, x: Axis, y: Axis, most: int = 12) -> list[Markup]:
 
 
 def downsampled(values: Sequence[float], limit: int) -> list[int]:
-    """Which of `values` to draw: all, or the smallest and the largest of equal stretches, and both ends.
+    """Choose which of `values` to draw: all of them, or the extremes of equal stretches and both ends.
+
+    Keeping the smallest and the largest value of every stretch keeps each spike of a curve, which taking every n-th
+    value would lose.
 
     Args:
-        values: y values in order; of neighbours that are not finite the first is kept, as it is a gap.
-        limit: about how many to keep.
+        values: y values in order. Of neighbours that are not finite the first is kept, because it makes a gap.
+        limit: about how many values to keep.
 
     Returns:
         Ascending indices, at most `limit` of finite values.
