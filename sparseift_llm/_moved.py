@@ -125,7 +125,6 @@ NAMES = {
     "export.FORMATS": "checkpoints.export.FORMATS",
     "families.drop_in.rule_for": "families.registry.rule_for",
     "layout.missing_layers": "record.model_record.missing_layers",
-    "html_report.overview.evaluation_tables": "reporting.page.evaluations.evaluation_tables",
     "html_report.reading.flattened": "reporting.page.words.flattened",
     "html_report.reading.text": "reporting.page.words.text",
     "html_report.reading.unique_names": "reporting.page.words.unique_names",
