@@ -170,10 +170,6 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def other_size(path: Path) -> None:
-    path.write_text(path.read_text().replace('"n_layer": 2', '"n_layer": -2'))
-
-
 BREAKS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "half written": ("trainer_state.json", Path.unlink, "was not written to its end"),
     "no masks": ("sparse_masks.safetensors", Path.unlink, "sparse_masks.safetensors is missing"),
@@ -182,7 +178,6 @@ BREAKS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "cut weights": ("model.safetensors", cut, "are missing or damaged"),
     "no config": ("config.json", Path.unlink, "has no readable config.json"),
     "cut config": ("config.json", cut, "has no readable config.json"),
-    "impossible config": ("config.json", other_size, "has no list of -2 decoder layers"),
 }
 
 
