@@ -264,7 +264,9 @@ def corrupted(rank: int, folder: Path) -> dict[str, Any]:
     steps(model, optimizer, stop=4)
     if rank == dist.get_world_size() - 1:
         layer = sparse_layers(model)[first_sparse(model, "mlp.c_fc")]
-        layer.load_topology(layer.topology.roll(1, dims=-1) if layer.unit_size == 1 else layer.topology.flip(0))
+        layer.load_topology(
+            layer.topology.roll(1, dims=-1) if layer.unit_size == 1 else (layer.topology + 1) % layer.num_columns
+        )
     return {"message": message_of(lambda: steps(model, optimizer, start=4)), "step": controller.step}
 
 
