@@ -72,14 +72,26 @@ def test_two_ranks_checkpoint_on_one(without_dropout: Whole, tmp_path: Path) -> 
     check_trajectory(without_dropout[1][0], final_state(trainer))
 
 
-def test_a_trajectory_of_another_checkpoint_is_noticed(without_dropout: Whole, tmp_path: Path) -> None:
-    """So that equality above means something: weights and optimizer state of step 8 under the counters of step 4."""
-    shutil.copytree(without_dropout[0] / "out" / "checkpoint-4", tmp_path / "checkpoint-4")
-    shutil.copy(without_dropout[0] / "out" / "checkpoint-8" / "optimizer.pt", tmp_path / "checkpoint-4")
+def test_a_trajectory_of_another_optimizer_state_is_noticed(without_dropout: Whole, tmp_path: Path) -> None:
+    """So that equality above means something: momentum of step 8 under the step counts of step 4."""
+    checkpoints = without_dropout[0] / "out"
+    shutil.copytree(checkpoints / "checkpoint-4", tmp_path / "checkpoint-4")
+    state, later = (torch.load(checkpoints / f"checkpoint-{step}" / "optimizer.pt") for step in (4, 8))
+    for index, values in state["state"].items():
+        values["exp_avg"] = later["state"][index]["exp_avg"]
+    torch.save(state, tmp_path / "checkpoint-4" / "optimizer.pt")
     trainer = sparse_trainer(sparse_gpt2("rigl"), tmp_path)
     trainer.train(resume_from_checkpoint=True)
     with pytest.raises(AssertionError):
         check_trajectory(without_dropout[1][0], final_state(trainer))
+
+
+def test_an_optimizer_of_a_later_checkpoint_is_refused(without_dropout: Whole, tmp_path: Path) -> None:
+    shutil.copytree(without_dropout[0] / "out" / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copy(without_dropout[0] / "out" / "checkpoint-8" / "optimizer.pt", tmp_path / "checkpoint-4")
+    trainer = sparse_trainer(sparse_gpt2("rigl"), tmp_path)
+    with pytest.raises(ValueError, match="has taken 8 steps, but the controller has counted 4"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 KILLED = {
