@@ -16,6 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe file")
 
 
+def more_help() -> str:
+    """The keys of a recipe, which are listed without loading torch."""
+    from sparseift_llm.runs.recipe_help import recipe_help
+
+    return recipe_help()
+
+
 def run(arguments: argparse.Namespace) -> str:
     """Train, evaluate and save, and say where the summary is.
 

@@ -1,8 +1,9 @@
 """The program `sparseift`: its table of commands, its help, and how mistakes are reported.
 
 Every command has a file of its own beside this one, with two functions: `add_arguments(parser)`, and
-`run(arguments)`, which does the work through the library and returns what is printed. Only the file of the command
-that was asked for is imported, so that `sparseift --help` does not wait for torch.
+`run(arguments)`, which does the work through the library and returns what is printed. A third one, `more_help()`, is
+called for `--help` alone, and may take longer. Only the file of the command that was asked for is imported, so that
+`sparseift --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ def _arguments(command: Command, module: ModuleType, words: Sequence[str]) -> ar
         allow_abbrev=not command.takes_overrides,
     )
     module.add_arguments(parser)
+    if hasattr(module, "more_help") and {"-h", "--help"} & set(words):
+        parser.epilog = module.more_help()
     if not command.takes_overrides:
         return parser.parse_args(words)
     arguments, overrides = parser.parse_known_args(words)

@@ -1,9 +1,10 @@
 """Train a recipe over a grid of settings and seeds, and say which setting is best.
 
-Every field of the recipe can be given after it. One with several values, `--learning_rate 4e-3,8e-3`, is an axis of
-the grid; the others hold for all runs. Each run is a process with a folder and a log of its own below --output. A
-sweep that was stopped goes on where it was, and one that is given more values runs only what is missing. The result
-is printed and written there as sweep.json, sweep.md and sweep.png. The exit status is 1 if a run failed.
+Every field of the recipe can be given after it; `sparseift pretrain --help` lists them. One with several values,
+`--learning_rate 4e-3,8e-3`, is an axis of the grid; the others hold for all runs. Each run is a process with a folder
+and a log of its own below --output. A sweep that was stopped goes on where it was, and one that is given more values
+runs only what is missing. The result is printed and written there as sweep.json, sweep.md and sweep.png. The exit
+status is 1 if a run failed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The `training` section of a recipe: fields of `transformers.TrainingArguments` and factors on learning rates.
 
 All are checked before anything is loaded: transformers takes many values that it cannot train with, such as a step
-count of -3, and falls back in silence.
+count of -3, and falls back in silence. transformers is imported when its fields are asked for, so that the help does
+not wait for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from functools import cache
 from typing import Annotated, Any
 
 from pydantic import Field
-from transformers import TrainingArguments
 
 from sparseift_llm.config.describe import Option, describe_options
 from sparseift_llm.config.fields import FieldType
@@ -27,7 +27,7 @@ _AT_LEAST_0 = Field(ge=0)
 _AT_LEAST_1 = Field(ge=1)
 _BELOW_1 = Field(ge=0, lt=1)
 _SEED = Field(ge=0, le=2**32 - 1)
-_RANGES = {
+RANGES = {
     "per_device_train_batch_size": _AT_LEAST_1,
     "per_device_eval_batch_size": _AT_LEAST_1,
     "gradient_accumulation_steps": _AT_LEAST_1,
@@ -82,9 +82,11 @@ def trainer_fields(training: dict[str, Any]) -> dict[str, Any]:
 @cache
 def training_fields() -> dict[str, Any]:
     """The annotations of the fields of the training section by name, with the ranges that a recipe may use."""
+    from transformers import TrainingArguments
+
     hints = typing.get_type_hints(TrainingArguments)
     names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    fields = {name: Annotated[hints[name], _RANGES[name]] if name in _RANGES else hints[name] for name in names}
+    fields = {name: Annotated[hints[name], RANGES[name]] if name in RANGES else hints[name] for name in names}
     own = typing.get_type_hints(LearningRateFactors, include_extras=True)
     return fields | {name: own[name] for name in _FACTOR_NAMES}
 
@@ -156,6 +158,8 @@ def _check_save_steps(training: dict[str, Any]) -> None:
 
 def training_options() -> list[Option]:
     """The fields of the training section for `--help`; what transformers says of its own fields is taken over."""
+    from transformers import TrainingArguments
+
     options = describe_options(LearningRateFactors, "training")
     for field in dataclasses.fields(TrainingArguments):
         if field.init:
