@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparseift_llm.analysis.checkpoints import LOSS, Analysis, labels
 from sparseift_llm.analysis.correlation import MIN_RUNS
+from sparseift_llm.analysis.results import LOSS, Analysis, labels
 from sparseift_llm.analysis.spectral import QUANTITIES
 from sparseift_llm.utils.files import written_whole
 from sparseift_llm.utils.outputs import user_path

@@ -19,8 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """Write the analysis; the table is printed before the pictures are drawn."""
-    from sparseift_llm.analysis.checkpoints import ANALYSIS_BEGINNING, ANALYSIS_NAME, TABLE_NAME, analyze, render
+    from sparseift_llm.analysis.across_runs import analyze
     from sparseift_llm.analysis.pictures import ALONG_TRAINING_NAME, CORRELATIONS_NAME, draw
+    from sparseift_llm.analysis.results import ANALYSIS_BEGINNING, ANALYSIS_NAME, TABLE_NAME
+    from sparseift_llm.analysis.tables import render
     from sparseift_llm.utils.outputs import refuse_foreign
 
     names = (ANALYSIS_NAME, TABLE_NAME, ALONG_TRAINING_NAME, CORRELATIONS_NAME)

@@ -1,1 +1,1 @@
-"""A training run as files: the recipe that starts it and the record that it leaves."""
+"""A training run as files: the recipe that starts it and what it leaves."""

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, TrainingArguments, default_data_collat
 from sparseift_llm.data.loading import LoadedData, check_not_read, load_data
 from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.runs.formats import DATA_NAME, SUMMARY_NAME, WRITTEN_NAMES
+from sparseift_llm.runs.metrics_log import MetricsLog
 from sparseift_llm.runs.model import make_model
 from sparseift_llm.runs.preparation import check_recipe, prepare_output, training_arguments
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.runs.recipe_training import LearningRateFactors
-from sparseift_llm.runs.record import RunRecord
 from sparseift_llm.runs.trainer import AlreadyFinished, Pretrainer, StopBeforeExtraStep, sequences_per_step, whole_steps
 from sparseift_llm.trainer.callback import SparseTrainingCallback
 from sparseift_llm.training.learning_rates import group_factors
@@ -136,7 +136,7 @@ def train(
         sparse = SparseTrainingCallback(
             tokens_per_step=tokens_per_step, seq_len=seq_len, peak_flops_per_second="measure"
         )
-    record = RunRecord(recipe.training["output_dir"], tokens_per_step, seq_len, sparse)
+    log = MetricsLog(recipe.training["output_dir"], tokens_per_step, seq_len, sparse)
     trainer = Pretrainer(
         model=model,
         args=args,
@@ -144,7 +144,7 @@ def train(
         eval_dataset=data.eval,
         processing_class=data.tokenizer,
         data_collator=default_data_collator,
-        callbacks=[*([sparse] if sparse else []), record, StopBeforeExtraStep()],
+        callbacks=[*([sparse] if sparse else []), log, StopBeforeExtraStep()],
     )
     trainer.recipe = recipe
     try:
@@ -153,7 +153,7 @@ def train(
         logger.info("%s is the run's last checkpoint: only evaluating", resume_from)
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
-    totals = {**record.totals(trainer.state.global_step, model), "tokens_per_second": record.tokens_per_second}
+    totals = {**log.totals(trainer.state.global_step, model), "tokens_per_second": log.tokens_per_second}
     return _summary(recipe, args, model, data, eval_loss, totals)
 
 
@@ -170,7 +170,7 @@ def _summary(
     Args:
         recipe, args, model, data: see `PreparedRun`.
         eval_loss: held-out loss in nats per token.
-        totals: see `RunRecord.totals` and `RunRecord.tokens_per_second`.
+        totals: see `MetricsLog.totals` and `MetricsLog.tokens_per_second`.
     """
     cost = cost_of(model, recipe.data.seq_len)
     return {

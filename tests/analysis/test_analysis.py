@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import sparseift_llm.analysis.checkpoints
 from sparseift_llm import SparseIFTConfig, sparsify, spectral_report
-from sparseift_llm.analysis.checkpoints import analyze, render
+from sparseift_llm.analysis.across_runs import analyze
 from sparseift_llm.analysis.correlation import correlate
+from sparseift_llm.analysis.tables import render
 from sparseift_llm.checkpoints.mask_file import read_digest
 from sparseift_llm.cli import main
 from tests.helpers.models import tiny_model

@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer, TrainerState
 
 from sparseift_llm.runs import record
-from sparseift_llm.runs.record import RunRecord
+from sparseift_llm.runs.metrics_log import MetricsLog
 from tests.helpers.scripts import load_script
 
 
@@ -51,12 +51,12 @@ def _train(words: list[str], kill: list[Any] | None) -> None:
 
 
 def _say_where_it_begins() -> None:
-    def on_train_begin(self: RunRecord, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self: MetricsLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         print(f"begins after step {state.global_step}", flush=True)
         original(self, args, state, control, **kwargs)
 
-    original = RunRecord.on_train_begin
-    RunRecord.on_train_begin = on_train_begin  # type: ignore[method-assign]
+    original = MetricsLog.on_train_begin
+    MetricsLog.on_train_begin = on_train_begin  # type: ignore[method-assign]
 
 
 def _die() -> None:

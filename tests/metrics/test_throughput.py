@@ -96,5 +96,5 @@ def test_utilization_is_flops_over_seconds_over_peak(tmp_path: Path) -> None:
     for entry, flops in ((first, first["train_flops"]), (second, second["train_flops"] - first["train_flops"])):
         seconds = 2 * 32 / entry["tokens_per_second"]  # of two steps at the speed of those that are timed
         assert entry["model_flops_utilization"] == pytest.approx(flops / seconds / 2.5e9)
-    # no dense gradients; see test_run_record.py for the count itself
+    # no dense gradients; see test_metrics_log.py for the count itself
     assert first["train_flops"] * 2 == second["train_flops"]

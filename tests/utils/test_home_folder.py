@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparseift_llm import load_pretrained, save_export
-from sparseift_llm.analysis.checkpoints import analyze
+from sparseift_llm.analysis.across_runs import analyze
 from sparseift_llm.api import export_run
 from sparseift_llm.cli import main
 from sparseift_llm.models.presets import load_config

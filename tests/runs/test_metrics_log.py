@@ -1,4 +1,4 @@
-"""Run records: training FLOPs by hand for every algorithm, metrics lines after kills and resumes, atomic JSON."""
+"""The log of metrics: training FLOPs by hand for every algorithm, metrics lines after kills and resumes, atomic JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, sparsify
-from sparseift_llm.runs.record import RunRecord, read_metrics, training_flops
+from sparseift_llm.runs.metrics_log import MetricsLog, read_metrics, training_flops
 from sparseift_llm.utils import provenance
 from sparseift_llm.utils.files import write_json
 
@@ -86,17 +86,17 @@ def test_projections_left_dense_count_in_full() -> None:
 # ---- metrics
 
 
-def event(record: RunRecord, name: str, step: int, logs: dict[str, Any] | None = None, main: bool = True) -> None:
+def event(log: MetricsLog, name: str, step: int, logs: dict[str, Any] | None = None, main: bool = True) -> None:
     state = SimpleNamespace(global_step=step, is_world_process_zero=main)
-    getattr(record, name)(None, state, None, logs=logs, model=GPT2LMHeadModel(DENSE))
+    getattr(log, name)(None, state, None, logs=logs, model=GPT2LMHeadModel(DENSE))
 
 
 def test_each_log_event_is_one_line_with_totals(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
-    event(record, "on_train_begin", 0)
-    event(record, "on_log", 1, {"loss": 2.5})
-    event(record, "on_log", 2, {"eval_loss": 2.0})
-    event(record, "on_log", 2, {"train_runtime": 9.0, "train_loss": 2.0})  # the Trainer's own summary
+    log = MetricsLog(tmp_path, TOKENS, SEQ_LEN)
+    event(log, "on_train_begin", 0)
+    event(log, "on_log", 1, {"loss": 2.5})
+    event(log, "on_log", 2, {"eval_loss": 2.0})
+    event(log, "on_log", 2, {"train_runtime": 9.0, "train_loss": 2.0})  # the Trainer's own summary
     first, second = read_metrics(tmp_path)
     assert {"step": 1, "train_tokens": 48, "train_flops": 48 * 3 * 7296, "loss": 2.5}.items() <= first.items()
     assert {"step": 2, "train_tokens": 96, "train_flops": 96 * 3 * 7296, "eval_loss": 2.0}.items() <= second.items()
@@ -104,50 +104,50 @@ def test_each_log_event_is_one_line_with_totals(tmp_path: Path) -> None:
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
-    event(record, "on_train_begin", 0, main=False)
-    event(record, "on_log", 1, {"loss": 2.5}, main=False)
+    log = MetricsLog(tmp_path, TOKENS, SEQ_LEN)
+    event(log, "on_train_begin", 0, main=False)
+    event(log, "on_log", 1, {"loss": 2.5}, main=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:
     """Let all clocks, which share one function, show these times."""
     clock = iter(times)
-    monkeypatch.setattr("sparseift_llm.runs.record.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("sparseift_llm.runs.metrics_log.time.perf_counter", lambda: next(clock))
 
 
 def test_speed_leaves_out_warm_up_and_evaluation_but_not_waiting_for_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_clock(monkeypatch, 0.0, 100.0, 101.0, 131.0, 140.0, 142.0, 144.0, 150.0, 160.0, 163.0, 164.0, 170.0)
-    record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
-    event(record, "on_train_begin", 0)  # at 100
+    log = MetricsLog(tmp_path, TOKENS, SEQ_LEN)
+    event(log, "on_train_begin", 0)  # at 100
     for step in (1, 2):  # 101 to 131, which is the warm-up, and 140 to 142
-        event(record, "on_step_begin", step - 1)
-        event(record, "on_step_end", step)
-    event(record, "on_log", 2, {"loss": 1.0})  # read at 144, written at 150
-    event(record, "on_evaluate", 2)  # until 160
-    event(record, "on_step_begin", 2)
-    event(record, "on_step_end", 3)  # at 163
-    event(record, "on_train_end", 3)  # at 164
+        event(log, "on_step_begin", step - 1)
+        event(log, "on_step_end", step)
+    event(log, "on_log", 2, {"loss": 1.0})  # read at 144, written at 150
+    event(log, "on_evaluate", 2)  # until 160
+    event(log, "on_step_begin", 2)
+    event(log, "on_step_end", 3)  # at 163
+    event(log, "on_train_end", 3)  # at 164
     (line,) = read_metrics(tmp_path)
     assert line["tokens_per_second"] == TOKENS / 13  # from 131 to 144
-    totals = record.totals(3, GPT2LMHeadModel(DENSE))  # at 170
+    totals = log.totals(3, GPT2LMHeadModel(DENSE))  # at 170
     assert (totals["timed_steps"], totals["timed_seconds"], totals["warm_up_seconds"]) == (2, 17.0, 30.0)
     assert totals["wall_seconds"] == 70.0
-    assert record.tokens_per_second == 2 * TOKENS / 17
+    assert log.tokens_per_second == 2 * TOKENS / 17
 
 
 def test_a_run_of_one_step_has_the_speed_of_its_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_clock(monkeypatch, 0.0, 1.0, 2.0, 6.0, 7.0, 8.0)
-    record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
-    event(record, "on_train_begin", 0)
-    assert math.isnan(record.tokens_per_second)
-    event(record, "on_step_begin", 0)
-    event(record, "on_step_end", 1)
-    event(record, "on_log", 1, {"loss": 1.0})
+    log = MetricsLog(tmp_path, TOKENS, SEQ_LEN)
+    event(log, "on_train_begin", 0)
+    assert math.isnan(log.tokens_per_second)
+    event(log, "on_step_begin", 0)
+    event(log, "on_step_end", 1)
+    event(log, "on_log", 1, {"loss": 1.0})
     assert "tokens_per_second" not in read_metrics(tmp_path)[0]
-    assert record.tokens_per_second == TOKENS / 4
+    assert log.tokens_per_second == TOKENS / 4
 
 
 def write_lines(folder: Path, *steps: int, end: str = "", is_old: bool = False) -> None:
@@ -182,12 +182,12 @@ def test_no_metrics_yet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_old", [False, True])
 def test_resume_drops_the_lines_after_the_checkpoint_and_goes_on_with_its_times(is_old: bool, tmp_path: Path) -> None:
     write_lines(tmp_path, 2, 4, 4, 6, end='{"step": 8, "lo', is_old=is_old)
-    record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
-    event(record, "on_train_begin", 4)
+    log = MetricsLog(tmp_path, TOKENS, SEQ_LEN)
+    event(log, "on_train_begin", 4)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
-    assert (record.timed_steps, record.timed_seconds) == (4 if is_old else 3, 20.0)
-    assert record.tokens_per_second == record.timed_steps * TOKENS / 20.0
-    event(record, "on_log", 6, {"loss": 1.0})
+    assert (log.timed_steps, log.timed_seconds) == (4 if is_old else 3, 20.0)
+    assert log.tokens_per_second == log.timed_steps * TOKENS / 20.0
+    event(log, "on_log", 6, {"loss": 1.0})
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 4, 6]
     assert lines[-1]["loss"] == 1.0
@@ -196,10 +196,10 @@ def test_resume_drops_the_lines_after_the_checkpoint_and_goes_on_with_its_times(
 
 def test_a_run_that_starts_again_at_step_0_drops_all_lines(tmp_path: Path) -> None:
     write_lines(tmp_path, 0, 2, 4)
-    record = RunRecord(tmp_path, TOKENS, SEQ_LEN)
-    event(record, "on_train_begin", 0)
+    log = MetricsLog(tmp_path, TOKENS, SEQ_LEN)
+    event(log, "on_train_begin", 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-    assert (record.timed_steps, record.timed_seconds) == (0, 0.0)
+    assert (log.timed_steps, log.timed_seconds) == (0, 0.0)
 
 
 # ---- JSON

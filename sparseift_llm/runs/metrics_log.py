@@ -21,7 +21,7 @@ from sparseift_llm.training.controller import SparseTrainingController
 from sparseift_llm.utils.json_lines import append_line, keep_lines, read_lines
 
 
-class RunRecord(TrainerCallback):
+class MetricsLog(TrainerCallback):
     """Writes one JSON line per log event, and keeps the totals that a resumed run goes on with.
 
     Each line holds the `totals` and what the Trainer logged (`loss`, `grad_norm`, `learning_rate`,
