@@ -41,7 +41,7 @@ class Correlation:
     excluded: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """What `analysis.json` holds of this pair."""
         values = asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 

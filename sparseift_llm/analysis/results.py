@@ -18,15 +18,15 @@ LOSS = "eval_loss"
 
 @dataclass(frozen=True)
 class RunAnalysis:
-    """One run.
+    """What the analysis of one run has found.
 
     Args:
-        run: its folder.
-        checkpoints: entries of its `spectral.json` by step, ascending.
-        excluded: folder -> why it was left out.
-        eval_loss: held-out loss of the finished run, at the step of the last entry; None if there is none.
-        no_loss: why there is none.
-        summary: its `summary.json`, None where there is no loss.
+        run: the folder of the run.
+        checkpoints: the entries of its `spectral.json`, by ascending step.
+        excluded: the folders that were left out, each with the reason.
+        eval_loss: held-out loss of the finished run at the step of the last entry, None if it is not known.
+        no_loss: why that loss is not known, None if it is.
+        summary: the contents of `summary.json`, None where the loss is not known.
     """
 
     run: Path
@@ -37,7 +37,7 @@ class RunAnalysis:
     summary: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without what stands in `spectral.json`."""
+        """What `analysis.json` holds of this run. The layers are left out, because `spectral.json` has them."""
         keys = ("step", "folder", "masks_digest", "model")
         return {
             "run": str(self.run),

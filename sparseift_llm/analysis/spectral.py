@@ -42,13 +42,15 @@ _LAPACK_SIDE = 256  # up to here all eigenvalues are computed
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """The quantities of one sparse matrix; `delta_r` to `lambda_imsg` as above, None where `excluded` says why.
+    """The quantities of one sparse matrix.
+
+    `delta_r` to `lambda_imsg` are defined at the top of this file. One that could not be computed is None.
 
     Args:
-        name: module path.
+        name: module path of the matrix.
         kind: what the projection computes, e.g. `qkv`.
         shape: (out, in).
-        sparsity: zero fraction of the mask.
+        sparsity: share of zeros in the mask.
         mean_degree_left, mean_degree_right: edges per input and per output feature that has any; 0 without edges.
         excluded: which quantities are missing, and why.
     """
@@ -66,7 +68,7 @@ class LayerSpectrum:
     excluded: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the name."""
+        """All fields but the name, as JSON takes them."""
         return {
             "kind": self.kind,
             "shape": list(self.shape),
@@ -95,9 +97,9 @@ class SpectralReport:
 
     @property
     def model(self) -> dict[str, float | int | None]:
-        """Every quantity's mean over the layers that have it, None if no layer has.
+        """The mean of each quantity over the layers that have it, None if no layer has it.
 
-        `num_layers` are all; `num_excluded` are those of which a quantity is missing.
+        `num_layers` counts all layers, `num_excluded` those that lack a quantity.
         """
         rows = [layer.to_dict() for layer in self.layers]
         return {
@@ -107,7 +109,7 @@ class SpectralReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: `masks_digest`, `layers` by name, `model`."""
+        """What `spectral.json` holds of one checkpoint: `masks_digest`, `layers` by name, `model`."""
         layers = {layer.name: layer.to_dict() for layer in self.layers}
         return {"masks_digest": self.masks_digest, "layers": layers, "model": self.model}
 
@@ -136,7 +138,7 @@ def spectral_report(model_or_folder: PreTrainedModel | str | Path, every_nth_lay
 
 
 def layer_spectrum(matrix: SparseMatrix) -> LayerSpectrum:
-    """The quantities of one matrix."""
+    """The quantities of one matrix, computed in one thread."""
     graph = _Graph(matrix)
     d_left, d_right = graph.mean_degrees
     about = (matrix.name, matrix.kind, matrix.shape, graph.sparsity, d_left, d_right)

@@ -171,7 +171,7 @@ class SparseIFTConfig:
         return cls.from_dict(load_yaml(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping from which `from_dict` gives back an equal config.
+        """A JSON-serialisable mapping from which `from_dict` gives back an equal config.
 
         The family is a mapping of its own options with its name, so that options of other families are not in it.
         """

@@ -41,7 +41,7 @@ class TaskResult:
         items: one record per item: `id`, hashes, `values` that add up to the metrics, `target`, `responses`, and
             `cut_tokens`, by which the item's longest prompt was too long.
         samples: lm-eval's own records, with questions and prompts.
-        record: what lm-eval's results say about the task, JSON-ready.
+        record: what lm-eval's results say about the task, JSON-serialisable.
     """
 
     result: dict[str, Any]

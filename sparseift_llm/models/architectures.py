@@ -82,9 +82,10 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def sizes_of(config: PreTrainedConfig) -> Sizes:
-    """Read a config's widths. Raises ValueError as `check_config` does.
+    """The widths that a config gives. `families.wide.check_widths` compares them with the projections of the model.
 
-    That they are those of the projections is checked in `families.wide.check_widths`.
+    Raises:
+        ValueError: as `check_config` does.
     """
     check_config(config)
     hidden, num_heads = config.hidden_size, config.num_attention_heads
@@ -104,7 +105,7 @@ def num_kv_heads(config: PreTrainedConfig) -> int:
 
 
 def head_dim_is_free(config: PreTrainedConfig) -> bool:
-    """Whether the head size is set apart from the hidden size (Qwen3, Gemma) instead of following from it."""
+    """Whether the config sets the head size by itself (Qwen3, Gemma), instead of dividing the hidden size by heads."""
     sizes = sizes_of(config)
     return _first(config, _HEAD_DIM_FIELDS) is not None and sizes.attention_width != sizes.hidden
 
@@ -115,9 +116,10 @@ def valid_head_dim(config: PreTrainedConfig, head_dim: int) -> bool:
 
 
 def with_sizes(config: PreTrainedConfig, hidden: int, ffn: int, head_dim: int) -> PreTrainedConfig:
-    """A copy of `config` with other widths; heads, layers and vocabulary stay.
+    """A copy of `config` with other widths. The numbers of heads, layers and tokens stay.
 
-    Attention scores that are scaled by a number in the config keep their size: it follows the head size.
+    Some configs hold a number that scales the attention scores. It is changed with the head size, so that scores keep
+    their variance.
 
     Raises:
         ValueError: no field of the config sets a width that changes.
@@ -158,7 +160,7 @@ def _scale_attention(config: PreTrainedConfig, factor: float) -> None:
 
 
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The rotary embeddings of a config: none, one, or one per kind of layer."""
+    """The parameters of a config's rotary embeddings: of none, of one, or of one per kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or ([rope] if rope else [])

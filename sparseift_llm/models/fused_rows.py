@@ -95,7 +95,11 @@ def _qkv_rows(config: PreTrainedConfig) -> RowPattern | None:
 
 
 def _latent_rows(projection: Projection, config: PreTrainedConfig) -> RowPattern:
-    """Latent attention: the shared latent and a rotary key, or the keys and values of each head that come from it."""
+    """The rows of a fused matrix of latent attention.
+
+    The matrix that reads the hidden state makes a latent that all heads share, and a rotary key. The one that reads
+    the latent makes the keys and values of each head.
+    """
     if projection.in_features == config.hidden_size:
         return RowPattern((("kv", config.kv_lora_rank), ("k", config.qk_rope_head_dim)))
     return RowPattern((("k", config.qk_nope_head_dim), ("v", config.v_head_dim)), config.num_attention_heads)

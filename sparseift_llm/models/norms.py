@@ -1,4 +1,7 @@
-"""Norms whose place and formula matter to SµPar: before the logits, and after the queries. Found, not listed."""
+"""Norms whose place and formula matter to SµPar: the one before the logits, and the one after the queries.
+
+They are found on the model's modules, not in a list of model types.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ _QUERY_NORM = re.compile(r"q(uery)?_(layer)?norm")
 
 
 def final_norm(model: PreTrainedModel) -> str:
-    """Path of the norm before the logits: the last one beside the list of decoder layers.
+    """Path of the norm before the logits, which is the last one beside the list of decoder layers.
 
     Raises:
-        ValueError: there is none, it has no weight, or there is a matrix outside the layers that may stand behind it.
+        ValueError: there is no such norm, it has no weight, or a matrix outside the layers may come after it.
     """
     path, layers = decoder_layers(model)
     parent = path.rpartition(".")[0]
@@ -67,7 +70,7 @@ def norm_offset(norm: nn.Module) -> float:
 
 
 def _apply(norm: nn.Module) -> Tensor:
-    """The norm, or the first one of several heads, of some vector."""
+    """What the norm gives for some vector; of a module with a norm per head, what the first of them gives."""
     for child in norm.children():
         if isinstance(child, nn.ModuleList):
             norm = child[0]

@@ -51,10 +51,10 @@ class Projection:
 
     Args:
         name: module path in the model.
-        kinds: what it computes, of q, k, v, o, mlp_in, mlp_out; several when fused.
-        in_features, out_features: sides.
-        layer_index: of its decoder layer.
-        num_weights: of all its matrices, zeros included.
+        kinds: what it computes: q, k, v, o, mlp_in or mlp_out, and several of them where one matrix holds them all.
+        in_features, out_features: the numbers of its inputs and outputs.
+        layer_index: the number of its decoder layer, from 0.
+        num_weights: the weights of all its matrices together, zeros included.
     """
 
     name: str
@@ -82,7 +82,8 @@ def find_projections(model: PreTrainedModel) -> list[Projection]:
         model: a causal language model, dense or Sparse-IFT.
 
     Returns:
-        In each layer q, k, v, o, mlp_in, mlp_out; several of a kind in the model's own order.
+        Those of the first layer, then those of the second, and so on. Within a layer the order is q, k, v, o, mlp_in,
+        mlp_out, and the model's own order among several of one kind.
 
     Raises:
         ValueError: as `check_config` does; or the decoder has a weight that is none of these (a mixture of experts, a
@@ -117,7 +118,7 @@ def is_low_rank(name: str) -> bool:
 
 
 def attention_widths(projections: Sequence[Projection]) -> tuple[int, int]:
-    """Widths of queries and of values, all heads together, summed over the layers."""
+    """The widths of the queries and of the values, of all heads together and summed over the layers."""
     queries: dict[int, int] = {}
     values = {p.layer_index: p.in_features for p in projections if p.kinds == ("o",)}
     for projection in projections:

@@ -88,7 +88,7 @@ class Recipe:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping of the same layout as a recipe file."""
+        """The recipe as a JSON-serialisable mapping with the sections of a recipe file."""
         values: dict[str, Any] = to_jsonable_python(self)
         return values
 

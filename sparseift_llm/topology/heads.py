@@ -1,8 +1,8 @@
-"""Unstructured masks that give every attention head as many active weights: the first one, and drop-and-grow.
+"""Unstructured masks in which every attention head has the same number of active weights, to within one.
 
-Heads are equal groups of neighbouring rows or columns of a weight: in a projection that makes queries, keys or values
-each head's outputs, fused ones one after another; in the one behind the attention each head's inputs. Counts differ by
-at most one.
+A head is a group of neighbouring rows or columns of a weight, and all groups are of one size. In a projection that
+makes queries, keys or values, a head is the rows of its outputs; where the three are fused, their heads follow one
+another. In the projection behind the attention, a head is the columns of its inputs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class HeadGroups:
     """How a weight is divided into heads.
 
     Args:
-        dim: of the weight, 0 or 1, along which heads follow each other.
-        count: number of heads; divides that side.
+        dim: the dimension of the weight, 0 or 1, along which heads follow each other.
+        count: the number of heads, which divides the length of that side.
     """
 
     dim: int

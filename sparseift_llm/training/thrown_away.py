@@ -38,7 +38,7 @@ class GradientWatch:
             return True
         if isinstance(gradient, DTensor) or self._was_zero is None or gradient.any():
             return False
-        return not self._was_zero  # a gradient that was 0 when it arrived is no sign of anything
+        return not self._was_zero  # a gradient that was 0 when it arrived says nothing
 
     def close(self) -> None:
         """Follow the parameter no longer."""

@@ -1,4 +1,4 @@
-"""`AutoModelForCausalLM.from_pretrained` restores models of own layout bit for bit, once the package is imported."""
+"""`AutoModelForCausalLM.from_pretrained` restores every model bit for bit, once the package is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Models of own layout are never loaded wrongly in silence: not without the package, not damaged, not by halves."""
+"""Checkpoints that stock classes cannot read are never loaded wrongly in silence.
+
+Loading them without the package, or with damaged or missing parts, is an error.
+"""
 
 from __future__ import annotations
 

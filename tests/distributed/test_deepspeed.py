@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO on two real processes: masks, weights and state as in one process.
 
-The runs are in deepspeed_script.py. The tests skip where DeepSpeed is not installed: it is no dependency.
+The runs are in deepspeed_script.py. The tests skip where DeepSpeed is not installed: it is not a dependency.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def kill_in_rotation() -> None:
     remove = shutil.rmtree
 
     def patched(path: str, **kwargs: Any) -> None:
-        if not Path(path).name.startswith("checkpoint-"):  # what else is deleted is no rotation
+        if not Path(path).name.startswith("checkpoint-"):  # other deletions have nothing to do with rotation
             remove(path, **kwargs)
             return
         (Path(path) / "trainer_state.json").unlink()

@@ -1,4 +1,4 @@
-"""The log of metrics: training FLOPs by hand for every algorithm, metrics lines after kills and resumes, atomic JSON."""
+"""The log of metrics: training FLOPs by hand for every algorithm, lines after kills and resumes, atomic JSON."""
 
 from __future__ import annotations
 

@@ -28,13 +28,13 @@ from sparseift_llm.runs.reading import finite, mapping, read_object
 
 @dataclass(frozen=True)
 class LayerDegrees:
-    """One mask.
+    """The degrees of one layer's mask.
 
     Args:
         name: module path of the layer.
-        kind: what it computes, e.g. `qkv` or `mlp_in`; `unknown` where the folder does not tell.
-        rows: active units of every row (output side), int (R,).
-        columns: active units of every column (input side), int (C,).
+        kind: what the layer computes, e.g. `qkv` or `mlp_in`; `unknown` where the folder does not say.
+        rows: number of active units in every row, the output side; int (R,).
+        columns: number of active units in every column, the input side; int (C,).
     """
 
     name: str
@@ -49,7 +49,7 @@ class LayerDegrees:
 
     @property
     def sparsity(self) -> float:
-        """Zero fraction."""
+        """The share of units that are not active."""
         return 1 - int(self.rows.sum()) / (len(self.rows) * len(self.columns))
 
 
@@ -58,8 +58,8 @@ class Masks:
     """The newest masks of a run.
 
     Args:
-        folder: where they are, below the run's folder; `.` is the run's folder itself.
-        step: of the checkpoint, None where the folder does not tell.
+        folder: where they are, below the folder of the run; `.` is the folder of the run itself.
+        step: the step of the checkpoint, None where the folder does not say.
         unit: what a row and a column count, e.g. `tiles of 16x16`.
         layers: in the order of the model.
     """
@@ -87,7 +87,7 @@ def newest_masks(run: Path, summary: Mapping[str, Any], kinds: Mapping[str, str]
         sparse_ift = mapping(config.get("sparse_ift"))
         weights = any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
         if not (folder / MASKS_NAME).is_file() and not (sparse_ift and weights):
-            continue  # nothing was to be there
+            continue  # a dense model, or half of a checkpoint: masks are not to be expected
         where = os.path.relpath(folder, run)
         try:
             masks = read_masks(folder)
@@ -105,9 +105,12 @@ def newest_masks(run: Path, summary: Mapping[str, Any], kinds: Mapping[str, str]
 
 
 def _folders(run: Path, summary: Mapping[str, Any]) -> Iterator[tuple[float, Path]]:
-    """The final folder, and checkpoints, each with its step; the final folder's is infinite if unknown."""
+    """The folder of the final model and those of the checkpoints, each with its step.
+
+    The final model counts as later than a checkpoint of the same step, and than all where its step is not known.
+    """
     step = finite(summary.get("step"))
-    yield math.inf if step is None else step + 0.5, run  # of equal steps the final folder
+    yield math.inf if step is None else step + 0.5, run
     for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         digits = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if folder.is_dir() and digits.isascii() and digits.isdigit():
@@ -117,7 +120,11 @@ def _folders(run: Path, summary: Mapping[str, Any]) -> Iterator[tuple[float, Pat
 def _layers(
     folder: Path, masks: Mapping[str, Tensor], kinds: Mapping[str, str]
 ) -> tuple[tuple[LayerDegrees, ...], list[str]]:
-    """The degrees of all masks, (out, in); and what is wrong where the config does not tell how they are stored."""
+    """The degrees of all masks, and what is wrong with the config.
+
+    Conv1D stores its weight, and so its mask, transposed. Only the config says which layers are Conv1D, so without one
+    the masks are shown as they are stored.
+    """
     entries, problems = {}, []
     try:
         found = matrix_entries(AutoConfig.from_pretrained(folder, local_files_only=True), 1, set(masks), folder)

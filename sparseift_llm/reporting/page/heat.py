@@ -12,21 +12,22 @@ from sparseift_llm.reporting.page.markup import element, short
 
 NUM_SHADES = 9
 _ROW_HEIGHT = 14  # pixels
-_CHARACTER = 6.3  # of a row's label, pixels
+_CHARACTER = 6.3  # width of a character in the label of a row, pixels
 _MOST_CHARACTERS = 26
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Rows of values.
+    """The values of a heat map and the words around it.
 
     Args:
-        title: of the figure.
-        unit: what a cell's shade shows, for the legend.
-        labels: of the rows.
-        rows: values, spread over the width; None and what is not finite leaves the cell blank.
-        ends: what stands below the first and the last column.
-        low, high: values of the first and the last shade; values beyond take that shade.
+        title: the title of the figure.
+        unit: what the shade of a cell shows, for the legend.
+        labels: one label per row.
+        rows: the values of each row, which are spread over the whole width. A value that is None or not finite leaves
+            its cell blank.
+        ends: what is written below the first and the last column.
+        low, high: the values of the lightest and the darkest shade. Values beyond them take the same shades.
     """
 
     title: str
@@ -73,12 +74,18 @@ def shade(value: float | None, low: float, high: float) -> int | None:
 
 
 def _fitted(label: str) -> str:
-    """A label that fits beside a map on a phone: start and end, with an ellipsis between. Tables have it whole."""
+    """A label that fits beside a map on a phone: its start and its end, with an ellipsis between.
+
+    The table below the map has it whole.
+    """
     return label if len(label) <= _MOST_CHARACTERS else f"{label[:9]}\u2026{label[10 - _MOST_CHARACTERS :]}"
 
 
 def _cells(heat: HeatMap) -> list[Markup]:
-    """One path per shade; neighbours of equal shade in a row are one rectangle. Rows of fewer cells have wider ones."""
+    """One path per shade, in which neighbouring cells of equal shade in a row are one rectangle.
+
+    All rows are as wide as the map, so that a row of fewer values has wider cells.
+    """
     num_columns = max(map(len, heat.rows), default=0)
     paths: dict[int, list[str]] = {}
     for y, row in enumerate(heat.rows):

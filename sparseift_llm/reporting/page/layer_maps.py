@@ -33,13 +33,13 @@ _SIDES: tuple[tuple[str, str, Callable[[LayerDegrees], NDArray[np.int64]]], ...]
 
 @dataclass(frozen=True)
 class LayerFigure:
-    """Heat maps of one run with one table.
+    """The heat maps of one run, and the table with their numbers.
 
     Args:
-        run: its name.
-        about: what is shown, in a sentence.
-        maps: (title, drawing).
-        table: numbers behind them.
+        run: the name of the run.
+        about: one sentence on what is shown.
+        maps: the title and the drawing of each map.
+        table: the numbers that the maps show.
     """
 
     run: str
@@ -49,7 +49,10 @@ class LayerFigure:
 
 
 def degree_figures(runs: Sequence[Run]) -> list[LayerFigure]:
-    """For each run with masks: degrees of rows and columns along every layer's sides; shades mean the same in all."""
+    """For each run with masks, the degrees of rows and columns along the sides of every layer.
+
+    A shade means the same degree in the figures of all runs.
+    """
     figures = []
     having = [(index, run, run.masks) for index, run in enumerate(runs) if run.masks is not None and run.masks.layers]
     cells = {
@@ -104,12 +107,12 @@ def _degree_table(layers: Sequence[LayerDegrees], unit: str) -> Table:
 
 
 def evolution_figures(runs: Sequence[Run]) -> list[LayerFigure]:
-    """For each run with layers.jsonl: sparsity, exploration, churn and survival of every layer by step."""
+    """For each run with a layers.jsonl, the sparsity, exploration, churn and survival of every layer by step."""
     return _figures("evolution", runs, lambda run: run.layers, _BY_LAYER, _evolution_table)
 
 
 def spectral_figures(runs: Sequence[Run]) -> list[LayerFigure]:
-    """For each run with spectral.json: spectral quantities of every layer by step."""
+    """For each run with a spectral.json, the spectral quantities of every layer by step."""
     quantities = [(q.key, q.title, q.unit) for q in SPECTRAL_QUANTITIES]
     return _figures("spectral", runs, lambda run: run.spectral, quantities, _spectral_table)
 
@@ -121,7 +124,18 @@ def _figures(
     quantities: Sequence[tuple[str, str, str]],
     make_table: Callable[[Mapping[str, Any]], Table],
 ) -> list[LayerFigure]:
-    """One figure per run; shades mean the same in all of them."""
+    """One figure for each run that has logged something.
+
+    Args:
+        name: of this kind of figure, for ids in the page.
+        runs: all runs of the page.
+        entries_of: the logged entries of a run, each a mapping with `step` and `layers`.
+        quantities: the key of each quantity in an entry, the title of its map, and its unit.
+        make_table: the table of a run's last entry.
+
+    Returns:
+        The figures; a shade means the same value in all of them.
+    """
     logged = [{entry["step"]: entry for entry in entries_of(run) if mapping(entry.get("layers"))} for run in runs]
     ranges = {key: _range(logged, key) for key, _, _ in quantities}
     figures = []
