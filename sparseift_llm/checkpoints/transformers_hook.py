@@ -23,9 +23,9 @@ from sparseift_llm.checkpoints.registry_entry import LayoutConfig
 from sparseift_llm.checkpoints.saving import install_saving
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.composite import CompositeProjection, stock_weights
 from sparseift_llm.layers.masked import MaskedProjection
+from sparseift_llm.layers.tiled import TiledProjection
 
 
 class LayoutLoader(HfQuantizer):
@@ -163,7 +163,7 @@ def _check_loaded(model: PreTrainedModel, shapes: Mapping[str, torch.Size], wher
         if tensor.shape != shapes[name] or not getattr(tensor, "_is_hf_initialized", False)
     }
     for name, layer in sparse_layers(model).items():
-        if not isinstance(layer, BlockSparseLinear):
+        if not isinstance(layer, TiledProjection):
             continue
         if {f"{name}.weight", f"{name}.columns"} & lost or not layer.has_valid_columns():
             number, size = shapes[f"{name}.columns"][0], layer.block_size

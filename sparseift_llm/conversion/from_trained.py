@@ -19,9 +19,9 @@ from sparseift_llm.families.registry import drop_in_with, family_of
 from sparseift_llm.families.trained_start import Start
 from sparseift_llm.families.wide import widen
 from sparseift_llm.layers.base import SparseProjection
-from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.layers.stock import is_conv1d, stock_matrix
+from sparseift_llm.layers.tiled import TiledProjection
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.ops.tiles import tiles_of
 from sparseift_llm.record.model_record import ModelRecord
@@ -96,7 +96,7 @@ def _store(layer: nn.Module, start: Start) -> None:
         mask, values = None if mask is None else mask.T, values.T
     if isinstance(layer, SparseProjection) and mask is not None:
         layer.set_mask(mask.to(weight.device))
-    if isinstance(layer, BlockSparseLinear):
+    if isinstance(layer, TiledProjection):
         values = tiles_of(values, layer.columns, layer.block_size)
     weight.copy_(values)
 

@@ -1,6 +1,6 @@
 """The buffers of a block-sparse layer that say where its tiles are, kept right whatever loads, moves or shards them.
 
-What the layer computes with them is in block.py.
+What a layer's masks are is in tiled.py, and what it computes in block.py and block_embedding.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class TileIndex(nn.Module):
 
     Attributes:
         weight: the tiles (N, b, b). The subclass sets it.
-        out_features, in_features: sides of the matrix, R * b and C * b.
+        out_features, in_features: sides of the matrix. The last block-row may stand out over the output side: R * b is
+            at least `out_features`, and C * b is `in_features`.
         block_size: b.
         columns: the block-column of every tile, int32 (N,). It is in the state dict, because the weight means nothing
             without it.
@@ -40,7 +41,7 @@ class TileIndex(nn.Module):
     @property
     def num_rows(self) -> int:
         """R, the number of tiles along the output side."""
-        return self.out_features // self.block_size
+        return -(-self.out_features // self.block_size)
 
     @property
     def num_columns(self) -> int:

@@ -10,6 +10,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from sparseift_llm.ops.block_lookup import sum_rows
+
 
 class DenseGradient:
     """Sums the dense weight gradients of a layer's backward passes, in float32 or wider.
@@ -124,4 +126,36 @@ def capture_dense_gradient(y: Tensor, x: Tensor, sink: DenseGradient) -> Tensor:
     if leaf is None:
         return y
     captured: Tensor = _Capture.apply(y, x.detach(), sink, leaf)
+    return captured
+
+
+class _CaptureLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ids: Tensor, padding_idx: int, sink: DenseGradient, leaf: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding_idx, ctx.num_rows, ctx.sink = padding_idx, len(leaf), sink
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        ctx.sink.forget_thrown_away()
+        return gradient, None, None, None, sum_rows(gradient.detach(), ids, ctx.num_rows, ctx.padding_idx)
+
+
+def capture_lookup_gradient(y: Tensor, ids: Tensor, num_rows: int, padding_idx: int, sink: DenseGradient) -> Tensor:
+    """`y` itself; its backward pass gives the dense gradient of the matrix whose rows `ids` were looked up to `sink`.
+
+    Args:
+        y: (tokens, width), an intermediate result.
+        ids: (tokens,).
+        num_rows: of the matrix.
+        padding_idx: the row that gets no gradient, or -1.
+        sink: gets (num_rows, width).
+    """
+    leaf = sink.leaf(torch.Size((num_rows, y.shape[1])), y)
+    if leaf is None:
+        return y
+    captured: Tensor = _CaptureLookup.apply(y, ids, padding_idx, sink, leaf)
     return captured
