@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from sparseift_llm.config.as_begun import as_begun
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.models.architectures import sizes_of, with_sizes
 from sparseift_llm.planning.planner import plan_of_dense
@@ -43,7 +44,7 @@ def upgraded(values: Mapping[str, Any], hf_config: PreTrainedConfig) -> ModelRec
     if not is_integer(vocab_size, 1):
         raise damaged(f"{RECORD_KEY}.dense_vocab_size", f"is {vocab_size!r}")
     dense_model = DenseSizes(widths["hidden"], widths["ffn"], widths["head_dim"], vocab_size)
-    config = SparseIFTConfig.from_dict(options)
+    config = SparseIFTConfig.from_dict(as_begun(options))
     try:
         plan = plan_of_dense(dense_config_of(hf_config, dense_model), config, vocab_size=vocab_size)
     except ValueError:

@@ -71,6 +71,11 @@ class SparseIFTConfig:
     """Every attention head keeps the same number of active weights (to within one), at the start and in every update:
     per head the rows of q, of k and of v, fused or not, and the input columns of o. With tiles, whose block-rows have
     as many tiles anyway, a head must be whole block-rows, and o stays as it is."""
+    kinds_apart: bool = True
+    """Projections that share a matrix (queries, keys and values; an FFN's gate and up) are counted as if each had a
+    matrix of its own: each keeps its number of active weights at the start and in every update, and `erk` looks at its
+    shape. False: the matrix has one number, and mask updates may move density between them. Block-rows of tiles have
+    constant numbers anyway."""
     rules: tuple[FamilyRule, ...] = ()
     """Other families for some projections, see `FamilyRule`; the first rule that covers one counts."""
     seed: int = 0

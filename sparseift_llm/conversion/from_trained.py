@@ -5,7 +5,10 @@ What each family makes of a weight is the family's `start`, in families/.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +22,14 @@ from sparseift_llm.families.registry import drop_in_with, family_of
 from sparseift_llm.families.trained_start import Start
 from sparseift_llm.families.wide import widen
 from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.composite import Part
 from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.layers.stock import is_conv1d, stock_matrix
 from sparseift_llm.layers.tiled import TiledProjection
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.ops.tiles import tiles_of
 from sparseift_llm.record.model_record import ModelRecord
-from sparseift_llm.record.specs import LayerSpec
+from sparseift_llm.record.specs import LayerSpec, RowGroup
 from sparseift_llm.topology.masks import derive_seed
 
 
@@ -85,7 +89,26 @@ def _starts(
     parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts_in(layer))
     family = drop_in_with(layer.family, layer.options) if layer.is_replaced else family_of(config.family)
     trained = TrainedProjection(stock_matrix(old), layer.kind, num_units)
+    groups = layer.matrices[0].row_groups
+    if groups and not layer.is_replaced:
+        return _starts_of_groups(trained, parts[0], groups, partial(family.start, tile=1, seed=seed))
     return family.start(trained, parts, config.block_size or 1, seed)
+
+
+def _starts_of_groups(
+    trained: TrainedProjection, part: Part, groups: Sequence[RowGroup], start: Callable[..., dict[str, Start]]
+) -> dict[str, Start]:
+    """The start of one fused matrix, as if each group of its rows, a gate or what it multiplies, were a matrix."""
+    ratio = Fraction(trained.weight.shape[0], part.shape[0])
+    starts: list[Start] = []
+    for group in sorted(groups, key=lambda group: group.start):
+        rows = trained.weight[int(group.start * ratio) : int(group.stop * ratio)]
+        small = replace(part, shape=(group.num_rows, part.shape[1]), num_active=group.num_active)
+        starts += start(replace(trained, weight=rows), (small,)).values()
+    if not starts:
+        return {}
+    masks = [one.mask for one in starts if one.mask is not None]
+    return {part.name: Start(torch.cat([one.values for one in starts]), torch.cat(masks) if masks else None)}
 
 
 def _store(layer: nn.Module, start: Start) -> None:

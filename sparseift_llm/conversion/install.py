@@ -19,7 +19,7 @@ from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.block_ffn import BlockFeedForward, can_be_fused
 from sparseift_llm.layers.composite import CompositeProjection, Part
-from sparseift_llm.layers.masked import MaskedProjection, masked_projection
+from sparseift_llm.layers.masked import masked_projection
 from sparseift_llm.layers.stock import is_conv1d
 from sparseift_llm.models.projections import stock_shape
 from sparseift_llm.models.quirks import FEED_FORWARD_CHAINS
@@ -54,10 +54,7 @@ def install_sparse_layers(
         if layer.is_replaced:
             _replace(model, layer.name, _composite(stock, layer, columns or {}, preserve))
         elif layer.is_sparse:
-            sparse = _sparse_layer(stock, layer, layer.matrices[0], columns or {})
-            if layer.matrices[0].heads is not None and isinstance(sparse, MaskedProjection):
-                sparse.balance_heads(*layer.matrices[0].heads)  # block-rows have equal numbers of tiles anyway
-            _replace(model, layer.name, sparse)
+            _replace(model, layer.name, _sparse_layer(stock, layer, layer.matrices[0], columns or {}))
     _fuse_feed_forwards(model, layers)
     unattended.watch(model)
     # every rank computes the same masks and indices; broadcasting them before each forward would be waste
@@ -97,7 +94,6 @@ def _check_supported(layer: LayerSpec) -> None:
     unknown += [f"matrices tied to those of {layer.tied_to}"] if layer.tied_to is not None else []
     for matrix in layer.matrices:
         unknown += [f"structure {matrix.structure!r}"] if matrix.structure == "n:m" else []
-        unknown += ["row_groups"] if matrix.row_groups else []
     if unknown:
         raise ValueError(
             f"{layer.name} has {unknown[0]} by the sparse_ift record in config.json, which this version cannot build; "
@@ -158,7 +154,9 @@ def _sparse_layer(
     dense: nn.Module, layer: LayerSpec, matrix: MatrixSpec, columns: Mapping[str, Tensor]
 ) -> SparseProjection:
     if matrix.block_size is None:
-        return masked_projection(dense, matrix.num_active, layer.dense_shape)
+        masked = masked_projection(dense, matrix.num_active, layer.dense_shape)
+        masked.divide(matrix)
+        return masked
     if dense.weight.is_meta:
         places = torch.empty(matrix.num_active // matrix.block_size**2, dtype=torch.int32, device="meta")
     else:

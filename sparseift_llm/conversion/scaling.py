@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,6 +60,8 @@ def scale_initial_weights(model: PreTrainedModel, record: ModelRecord) -> None:
         return
     for name, multiplier in fan_in_multipliers(record).items():
         model.get_submodule(name).weight.mul_(1 / math.sqrt(multiplier))  # type: ignore[operator]
+    if record.transformation.distribution == "erk" and record.transformation.dst.algorithm != "gmp":
+        _even_out_kinds(model, record.layers)
     if record.transformation.init == "supar":
         sizes, dense = sizes_of(model.config), record.dense_model
         _scale_final_norm(model, dense.hidden / sizes.hidden)
@@ -88,6 +91,18 @@ def truncate_weights(model: PreTrainedModel, num_deviations: float) -> None:
             while outside.any():
                 parameter[outside] = torch.randn(int(outside.sum()), dtype=parameter.dtype, device=std.device) * std
                 outside = parameter.abs() > num_deviations * std
+
+
+def _even_out_kinds(model: PreTrainedModel, layers: Iterable[LayerSpec]) -> None:
+    """Where the kinds in a fused matrix differ in density, give each the output variance that the matrix has."""
+    for layer in layers:
+        for matrix in () if layer.is_replaced else layer.matrices:
+            module: Any = model.get_submodule(layer.name)
+            weight = module.weight.T if is_conv1d(module) else module.weight
+            density = matrix.num_active / matrix.num_weights
+            for group in matrix.row_groups:
+                own_density = group.num_active / (group.num_rows * matrix.shape[1])
+                weight[group.rows] *= math.sqrt(density / own_density)
 
 
 def _scale_final_norm(model: PreTrainedModel, factor: float) -> None:

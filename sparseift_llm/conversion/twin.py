@@ -17,8 +17,8 @@ from sparseift_llm.models.architectures import build_model
 from sparseift_llm.planning.planner import Plan
 from sparseift_llm.record.model_record import ModelRecord
 from sparseift_llm.topology.blocks import random_columns
-from sparseift_llm.topology.heads import random_mask_per_head
-from sparseift_llm.topology.masks import derive_seed, random_mask
+from sparseift_llm.topology.groups import first_mask
+from sparseift_llm.topology.masks import derive_seed
 
 
 def build_twin(model: PreTrainedModel | PreTrainedConfig, plan: Plan) -> PreTrainedModel:
@@ -76,10 +76,7 @@ def _set_initial_masks(model: PreTrainedModel, record: ModelRecord) -> None:
         if not isinstance(layer, MaskedProjection) or layer.weight.is_meta or config.dst.algorithm == "gmp":
             continue
         seed = derive_seed(config.seed, "initial mask", index)
-        if layer.heads is None:
-            mask = random_mask(layer.weight.shape, layer.num_active, seed)
-        else:
-            mask = random_mask_per_head(layer.weight.shape, layer.num_active, seed, layer.heads)
+        mask = first_mask(layer.mask_shape, layer.num_active, seed, layer.groups)
         layer.set_mask(mask.to(layer.weight.device))
 
 

@@ -35,7 +35,7 @@ class DopedFamily(DropInFamily[Doped]):
         rank = isoflop.round_size(target, multiple, fits)
         return (
             Part("w", shape, outputs * inputs - rank * (inputs + outputs)),
-            Part("u", (rank, inputs), rank * inputs, is_sparse=False),
+            Part("u", (rank, inputs), rank * inputs, is_sparse=False, makes_outputs=False),
             Part("v", (outputs, rank), outputs * rank, is_sparse=False),
         )
 

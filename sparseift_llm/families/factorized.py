@@ -44,7 +44,7 @@ class FactorizedFamily(DropInFamily[Factorized]):
         else:
             counts = round_to_total([Fraction(size * units, sum(sizes)) for size in sizes], sizes, units)
         return (
-            Part("u", (inner, inputs), counts[0] * tile**2),
+            Part("u", (inner, inputs), counts[0] * tile**2, makes_outputs=False),
             Part("v", (outputs, inner), counts[1] * tile**2, is_sparse=not sparse_u_only),
         )
 

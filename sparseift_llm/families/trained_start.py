@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sparseift_llm.layers.composite import Part
-from sparseift_llm.topology.blocks import largest_per_row, row_starts, tile_sums
-from sparseift_llm.topology.masks import largest, random_scores
+from sparseift_llm.topology.blocks import tile_sums
+from sparseift_llm.topology.groups import row_starts
+from sparseift_llm.topology.masks import largest, largest_per_row, random_scores
 
 # The smallest tenth of normally distributed weights holds 0.05% of their sum of squares.
 NEW_UNIT_SHARE = 0.1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparseift_llm.ops.dense_gradient import DenseGradient
+from sparseift_llm.topology.groups import Groups
 
 _WRAPPERS = re.compile(r"^(module\.)+|_checkpoint_wrapped_module\.")
 
@@ -149,14 +150,9 @@ class SparseProjection(nn.Module):
         """L1 norm of the gradient of every unit, of the mask's shape, from what `dense_gradient` captured."""
         raise NotImplementedError
 
-    def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
-        """The mask after dropping `fraction` of the active units and growing as many. This layer is not changed.
-
-        Args:
-            fraction: in [0, 1].
-            growth: finite scores of the mask's shape; among inactive units those of the largest scores grow.
-            phase: in [0, 1), see `topology.blocks.changes_per_row`.
-        """
+    @property
+    def groups(self) -> Groups:
+        """The groups of units that keep their numbers of active ones."""
         raise NotImplementedError
 
     def to_dense(self) -> nn.Module:

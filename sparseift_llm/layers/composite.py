@@ -22,12 +22,14 @@ class Part:
         shape: (out, in).
         num_active: weights that are multiplied.
         is_sparse: whether it gets a mask; a dense part has all its weights active.
+        makes_outputs: whether its outputs are those of the projection, row by row.
     """
 
     name: str
     shape: tuple[int, int]
     num_active: int
     is_sparse: bool = True
+    makes_outputs: bool = True
 
     @property
     def num_weights(self) -> int:

@@ -14,8 +14,8 @@ from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.sharding import local, part_of, whole
 from sparseift_llm.layers.stock import is_conv1d, stock_layer
 from sparseift_llm.ops.masked_weight import masked_weight
-from sparseift_llm.topology.heads import HeadGroups, drop_and_grow_per_head
-from sparseift_llm.topology.masks import drop_and_grow
+from sparseift_llm.record.specs import MatrixSpec
+from sparseift_llm.topology.groups import EqualGroups, Groups, RowSets, WholeMatrix
 
 
 class MaskedProjection(SparseProjection):
@@ -24,20 +24,19 @@ class MaskedProjection(SparseProjection):
     Attributes:
         weight: the dense parameter, exactly 0 wherever the mask is.
         mask: bool buffer of the weight's shape. It is not in the state dict (see checkpoints/mask_file.py).
-        heads: groups of weights that keep their numbers of active weights, or None.
     """
 
     mask: Tensor
-    heads: HeadGroups | None = None
+    _groups: Groups = WholeMatrix()
 
-    def balance_heads(self, side: int, count: int) -> None:
-        """Let every head keep its number of active weights from now on.
-
-        Args:
-            side: 0 for heads along the outputs, 1 for heads along the inputs.
-            count: the number of heads.
-        """
-        self.heads = HeadGroups(1 - side if is_conv1d(self) else side, count)
+    def divide(self, matrix: MatrixSpec) -> None:
+        """Let each of the row groups and heads that `matrix` names keep its number of active weights from now on."""
+        side = 0 if matrix.heads is None else matrix.heads[0]
+        dim = 1 - side if is_conv1d(self) else side
+        if matrix.row_groups:
+            self._groups = RowSets(dim, matrix.row_groups, None if matrix.heads is None else matrix.head_size)
+        elif matrix.heads is not None:
+            self._groups = EqualGroups(dim, matrix.heads[1])
 
     def _adopt(self, dense: nn.Module, num_active: int, dense_shape: tuple[int, int]) -> None:
         self.weight = dense.weight  # type: ignore[assignment]
@@ -77,6 +76,10 @@ class MaskedProjection(SparseProjection):
         return changed
 
     @property
+    def groups(self) -> Groups:
+        return self._groups
+
+    @property
     def topology(self) -> Tensor:
         return self.mask
 
@@ -99,11 +102,6 @@ class MaskedProjection(SparseProjection):
 
     def growth_scores(self, dense_gradient: Tensor) -> Tensor:
         return dense_gradient.abs()
-
-    def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
-        if self.heads is not None:
-            return drop_and_grow_per_head(self.mask, self.magnitude(), growth, fraction, phase, self.heads)
-        return drop_and_grow(self.mask, self.magnitude(), growth, int(fraction * self.count_active()))
 
     def to_dense(self) -> nn.Module:
         """The stock layer around the same parameters."""

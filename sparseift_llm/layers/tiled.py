@@ -14,6 +14,7 @@ from sparseift_llm.layers.sharding import local, part_of, whole
 from sparseift_llm.layers.tile_index import TileIndex
 from sparseift_llm.ops.tiles import dense_weight, tiles_of
 from sparseift_llm.topology import blocks
+from sparseift_llm.topology.groups import EqualGroups
 
 
 class TiledProjection(TileIndex, SparseProjection):
@@ -64,8 +65,8 @@ class TiledProjection(TileIndex, SparseProjection):
         return self.block_size**2
 
     def accepts(self, mask: Tensor) -> bool:
-        counts = blocks.row_starts(len(self.columns), self.num_rows).diff()
-        return mask.shape == self.mask_shape and torch.equal(mask.sum(1).cpu(), counts.long())
+        counts = self.groups.share(len(self.columns))
+        return mask.shape == self.mask_shape and torch.equal(mask.sum(1).cpu(), counts)
 
     def weights_fit(self, mask: Tensor) -> bool:
         return torch.equal(self.current_mask(), mask.to(self.columns.device))
@@ -110,10 +111,10 @@ class TiledProjection(TileIndex, SparseProjection):
     def growth_scores(self, dense_gradient: Tensor) -> Tensor:
         return blocks.tile_sums(dense_gradient, self.block_size)
 
-    def exchange(self, fraction: float, growth: Tensor, phase: float) -> Tensor:
-        mask = self.current_mask()
-        num_changed = blocks.changes_per_row(mask.sum(1), fraction, phase)
-        return blocks.drop_and_grow_per_row(mask, self.magnitude(), growth, num_changed)
+    @property
+    def groups(self) -> EqualGroups:
+        """Block-rows: the number of tiles in each is fixed."""
+        return EqualGroups(0, self.num_rows)
 
     def dense_matrix(self) -> Tensor:
         """The matrix (R * b, C * b) with its zeros filled in, without gradient."""

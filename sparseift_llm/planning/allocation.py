@@ -1,5 +1,5 @@
 """How many active weights each projection gets: the iso-FLOP total, shared among layers, in whole tiles where asked,
-and evenly among heads.
+among the kinds in a fused matrix, and evenly among heads.
 
 Formulas are in isoflop.py; what else a plan holds is in planner.py.
 """
@@ -14,8 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sparseift_llm import isoflop
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.models.architectures import sizes_of
+from sparseift_llm.models.fused_rows import RowPattern
 from sparseift_llm.models.projections import Projection, is_low_rank
 from sparseift_llm.planning.cost import model_flops
+from sparseift_llm.planning.kinds_apart import parts_of, split_evenly
 from sparseift_llm.topology import distributions
 
 
@@ -26,13 +28,20 @@ def active_counts(
     config: SparseIFTConfig,
     dense_model: PreTrainedModel,
     widened_model: PreTrainedModel,
+    patterns: Sequence[RowPattern | None],
     vocab_size: int | None = None,
-) -> list[int]:
+) -> list[list[int]]:
     """Active weights of every projection, those that stay dense included; the models are those of the projections.
 
-    `accounting="whole_model"` counts logits of `vocab_size` words; default: the models' own.
+    Args:
+        patterns: the rows of fused projections whose kinds are counted apart; see kinds_apart.py.
+        vocab_size: `accounting="whole_model"` counts logits of so many words; default: the models' own.
+
+    Returns:
+        For each projection one number, or one for each kind of its pattern.
     """
     counts = [projection.num_weights for projection in sparse]
+    result = [[count] for count in counts]
     picked = [index for index, is_chosen in enumerate(chosen) if is_chosen]
     twins = [dense[index].num_weights for index in picked]
     total = sum(twins)
@@ -47,28 +56,37 @@ def active_counts(
     for index in picked:
         _check_sides(sparse[index], size)
     shapes = [(sparse[index].out_features // size, sparse[index].in_features // size) for index in picked]
-    shared = _share_units(shapes, twins, total, config)
+    parts = [parts_of(shape, patterns[index], size) for index, shape in zip(picked, shapes, strict=True)]
+    shared = _share_units(parts, twins, total, config)
     for index, (num_rows, _), units in zip(picked, shapes, shared, strict=True):
-        if size > 1 and units < num_rows:
+        if size > 1 and sum(units) < num_rows:
             raise ValueError(
-                f"{sparse[index].name}: {units} active tiles for {num_rows} block-rows would leave outputs without any "
-                f"input; use a block_size below {size} or a lower sparsity"
+                f"{sparse[index].name}: {sum(units)} active tiles for {num_rows} block-rows would leave outputs "
+                f"without any input; use a block_size below {size} or a lower sparsity"
             )
-        counts[index] = units * size**2
-    return counts
+        result[index] = [number * size**2 for number in units]
+    return result
 
 
-def _share_units(shapes: list[tuple[int, int]], twins: list[int], total: int, config: SparseIFTConfig) -> list[int]:
-    """`total` active weights in units (tiles or weights), shared among layers of `shapes` units."""
+def _share_units(
+    parts: list[list[tuple[int, int]]],
+    twins: list[int],
+    total: int,
+    config: SparseIFTConfig,
+) -> list[list[int]]:
+    """`total` active weights in units (tiles or weights), shared among layers with matrices `parts`, in units."""
     unit_size = (config.block_size or 1) ** 2
-    sizes = [rows * columns for rows, columns in shapes]
+    sizes = [sum(rows * columns for rows, columns in found) for found in parts]
     num_units = round(Fraction(total, unit_size))
     if config.distribution == "erk":
-        return distributions.erdos_renyi_kernel(shapes, num_units)
+        flat = iter(distributions.erdos_renyi_kernel([part for found in parts for part in found], num_units))
+        return [[next(flat) for _ in found] for found in parts]
     if config.accounting == "whole_model":
-        return distributions.uniform(sizes, num_units)
-    ideal = [Fraction(twin * num_units, total) for twin in twins]
-    return distributions.round_to_total(ideal, sizes, num_units)
+        counts = distributions.uniform(sizes, num_units)
+    else:
+        ideal = [Fraction(twin * num_units, total) for twin in twins]
+        counts = distributions.round_to_total(ideal, sizes, num_units)
+    return [split_evenly(count, found) for count, found in zip(counts, parts, strict=True)]
 
 
 def _check_sides(projection: Projection, block_size: int) -> None:

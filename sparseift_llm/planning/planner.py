@@ -23,11 +23,13 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.layers.stock import is_conv1d
 from sparseift_llm.models.architectures import build_model, check_config, sizes_of
+from sparseift_llm.models.fused_rows import RowPattern
 from sparseift_llm.models.projections import Projection, find_projections
 from sparseift_llm.planning.allocation import active_counts, head_groups
 from sparseift_llm.planning.cost import ModelCost, cost_of, model_flops
+from sparseift_llm.planning.kinds_apart import parts_of, patterns_of, row_groups, split_evenly
 from sparseift_llm.record.model_record import DenseSizes, ModelRecord, has_record, missing_layers
-from sparseift_llm.record.specs import LayerSpec, MatrixSpec
+from sparseift_llm.record.specs import LayerSpec, MatrixSpec, RowGroup
 
 
 @dataclass(frozen=True)
@@ -164,18 +166,23 @@ def plan_of_dense(
     check_widths(dense_projections, projections, dense_config, widened_config)
     rules, chosen = _choices(projections, config, dense_config)
     dense_cost = cost_of(dense_model, seq_len)
-    active = active_counts(dense_projections, projections, chosen, config, dense_model, widened_model, vocab_size)
+    is_sparse = [is_wide or rule is not None for is_wide, rule in zip(chosen, rules, strict=True)]
+    patterns = patterns_of(projections, is_sparse, widened_config, config)
+    counts = active_counts(
+        dense_projections, projections, chosen, config, dense_model, widened_model, patterns, vocab_size
+    )
+    active = [sum(by_kind) for by_kind in counts]
     heads = head_groups(projections, widened_config, config) if config.balance_heads else {}
     parts = [
         drop_in_of(rule).checked_parts(p.name, p.shape, rule.sparsity or config.sparsity, config) if rule else ()
         for rule, p in zip(rules, projections, strict=True)
     ]
     layers = tuple(
-        _replaced_layer(dense, rule, replacing, config)
+        _replaced_layer(dense, rule, replacing, config, pattern)
         if rule is not None
-        else _wide_layer(dense, p, num_active, is_chosen, widened_model, config, heads.get(p.name))
-        for dense, p, num_active, is_chosen, rule, replacing in zip(
-            dense_projections, projections, active, chosen, rules, parts, strict=True
+        else _wide_layer(dense, p, by_kind, is_chosen, widened_model, config, heads.get(p.name), pattern)
+        for dense, p, by_kind, is_chosen, rule, replacing, pattern in zip(
+            dense_projections, projections, counts, chosen, rules, parts, patterns, strict=True
         )
     )
     num_linear, num_stored = sum(layer.num_weights for layer in layers), widened_model.num_parameters()
@@ -222,8 +229,14 @@ def _choices(
     return replaced, chosen
 
 
-def _replaced_layer(dense: Projection, rule: FamilyRule, parts: Sequence[Part], config: SparseIFTConfig) -> LayerSpec:
-    """A projection in whose place a drop-in family puts the matrices `parts`."""
+def _replaced_layer(
+    dense: Projection,
+    rule: FamilyRule,
+    parts: Sequence[Part],
+    config: SparseIFTConfig,
+    pattern: RowPattern | None,
+) -> LayerSpec:
+    """A projection in whose place a drop-in family puts the matrices `parts`; `pattern` is that of its rows."""
     matrices = tuple(
         MatrixSpec(
             part.name,
@@ -231,6 +244,7 @@ def _replaced_layer(dense: Projection, rule: FamilyRule, parts: Sequence[Part], 
             part.num_active,
             structure=config.structure if part.is_sparse else "dense",
             block_size=config.block_size if part.is_sparse else None,
+            row_groups=_row_groups_of_part(part, config, pattern),
         )
         for part in parts
     )
@@ -242,25 +256,37 @@ def _replaced_layer(dense: Projection, rule: FamilyRule, parts: Sequence[Part], 
 def _wide_layer(
     dense: Projection,
     wide: Projection,
-    num_active: int,
+    by_kind: Sequence[int],
     is_sparse: bool,
     widened_model: PreTrainedModel,
     config: SparseIFTConfig,
     heads: tuple[int, int] | None,
+    pattern: RowPattern | None,
 ) -> LayerSpec:
-    """A projection that stays one matrix, perhaps a wider one, and perhaps a sparse one."""
+    """A projection that stays one matrix, perhaps a wider one, and perhaps a sparse one.
+
+    `by_kind` are its active weights, a number for each kind of `pattern` if it has one.
+    """
     block_size = config.block_size if is_sparse else None
     matrix = MatrixSpec(
         "",
         wide.shape,
-        num_active,
+        sum(by_kind),
         structure=config.structure if is_sparse else "dense",
         block_size=block_size,
         transposed=block_size is None and is_conv1d(widened_model.get_submodule(wide.name)),
         heads=heads if is_sparse else None,
+        row_groups=() if block_size else row_groups(pattern, by_kind),
     )
     family = "wide" if is_sparse else "dense"
     return LayerSpec(dense.name, dense.kind, family, dense.shape, (matrix,), layer_index=dense.layer_index)
+
+
+def _row_groups_of_part(part: Part, config: SparseIFTConfig, pattern: RowPattern | None) -> tuple[RowGroup, ...]:
+    """Groups for the parts whose outputs are the projection's; a trained start chooses in the whole part."""
+    if not part.is_sparse or not part.makes_outputs or config.block_size or config.init == "pretrained":
+        return ()
+    return row_groups(pattern, split_evenly(part.num_active, parts_of(part.shape, pattern)))
 
 
 def _topology_bytes(matrix: MatrixSpec) -> int:

@@ -22,7 +22,6 @@ has the default that stands there.
 
 The format has room for what this version cannot build yet. It reads these, and refuses to build layers from them:
 
-- `row_groups` of a matrix: active counts of their own for the q, k and v rows of a fused matrix;
 - `tied_to` of a layer: its matrices are another layer's, the owner's, as where embeddings and logits share a weight;
 - the kinds `embedding` and `logits`, for matrices outside the decoder layers;
 - the structure `n:m`, with its `pattern`.
@@ -37,6 +36,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparseift_llm.config.as_begun import as_begun
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.record.fields import LATER_VERSION, Fields, damaged, is_integer
 from sparseift_llm.record.specs import LayerSpec
@@ -110,7 +110,7 @@ class ModelRecord:
                 f"{FORMAT}; {LATER_VERSION}"
             )
         try:
-            transformation = SparseIFTConfig.from_dict(fields.take("transformation"))
+            transformation = SparseIFTConfig.from_dict(as_begun(fields.take("transformation")))
         except ValueError as error:
             raise damaged(fields.path("transformation"), f"is refused ({error}), or {LATER_VERSION}") from error
         sizes = Fields(fields.take("dense_model"), fields.path("dense_model"))

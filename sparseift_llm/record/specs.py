@@ -41,6 +41,11 @@ class RowGroup:
     period: int | None = None
 
     @property
+    def num_rows(self) -> int:
+        """How many rows it has."""
+        return self.repeats * (self.stop - self.start)
+
+    @property
     def rows(self) -> list[int]:
         """The numbers of all its rows, ascending."""
         return [
@@ -117,6 +122,13 @@ class MatrixSpec:
         """Whether it has a mask."""
         return self.structure != "dense"
 
+    @property
+    def head_size(self) -> int:
+        """Rows or columns of one of the `heads`."""
+        assert self.heads is not None
+        side, number = self.heads
+        return self.shape[side] // number
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON object from which `from_dict` gives back an equal matrix; what has its default is left out."""
         values: dict[str, Any] = {
@@ -164,8 +176,17 @@ class MatrixSpec:
         rows = [row for group in self.row_groups for row in group.rows]
         if len(set(rows)) < len(rows) or max(rows, default=0) >= self.shape[0]:
             raise damaged(f"{where}.row_groups", "must be disjoint and inside the matrix")
-        if self.row_groups and sum(group.num_active for group in self.row_groups) != self.num_active:
+        if not self.row_groups:
+            return
+        if len(rows) < self.shape[0] or self.structure != "unstructured":
+            raise damaged(f"{where}.row_groups", "must hold all rows of an unstructured matrix")
+        if sum(group.num_active for group in self.row_groups) != self.num_active:
             raise damaged(f"{where}.row_groups", f"must have num_active={self.num_active} weights together")
+        for group in self.row_groups:
+            if group.num_active > group.num_rows * self.shape[1]:
+                raise damaged(f"{where}.row_groups", f"has {group.num_active} weights in {group.num_rows} rows")
+            if self.heads is not None and (self.heads[0] != 0 or group.num_rows % self.head_size):
+                raise damaged(f"{where}.row_groups", f"must be whole heads, got heads={self.heads}")
 
     def _check_sizes(self, where: str) -> None:
         if self.block_size is not None:

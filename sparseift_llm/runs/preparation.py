@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_checkpoint
+from sparseift_llm.config.as_begun import BEFORE, BEFORE_IN_DST
+from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.data.loading import LoadedData
 from sparseift_llm.runs.formats import METRICS_NAME, RECIPE_NAME
 from sparseift_llm.runs.recipe import Recipe, recorded_recipe
@@ -86,6 +88,26 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
     if checkpoint is None:
         logger.info("%s has no complete checkpoint yet: starting at step 0", output_dir)
     return checkpoint
+
+
+def as_it_was_begun(recipe: Recipe, output_dir: Path) -> Recipe:
+    """The recipe of a run that goes on, with what its first part did where options are newer than that part.
+
+    Args:
+        recipe: as it is read now, with defaults that are for new runs.
+        output_dir: of the run; what it recorded of its recipe counts.
+    """
+    path = output_dir / RECIPE_NAME
+    if recipe.sparse_ift is None or not path.is_file():
+        return recipe
+    before = recorded_recipe(path)["sparse_ift"] or {}
+    values = recipe.sparse_ift.to_dict()
+    for old, now, options in ((before, values, BEFORE), (before.get("dst", {}), values["dst"], BEFORE_IN_DST)):
+        for key, value in options.items():
+            if key in old and old[key] == value != now[key]:
+                logger.info("%s was begun with %s=%r, and goes on with it", output_dir, key, value)
+                now[key] = value
+    return dataclasses.replace(recipe, sparse_ift=SparseIFTConfig.from_dict(values))
 
 
 def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments, resume_from: Path | None = None) -> None:

@@ -22,7 +22,7 @@ from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.runs.formats import DATA_NAME, SUMMARY_NAME, WRITTEN_NAMES
 from sparseift_llm.runs.metrics_log import MetricsLog
 from sparseift_llm.runs.model import make_model
-from sparseift_llm.runs.preparation import check_recipe, prepare_output, training_arguments
+from sparseift_llm.runs.preparation import as_it_was_begun, check_recipe, prepare_output, training_arguments
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.runs.recipe_training import LearningRateFactors
 from sparseift_llm.runs.trainer import AlreadyFinished, Pretrainer, StopBeforeExtraStep, sequences_per_step, whole_steps
@@ -100,6 +100,7 @@ def prepare(words: Sequence[str]) -> tuple[Recipe, TrainingArguments, Path | Non
     check_not_read(recipe.data, output_dir, WRITTEN_NAMES, "training.output_dir")
     with args.main_process_first(local=False, desc="preparing the run"):
         resume_from = prepare_output(recipe, output_dir, args)
+        recipe = recipe if resume_from is None else as_it_was_begun(recipe, output_dir)
         data = load_data(recipe.data, output_dir / DATA_NAME)
     set_seed(args.seed)
     return recipe, args, resume_from, data

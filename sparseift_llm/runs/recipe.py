@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_core import to_jsonable_python
 
+from sparseift_llm.config.as_begun import as_begun
 from sparseift_llm.config.describe import Option, describe_options
 from sparseift_llm.config.parsing import check_finite, checked, config_class
 from sparseift_llm.config.transform import SparseIFTConfig
@@ -135,6 +136,7 @@ def recorded_recipe(path: str | Path) -> dict[str, Any]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         compared = {key: record[key] for key in ("model", "data", "sparse_ift")}
         compared["data"] = _without_unused_vocab_size(compared["data"])
+        compared["sparse_ift"] = as_begun(compared["sparse_ift"])
         recipe = _build({**compared, "training": {"output_dir": "the run's"}}).to_dict()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, or of another version of this package: {error!r}") from error

@@ -1,4 +1,4 @@
-"""Unstructured masks: the first random one, and drop-and-grow. Pure functions on tensors.
+"""Random masks and scores, and the choice of the largest scores. Pure functions on tensors.
 
 Deterministic by construction: ties break by index and randomness comes from an explicit seed, so
 every rank and every rerun gets the same mask.
@@ -70,26 +70,10 @@ def largest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     return selected.view(scores.shape)
 
 
-def drop_and_grow(mask: Tensor, magnitude: Tensor, growth: Tensor, num_changed: int) -> Tensor:
-    """Drop the active weights of smallest magnitude, then grow as many where `growth` is largest.
-
-    A weight just dropped competes for growth like any other inactive one, so it may come back.
-
-    Args:
-        mask: current mask, bool.
-        magnitude: |w|, same shape.
-        growth: growth score, same shape; looked at where the mask is 0 after the drop.
-        num_changed: weights to drop and to grow, in [0, active weights].
-
-    Returns:
-        New mask with as many ones as `mask`.
-
-    Source: RigL, arXiv 1911.11134, algorithm 1.
-    """
-    kept = mask & ~largest(-magnitude, mask, num_changed)
-    return kept | largest(growth, ~kept, num_changed)
-
-
-def magnitude_mask(mask: Tensor, magnitude: Tensor, num_active: int) -> Tensor:
-    """The `num_active` largest weights among those active in `mask` (gradual magnitude pruning)."""
-    return largest(magnitude, mask, num_active)
+def largest_per_row(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+    """Mask of the `counts[r]` eligible entries of row r with the largest scores; among equals the lower index wins."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    order = order.gather(1, (~eligible).gather(1, order).sort(dim=1, stable=True).indices)  # eligible ones first
+    ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    chosen = ranks < counts.to(scores.device)[:, None]
+    return torch.zeros_like(eligible).scatter(1, order, chosen)

@@ -26,6 +26,7 @@ from transformers.utils import (
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
 from sparseift_llm.checkpoints.saving import tell_before_saving
 from sparseift_llm.checkpoints.trainer_folder import SAVING_NAME, find_resumed_checkpoint, set_aside_incomplete
+from sparseift_llm.config.as_begun import as_begun
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.record.model_record import transformation_values
 from sparseift_llm.trainer.log import MaskReport, ReportOptions, go_first
@@ -288,12 +289,18 @@ def _warn_of_changes(folder: Path, model: PreTrainedModel) -> None:
         return
     try:
         values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        before = transformation_values(values["sparse_ift"])["dst"]
+        before = _mask_options(values["sparse_ift"])
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("whether %s was written with other mask updates cannot be read (%r)", folder, error)
         return
-    if changed := changed_keys(before, transformation_values(model.config.sparse_ift)["dst"]):
+    if changed := changed_keys(before, _mask_options(model.config.sparse_ift)):
         logger.warning("%s was written with other mask updates, and the run goes on with these: %s", folder, changed)
+
+
+def _mask_options(record: Any) -> dict[str, Any]:
+    """What a record says of mask updates."""
+    values = as_begun(transformation_values(record))
+    return {"kinds_apart": values["kinds_apart"], **values["dst"]}
 
 
 def _apply_best_masks(model: PreTrainedModel, folder: Path) -> None:

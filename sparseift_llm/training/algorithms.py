@@ -6,11 +6,13 @@ weights and optimizer state, is the controller's business.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparseift_llm.config.transform import DSTConfig
 from sparseift_llm.layers.base import SparseProjection
-from sparseift_llm.topology.masks import derive_seed, magnitude_mask, random_phase, random_scores
+from sparseift_llm.topology.exchange import drop_and_grow
+from sparseift_llm.topology.masks import derive_seed, random_phase, random_scores
 from sparseift_llm.training import schedules
 
 
@@ -58,7 +60,10 @@ class SET(Static):
     def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
         fraction = schedules.cosine_drop_fraction(step, self.stop, self.config.drop_fraction)
         phase = random_phase(derive_seed(self.seed, "phase", step, index))
-        return layer.exchange(fraction, self.growth_scores(layer, step, index, growth), phase)
+        mask, groups = layer.current_mask(), layer.groups
+        num_exchanged = groups.num_exchanged(groups.count(mask), fraction, phase)
+        scores = self.growth_scores(layer, step, index, growth)
+        return drop_and_grow(mask, layer.magnitude(), scores, num_exchanged, groups)
 
     def growth_scores(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
         """Scores of the mask's shape; the largest among the inactive ones grow."""
@@ -83,12 +88,18 @@ class GMP(Static):
         return schedules.is_pruning_step(step, self.config.update_every_steps, self.stop)
 
     def next_mask(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
-        size = layer.num_weights
-        final_sparsity = 1 - layer.num_active / size
-        num_active = size - int(size * schedules.cubic_sparsity(step, self.stop, final_sparsity))
+        mask, groups = layer.current_mask(), layer.groups
+        sizes = groups.count(torch.ones_like(mask)).tolist()
+        targets = groups.share(layer.num_active).tolist()
+        pairs = zip(sizes, targets, strict=True)
+        num_active = torch.tensor([self._num_active(step, size, target) for size, target in pairs], device=mask.device)
+        return groups.largest(layer.magnitude(), mask, num_active.minimum(groups.count(mask)))
+
+    def _num_active(self, step: int, size: int, target: int) -> int:
+        """Active weights after `step` of a group of `size` weights, of which `target` stay in the end."""
         if step >= self.stop:
-            num_active = layer.num_active
-        return magnitude_mask(layer.current_mask(), layer.magnitude(), min(num_active, layer.count_active()))
+            return target
+        return size - int(size * schedules.cubic_sparsity(step, self.stop, 1 - target / size))
 
 
 ALGORITHMS: dict[str, type[Static]] = {"static": Static, "set": SET, "rigl": RigL, "gmp": GMP}

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from sparseift_llm.checkpoints.mask_file import apply_masks, digest, pack, unpack
 from sparseift_llm.checkpoints.records import read_record
+from sparseift_llm.config.as_begun import dst_as_begun
 from sparseift_llm.layers import unattended
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import gathered, reshard
@@ -197,7 +198,7 @@ class SparseTrainingController(Joinable):
                     f"{name}.weight is not 0 where the masks of the controller's state are, so they are of different "
                     "steps: load weights and state from one checkpoint"
                 )
-        if changed := checks.changed_keys(state.get("schedule", self._schedule), self._schedule):
+        if changed := checks.changed_keys(dst_as_begun(state.get("schedule", self._schedule)), self._schedule):
             logger.warning("the state was saved with other mask updates, and the run goes on with these: %s", changed)
         apply_masks(self.model, masks, "the controller's state")
         self.load_counters(state)

@@ -12,7 +12,7 @@ from sparseift_llm import SparseIFTConfig, plan
 from sparseift_llm.conversion.install import install_sparse_layers, remove_sparse_layers
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.architectures import build_model
-from sparseift_llm.record.specs import LayerSpec, RowGroup
+from sparseift_llm.record.specs import LayerSpec
 from tests.helpers.models import tiny_config
 
 FC = "transformer.h.0.mlp.c_fc"
@@ -112,7 +112,6 @@ def test_what_this_version_cannot_build_is_refused(changes: dict[str, Any], mess
     ("changes", "message"),
     [
         ({"structure": "n:m", "pattern": (2, 4)}, "has structure 'n:m'"),
-        ({"row_groups": (RowGroup("q", 0, 8, 8),)}, "has row_groups"),
     ],
 )
 def test_matrices_this_version_cannot_build_are_refused(changes: dict[str, Any], message: str) -> None:

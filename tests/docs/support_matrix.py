@@ -92,6 +92,8 @@ GROUPS = {
         "decoders of self-attention and MLP in Linear or Conv1D, found by paths and shapes",
         "experts, encoder-decoders, recurrent, convolutional and multimodal models",
         "balance_heads",
+        "fused q, k, v: each keeps its active weights",
+        "fused q, k, v in an unknown order of rows, where masks change",
     ),
 }
 HEAD = """# What is supported

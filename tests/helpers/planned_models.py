@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.planning.planner import Plan, plan
+from sparseift_llm.record.specs import LayerSpec
 
 SEQ_LEN = 48
 SPARSITIES = (0.0, 0.3, 0.5, 0.75, 0.9)
@@ -78,6 +79,12 @@ def weight_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         elif isinstance(module, nn.Linear):
             shapes[name] = (module.weight.shape[0], module.weight.shape[1])
     return shapes
+
+
+def num_sides(layer: LayerSpec) -> int:
+    """Outputs and inputs of a layer; where queries, keys and values share a matrix, those of three matrices."""
+    rows, columns = layer.sparse_shape
+    return rows + columns * (3 if layer.kind == "qkv" else 1)
 
 
 def attention_flops(model: PreTrainedModel) -> int:

@@ -29,6 +29,7 @@ from tests.helpers.planned_models import (
     dense_model,
     every_architecture,
     every_scope,
+    num_sides,
     weight_shapes,
 )
 
@@ -94,8 +95,8 @@ def check_distribution(name: str, result: Plan) -> None:
             assert abs(layer.num_active - ideal) < unit
     else:
         free = [layer for layer in chosen if layer.num_active < layer.num_weights]
-        per_side = [Fraction(layer.num_active, unit * (sum(layer.sparse_shape) // size)) for layer in free]
-        assert max(per_side) - min(per_side) <= Fraction(2, min(sum(layer.sparse_shape) // size for layer in free))
+        per_side = [Fraction(layer.num_active, unit * (num_sides(layer) // size)) for layer in free]
+        assert max(per_side) - min(per_side) <= Fraction(2, min(num_sides(layer) // size for layer in free))
 
 
 def check_plan(name: str, result: Plan) -> None:
@@ -153,28 +154,31 @@ def test_at_sparsity_zero_every_tile_is_active(name: str, scope: str) -> None:
     assert result.sparse.stored_params == result.dense.stored_params
 
 
-def uniform_in_weights(shapes: list[tuple[int, int]], twins: list[int], total: int, config: Any) -> list[int]:
+Parts = list[list[tuple[int, int]]]
+
+
+def uniform_in_weights(parts: Parts, twins: list[int], total: int, config: Any) -> list[list[int]]:
     """A fault: as many tiles as there should be weights."""
-    return [min(twin, rows * columns) for twin, (rows, columns) in zip(twins, shapes, strict=True)]
+    return [[min(twin, rows * columns)] for twin, ((rows, columns),) in zip(twins, parts, strict=True)]
 
 
-def one_too_few(shapes: list[tuple[int, int]], twins: list[int], total: int, config: Any) -> list[int]:
+def one_too_few(parts: Parts, twins: list[int], total: int, config: Any) -> list[list[int]]:
     """A fault: the last layer lacks a tile."""
-    counts = SHARE_UNITS(shapes, twins, total, config)
-    return [*counts[:-1], counts[-1] - 1]
+    counts = SHARE_UNITS(parts, twins, total, config)
+    return [*counts[:-1], [counts[-1][0] - 1]]
 
 
-def one_moved(shapes: list[tuple[int, int]], twins: list[int], total: int, config: Any) -> list[int]:
+def one_moved(parts: Parts, twins: list[int], total: int, config: Any) -> list[list[int]]:
     """A fault: the total is right, two layers are not."""
-    counts = SHARE_UNITS(shapes, twins, total, config)
-    return [counts[0] - 1, *counts[1:-1], counts[-1] + 1]
+    counts = SHARE_UNITS(parts, twins, total, config)
+    return [[counts[0][0] - 1], *counts[1:-1], [counts[-1][0] + 1]]
 
 
 SHARE_UNITS = allocation._share_units
 
 
 @pytest.mark.parametrize("fault", [uniform_in_weights, one_too_few, one_moved])
-def test_the_checks_catch_faults(fault: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checks_catch_faults(fault: Callable[..., list[list[int]]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocation, "_share_units", fault)
     result = plan(TINY["llama"], config(8, sparsity=0.75), SEQ_LEN)
     with pytest.raises(AssertionError):

@@ -23,6 +23,7 @@ from tests.helpers.planned_models import (
     every_architecture,
     every_scope,
     every_sparsity,
+    num_sides,
     planned,
     weight_shapes,
 )
@@ -193,5 +194,5 @@ def test_erk_keeps_the_total_and_favours_small_layers(name: str, scope: str) -> 
     chosen = [layer for layer in result.layers if layer.is_sparse]
     assert all(0 < layer.num_active <= layer.num_weights for layer in chosen)
     free = [layer for layer in chosen if layer.num_active < layer.num_weights]
-    per_side = [layer.num_active / sum(layer.sparse_shape) for layer in free]
-    assert max(per_side) - min(per_side) <= 2 / min(sum(layer.sparse_shape) for layer in free)
+    per_side = [layer.num_active / num_sides(layer) for layer in free]
+    assert max(per_side) - min(per_side) <= 2 / min(num_sides(layer) for layer in free)

@@ -13,7 +13,9 @@ import yaml
 
 from sparseift_llm import DSTConfig, SparseIFTConfig
 from sparseift_llm.config import Doped, Wide
+from sparseift_llm.config.as_begun import BEFORE, BEFORE_IN_DST
 from sparseift_llm.data.options import DataConfig
+from sparseift_llm.runs.preparation import as_it_was_begun
 from sparseift_llm.runs.recipe import ModelConfig, Recipe, load_recipe, recipe_options, recorded_recipe
 
 MINIMAL = "training: {output_dir: out}\n"
@@ -228,6 +230,27 @@ def test_a_recorded_recipe_of_an_older_version_equals_that_of_today(tmp_path: Pa
     old["data"]["vocab_size"] = 4096
     (tmp_path / "recipe.json").write_text(json.dumps(old))
     assert recorded_recipe(tmp_path / "recipe.json") == today
+
+
+def test_a_run_goes_on_as_it_was_begun_before_an_option_existed(tmp_path: Path) -> None:
+    """Also when it is resumed a second time, after what was meant has been written down."""
+    recipe = load(tmp_path, MINIMAL + "sparse_ift: {seed: 1}\n")
+    assert recipe.sparse_ift is not None
+    old = recipe.to_dict()
+    for key in BEFORE:
+        del old["sparse_ift"][key]
+    for key in BEFORE_IN_DST:
+        del old["sparse_ift"]["dst"][key]
+    for _ in range(2):
+        (tmp_path / "recipe.json").write_text(json.dumps(old))
+        begun = as_it_was_begun(recipe, tmp_path)
+        assert begun.sparse_ift is not None
+        assert all(getattr(begun.sparse_ift, key) == value for key, value in BEFORE.items())
+        assert all(getattr(begun.sparse_ift.dst, key) == value for key, value in BEFORE_IN_DST.items())
+        assert begun.to_dict()["sparse_ift"] == recorded_recipe(tmp_path / "recipe.json")["sparse_ift"]
+        old = begun.to_dict()
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))  # begun with today's version
+    assert as_it_was_begun(recipe, tmp_path) == recipe
 
 
 def test_a_bare_name_that_training_has_too_means_training(tmp_path: Path) -> None:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparseift_llm.topology import blocks
 from sparseift_llm.topology.blocks import (
     are_valid,
-    changes_per_row,
     columns_of,
-    drop_and_grow_per_row,
     random_columns,
     reassign,
-    row_starts,
     rows_of_slots,
     slots_by_column,
     tile_mask,
     tile_sums,
 )
-from sparseift_llm.topology.masks import derive_seed, random_phase
+from sparseift_llm.topology.groups import row_starts
+from sparseift_llm.topology.masks import derive_seed
 from tests.helpers.tiny_runs import bits
 
 
@@ -228,163 +223,3 @@ def test_the_check_of_reassign_catches_faults(fault: object, monkeypatch: pytest
     monkeypatch.setattr("tests.topology.test_blocks.reassign", fault)
     with pytest.raises(AssertionError):
         check_reassign(held, 4, new_mask)
-
-
-# ---- drop and grow
-
-
-MAGNITUDE = torch.tensor([[5.0, 1.0, 0.0, 3.0], [0.0, 2.0, 2.0, 0.0], [4.0, 0.0, 0.0, 0.0]])
-MASK = bits("1101 0110 1000")
-
-
-@pytest.mark.parametrize(
-    ("growth", "num_changed", "expected"),
-    [
-        ([[9, 9, 9, 9]] * 3, [0, 0, 0], "1101 0110 1000"),
-        ([[0, 0, 1, 0]] * 3, [1, 0, 0], "1011 0110 1000"),  # drops 1, grows 2
-        ([[0, 8, 1, 0]] * 3, [1, 0, 0], "1101 0110 1000"),  # drops 1, which comes back
-        ([[1, 0, 0, 2]] * 3, [0, 1, 0], "1101 0011 1000"),  # of equal ones drops the first, grows 3
-        ([[1, 0, 0, 1]] * 3, [0, 1, 0], "1101 1010 1000"),  # of equal ones grows the first
-        ([[0, 0, 0, 0]] * 3, [1, 1, 1], "1101 1010 1000"),  # row 0: 1 and 2 tie, row 2: all do
-        ([[0, 1, 2, 0], [3, 0, 0, 4], [0, 6, 7, 5]], [1, 2, 1], "1011 1001 0010"),
-        ([[0, 1, 2, 0], [3, 0, 0, 4], [0, 6, 7, 5]], [9, 9, 9], "1110 1001 0010"),  # all that a row holds
-    ],
-)
-def test_drop_and_grow_by_hand(growth: list[list[int]], num_changed: list[int], expected: str) -> None:
-    scores = torch.tensor(growth, dtype=torch.float32)
-    assert text(drop_and_grow_per_row(MASK, MAGNITUDE, scores, torch.tensor(num_changed))) == expected
-    assert text(MASK) == "1101 0110 1000"
-
-
-def slow_row(mask: list[bool], magnitude: list[int], growth: list[int], num_changed: int) -> list[bool]:
-    active = [column for column, is_active in enumerate(mask) if is_active]
-    num_changed = min(num_changed, len(active))
-    dropped = sorted(active, key=lambda column: (magnitude[column], column))[:num_changed]
-    kept = set(active) - set(dropped)
-    inactive = [column for column in range(len(mask)) if column not in kept]
-    grown = sorted(inactive, key=lambda column: (-growth[column], column))[:num_changed]
-    return [column in kept or column in grown for column in range(len(mask))]
-
-
-def check_drop_and_grow(mask: Tensor, magnitude: Tensor, growth: Tensor, num_changed: list[int]) -> None:
-    result = drop_and_grow_per_row(mask, magnitude, growth, torch.tensor(num_changed))
-    arguments = zip(mask.tolist(), magnitude.tolist(), growth.tolist(), num_changed, strict=True)
-    assert result.tolist() == [slow_row(*row) for row in arguments]
-    assert torch.equal(result.sum(1), mask.sum(1))
-
-
-@given(rows=st.integers(1, 6), columns=st.integers(1, 9), dtype=st.sampled_from([32, 64]), data=st.data())
-def test_drop_and_grow_equals_the_slow_reference(rows: int, columns: int, dtype: int, data: st.DataObject) -> None:
-    def drawn(values: st.SearchStrategy[int]) -> Tensor:
-        listed = data.draw(st.lists(values, min_size=rows * columns, max_size=rows * columns))
-        return torch.tensor(listed).view(rows, columns)
-
-    few, many = st.integers(0, 2), st.integers(0, 1000)  # three values: many ties
-    float_type = {32: torch.float32, 64: torch.float64}[dtype]
-    scores = [drawn(data.draw(st.sampled_from([few, many]))).to(float_type) for _ in range(2)]
-    num_changed = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
-    check_drop_and_grow(drawn(st.integers(0, 1)).bool(), *scores, num_changed)
-
-
-def test_infinite_weights_do_not_change_how_many_tiles_a_row_has() -> None:
-    """Training that has diverged ends with the trainer's own message, not with one about tiles."""
-    magnitude = torch.full((3, 4), torch.inf)
-    check_drop_and_grow(MASK, magnitude, MAGNITUDE, [1, 1, 1])
-
-
-def last_of_equals(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    """A fault: among equals the higher index wins."""
-    return LARGEST(scores.flip(1), eligible.flip(1), counts).flip(1)
-
-
-def over_all_rows(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    """A fault: the largest of the whole matrix instead of each row's."""
-    shape = scores.shape
-    return LARGEST(scores.view(1, -1), eligible.view(1, -1), counts.sum().view(1)).view(shape)
-
-
-def also_ineligible(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    """A fault: active and inactive tiles are not told apart."""
-    return LARGEST(scores, torch.ones_like(eligible), counts)
-
-
-LARGEST = blocks.largest_per_row
-
-
-@pytest.mark.parametrize("fault", [last_of_equals, over_all_rows, also_ineligible])
-def test_the_check_of_drop_and_grow_catches_faults(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    growth = torch.tensor([[1.0, 1.0, 1.0, 9.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 2.0, 3.0]])
-    check_drop_and_grow(MASK, MAGNITUDE, growth, [1, 1, 1])
-    monkeypatch.setattr(blocks, "largest_per_row", fault)
-    with pytest.raises(AssertionError):
-        check_drop_and_grow(MASK, MAGNITUDE, growth, [1, 1, 1])
-
-
-# ---- how many to exchange
-
-
-@pytest.mark.parametrize(
-    ("counts", "fraction", "phase", "expected"),
-    [
-        ([2, 2, 2, 2], 0.25, 0.0, [0, 1, 0, 1]),  # running totals 0.5, 1, 1.5, 2
-        ([2, 2, 2, 2], 0.25, 0.5, [1, 0, 1, 0]),  # 1, 1.5, 2, 2.5
-        ([1, 1, 1, 1], 0.25, 0.0, [0, 0, 0, 1]),
-        ([1, 1, 1, 1], 0.25, 0.75, [1, 0, 0, 0]),
-        ([3, 3], 0.5, 0.0, [1, 2]),  # 1.5, 3
-        ([3, 3], 0.0, 0.99, [0, 0]),
-        ([3, 2], 1.0, 0.5, [3, 2]),
-        ([5], 0.25, 0.0, [1]),
-        ([5], 0.25, 0.75, [2]),
-    ],
-)
-def test_changes_per_row_by_hand(counts: list[int], fraction: float, phase: float, expected: list[int]) -> None:
-    assert changes_per_row(torch.tensor(counts), fraction, phase).tolist() == expected
-
-
-def check_changes(counts: list[int], fraction: float, phase: float) -> None:
-    changes = changes_per_row(torch.tensor(counts), fraction, phase).tolist()
-    exact = [Fraction(fraction) * count for count in counts]
-    assert all(abs(number - share) < 1 for number, share in zip(changes, exact, strict=True))
-    assert all(0 <= number <= count for number, count in zip(changes, counts, strict=True))
-    assert sum(changes) == int(sum(exact) + Fraction(phase))
-
-
-fractions = st.floats(0, 1)
-phases = st.floats(0, 1, exclude_max=True)
-
-
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=30), fractions, phases)
-def test_changes_add_up_and_each_is_within_one(counts: list[int], fraction: float, phase: float) -> None:
-    check_changes(counts, fraction, phase)
-
-
-def rounded_down(counts: Tensor, fraction: float, phase: float) -> Tensor:
-    """A fault: each row on its own."""
-    return (counts * fraction).long()
-
-
-def rounded_up(counts: Tensor, fraction: float, phase: float) -> Tensor:
-    """A fault: each row on its own."""
-    return (counts * fraction).ceil().long()
-
-
-@pytest.mark.parametrize("fault", [rounded_down, rounded_up])
-def test_the_check_of_changes_catches_faults(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_changes([2, 2, 3, 2], 0.3, 0.0)
-    monkeypatch.setattr("tests.topology.test_blocks.changes_per_row", fault)
-    with pytest.raises(AssertionError):
-        check_changes([2, 2, 3, 2], 0.3, 0.0)
-
-
-@pytest.mark.parametrize(("tiles", "fraction"), [(1, 0.3), (1, 0.01), (2, 0.1), (3, 0.3)])
-def test_few_tiles_in_a_row_still_change_over_many_phases(tiles: int, fraction: float) -> None:
-    """Rounding each row's share down would give 0 in every row and for ever; over phases, all get their share."""
-    num_rows, num_updates = 16, 2000
-    counts = torch.full((num_rows,), tiles)
-    phases = [random_phase(derive_seed(0, "phase", step, 0)) for step in range(num_updates)]
-    total = sum(changes_per_row(counts, fraction, phase) for phase in phases)
-    assert isinstance(total, Tensor)
-    share = tiles * fraction
-    deviation = (num_updates * (share % 1) * (1 - share % 1)) ** 0.5
-    assert bool((total > 0).all())
-    assert float((total - num_updates * share).abs().max()) < 5 * deviation

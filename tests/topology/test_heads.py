@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,8 +16,7 @@ from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.masked import MaskedProjection
-from sparseift_llm.topology.heads import HeadGroups, drop_and_grow_per_head, random_mask_per_head
-from sparseift_llm.topology.masks import drop_and_grow, random_scores
+from sparseift_llm.topology.groups import WholeMatrix
 from tests.helpers.decoders import decoder_config
 from tests.helpers.models import token_ids
 
@@ -33,47 +30,6 @@ HEADS = {
     "opt": {"q": 4, "k": 4, "v": 4, "o": 4},
     "llama": {"q": 4, "k": 2, "v": 2, "o": 4},
 }
-groups = st.builds(HeadGroups, dim=st.sampled_from([0, 1]), count=st.integers(1, 6))
-
-
-# ---- pure functions
-
-
-def test_by_hand() -> None:
-    """Two heads of one row each; each gives up its smallest weight for its own largest growth."""
-    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)
-    magnitude = torch.tensor([[5.0, 4.0, 0.0, 0.0], [3.0, 0.0, 2.0, 0.0]])
-    growth = torch.tensor([[0.0, 0.0, 9.0, 8.0], [0.0, 1.0, 0.0, 2.0]])
-    expected = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
-    heads = HeadGroups(dim=0, count=2)
-    assert torch.equal(drop_and_grow_per_head(mask, magnitude, growth, 0.5, 0.0, heads), expected)
-    transposed = drop_and_grow_per_head(mask.T, magnitude.T, growth.T, 0.5, 0.0, HeadGroups(dim=1, count=2))
-    assert torch.equal(transposed, expected.T)
-    assert not torch.equal(drop_and_grow(mask, magnitude, growth, 2), expected)  # which lets heads differ
-
-
-@given(heads=groups, size=st.integers(1, 5), other=st.integers(1, 7), share=st.floats(0, 1), seed=st.integers(0, 99))
-def test_counts_are_even_and_the_total_is_exact(
-    heads: HeadGroups, size: int, other: int, share: float, seed: int
-) -> None:
-    shape = torch.Size((heads.count * size, other) if heads.dim == 0 else (other, heads.count * size))
-    total = int(share * shape.numel())
-    mask = random_mask_per_head(shape, total, seed, heads)
-    for _ in range(2):
-        per_head = mask.unflatten(heads.dim, (heads.count, size)).movedim(heads.dim, 0).flatten(1).sum(1)
-        assert int(mask.sum()) == total
-        assert int(per_head.max() - per_head.min()) <= 1
-        magnitude, growth = random_scores(shape, seed + 1), random_scores(shape, seed + 2)
-        mask = drop_and_grow_per_head(mask, magnitude, growth, 0.3, 0.5, heads)
-
-
-def test_the_first_mask_is_uniform_within_a_head() -> None:
-    heads = HeadGroups(dim=0, count=2)
-    masks = torch.stack([random_mask_per_head(torch.Size((4, 5)), 8, seed, heads) for seed in range(2000)])
-    torch.testing.assert_close(masks.double().mean(0), torch.full((4, 5), 0.4, dtype=torch.float64), rtol=0, atol=0.06)
-
-
-# ---- in models
 
 
 def counts_per_head(layer: SparseProjection, kind: str, num_heads: int) -> Tensor:
@@ -140,7 +96,7 @@ def test_planted_fault_an_update_over_the_whole_matrix() -> None:
     model = balanced("llama")
     for layer in sparse_layers(model).values():
         assert isinstance(layer, MaskedProjection)
-        layer.heads = None
+        layer._groups = WholeMatrix()
     train(model)
     with pytest.raises(AssertionError):
         check_balance(model, "llama")

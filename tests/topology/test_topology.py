@@ -13,9 +13,7 @@ from torch import Tensor
 from sparseift_llm.topology.distributions import erdos_renyi_kernel, uniform
 from sparseift_llm.topology.masks import (
     derive_seed,
-    drop_and_grow,
     largest,
-    magnitude_mask,
     random_mask,
     random_scores,
 )
@@ -62,100 +60,6 @@ def test_largest_leaves_its_inputs_alone_and_keeps_the_shape() -> None:
 
 def test_largest_among_equal_scores_takes_the_first_eligible() -> None:
     assert text(largest(torch.zeros(8), bits("01011011"), 3)) == "01011000"
-
-
-# ---- drop and grow
-
-
-MAGNITUDE = torch.tensor([5.0, 1.0, 0.0, 3.0, 0.0, 2.0, 0.0, 4.0])
-MASK = bits("11010101")
-
-
-@pytest.mark.parametrize(
-    ("growth", "num_changed", "expected"),
-    [
-        ([9, 9, 9, 9, 9, 9, 9, 9], 0, "11010101"),
-        ([9, 0, 1, 9, 3, 9, 2, 9], 1, "10011101"),  # drops 1, grows 4
-        ([9, 0, 1, 9, 3, 9, 2, 9], 2, "10011101"),  # drops 1 and 5, regrows 5, grows 4
-        ([9, 0, 1, 0, 3, 0, 2, 9], 2, "10011011"),  # drops 1 and 5, grows 4 and 6
-        ([0, 8, 1, 0, 3, 0, 2, 0], 1, "11010101"),  # drops 1 and regrows it
-        ([0, 8, 1, 0, 3, 0, 2, 0], 2, "11011001"),  # drops 1 and 5, regrows 1, grows 4
-        ([0, 0, 0, 0, 0, 0, 0, 0], 2, "11110001"),  # ties: of 1, 2, 4, 5, 6 the first two
-        ([0, 1, 7, 1, 7, 1, 7, 1], 3, "10101011"),  # drops 1, 3, 5, grows 2, 4, 6
-        ([1, 2, 3, 4, 5, 6, 7, 8], 5, "00011111"),  # drops all five, grows the five largest
-    ],
-)
-def test_drop_and_grow(growth: list[int], num_changed: int, expected: str) -> None:
-    assert text(drop_and_grow(MASK, MAGNITUDE, torch.tensor(growth, dtype=torch.float32), num_changed)) == expected
-
-
-def test_equal_magnitudes_drop_the_lower_index() -> None:
-    growth = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0])
-    assert text(drop_and_grow(bits("11110000"), torch.ones(8), growth, 2)) == "00110011"
-
-
-def test_drop_and_grow_leaves_the_mask_alone() -> None:
-    drop_and_grow(MASK, MAGNITUDE, -MAGNITUDE, 3)
-    assert text(MASK) == "11010101"
-
-
-def slow_drop_and_grow(mask: list[bool], magnitude: list[int], growth: list[int], num_changed: int) -> list[bool]:
-    active = [index for index, is_active in enumerate(mask) if is_active]
-    dropped = sorted(active, key=lambda index: (magnitude[index], index))[:num_changed]
-    kept = set(active) - set(dropped)
-    inactive = [index for index in range(len(mask)) if index not in kept]
-    grown = sorted(inactive, key=lambda index: (-growth[index], index))[:num_changed]
-    return [index in kept or index in grown for index in range(len(mask))]
-
-
-@given(rows=st.integers(1, 5), columns=st.integers(1, 9), dtype=st.sampled_from([32, 64]), data=st.data())
-def test_drop_and_grow_equals_the_slow_reference(rows: int, columns: int, dtype: int, data: st.DataObject) -> None:
-    size = rows * columns
-    few = st.lists(st.integers(0, 3), min_size=size, max_size=size)  # four values: many ties
-    many = st.lists(st.integers(0, 1000), min_size=size, max_size=size)
-    mask = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
-    magnitude, growth = data.draw(few | many), data.draw(few | many)
-    num_changed = data.draw(st.integers(0, sum(mask)))
-    float_type = {32: torch.float32, 64: torch.float64}[dtype]
-
-    def shaped(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=float_type).view(rows, columns)
-
-    result = drop_and_grow(torch.tensor(mask).view(rows, columns), shaped(magnitude), shaped(growth), num_changed)
-    assert result.shape == (rows, columns)
-    assert result.flatten().tolist() == slow_drop_and_grow(mask, magnitude, growth, num_changed)
-    assert int(result.sum()) == sum(mask)
-
-
-# ---- magnitude pruning
-
-
-@pytest.mark.parametrize(
-    ("num_active", "expected"), [(5, "11010101"), (4, "10010101"), (2, "10000001"), (1, "10000000"), (0, "00000000")]
-)
-def test_magnitude_mask(num_active: int, expected: str) -> None:
-    assert text(magnitude_mask(MASK, MAGNITUDE, num_active)) == expected
-
-
-def test_magnitude_mask_never_takes_an_inactive_weight() -> None:
-    magnitude = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0, 9.0])
-    assert text(magnitude_mask(bits("10101010"), magnitude, 3)) == "00101010"
-
-
-def test_magnitude_mask_with_equal_weights_keeps_the_lower_index() -> None:
-    assert text(magnitude_mask(bits("01111110"), torch.ones(8), 2)) == "01100000"
-
-
-@given(size=st.integers(1, 40), data=st.data())
-def test_repeated_pruning_is_nested_and_exact(size: int, data: st.DataObject) -> None:
-    magnitude = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))).float()
-    first = data.draw(st.integers(0, size))
-    second = data.draw(st.integers(0, first))
-    wide = magnitude_mask(torch.ones(size, dtype=torch.bool), magnitude, first)
-    narrow = magnitude_mask(wide, magnitude, second)
-    assert (int(wide.sum()), int(narrow.sum())) == (first, second)
-    assert not bool((narrow & ~wide).any())
-    assert torch.equal(narrow, magnitude_mask(torch.ones(size, dtype=torch.bool), magnitude, second))
 
 
 # ---- random masks and seeds

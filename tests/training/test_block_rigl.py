@@ -18,7 +18,7 @@ from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.masked import masked_projection
 from sparseift_llm.ops.dense_gradient import DenseGradient
-from sparseift_llm.topology.blocks import changes_per_row
+from sparseift_llm.topology.groups import changes_per_row
 from sparseift_llm.topology.masks import derive_seed, random_phase, random_scores
 from sparseift_llm.training.backends.torch import zero_state
 from sparseift_llm.training.schedules import cosine_drop_fraction

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseift_llm.topology.blocks import row_starts
+from sparseift_llm.topology.groups import row_starts
 
 TOKENS_PER_CHUNK = 1024  # so that the operands of one block-row stay in the second-level cache
 FEW_TOKENS, SMALL_TILE = 32, 64  # with no more of both, a call per tile would take longer than the work in it

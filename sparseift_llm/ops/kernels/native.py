@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sparseift_llm.ops.native_library import native_library
-from sparseift_llm.topology.blocks import row_starts, rows_of_slots
+from sparseift_llm.topology.blocks import rows_of_slots
+from sparseift_llm.topology.groups import row_starts
 
 
 class _Outcome(enum.IntEnum):
