@@ -37,6 +37,15 @@ def wide_ffn_factor(sparsity: float) -> float:
     return 1 / (1 - sparsity)
 
 
+def wide_residual_factor(sparsity: float) -> float:
+    """Factor 1 / (1 - s) on the hidden size alone (Wide, scope `residual`).
+
+    >>> wide_residual_factor(0.75)
+    4.0
+    """
+    return 1 / (1 - sparsity)
+
+
 def parallel_branches(sparsity: float) -> int:
     """Number of branches k = 1 / (1 - s), rounded (Parallel).
 
@@ -94,7 +103,7 @@ class FlopCount:
     Args:
         linear: 2 x active weights of the decoder's projections.
         attention: scores and values, full (not causal) attention: 4 x T x attention width x layers.
-        logit: 2 x hidden size x vocabulary.
+        logit: 2 x active weights of the output head: hidden size x vocabulary if it is dense.
     """
 
     linear: int
@@ -120,7 +129,7 @@ def linear_flops(num_active: int) -> int:
 def forward_flops(
     num_active: int, seq_len: int, attention_width: int, num_layers: int, hidden_size: int, vocab_size: int
 ) -> FlopCount:
-    """FLOPs of a decoder with `num_active` active projection weights. All arguments are counts.
+    """FLOPs of a decoder with `num_active` active projection weights and a dense head. All arguments are counts.
 
     >>> round(forward_flops(84_934_656, 1024, 768, 12, 768, 50257).forward / 1e6, 1)
     284.8

@@ -20,6 +20,7 @@ from sparseift_llm.checkpoints.mask_file import digest, masks_of
 from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.checkpoints.trainer_folder import INCOMPLETE_PREFIX, is_complete, numbered_checkpoints
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.ends import tied_logits
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.record.quantization_mark import mark
 from sparseift_llm.utils.words import check_choice
@@ -54,6 +55,8 @@ def save_packed(model: PreTrainedModel, folder: Path) -> None:
     for name, layer in layers.items():
         weight: Tensor = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight[layer.mask]
+    for name in tied_logits(model):
+        state.pop(f"{name}.weight", None)  # it is the embedding's, which is packed
     model.save_pretrained(folder, state_dict=state)
     if layers:
         config = copy.deepcopy(model.config)

@@ -24,6 +24,7 @@ from sparseift_llm.checkpoints.saving import install_saving
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import CompositeProjection, stock_weights
+from sparseift_llm.layers.ends import share_tied_weights
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.layers.tiled import TiledProjection
 
@@ -106,6 +107,7 @@ class LayoutLoader(HfQuantizer):
                 raise ValueError(f"the masks in {self.file.parent} are of another model: {name} differs")
             values = torch.empty(int(mask.sum()), dtype=layer.weight.dtype, device="meta")
             layer.weight = nn.Parameter(values, layer.weight.requires_grad)
+        share_tied_weights(model)
 
     @torch.no_grad()
     def _unpack(self, model: PreTrainedModel) -> None:
@@ -115,6 +117,7 @@ class LayoutLoader(HfQuantizer):
             mask = self.masks[name].to(values.device)
             whole = values.new_zeros(mask.shape).masked_scatter_(mask, values)
             layer.weight = nn.Parameter(whole, values.requires_grad)
+        share_tied_weights(model)
 
     def _detach(self, model: PreTrainedModel) -> None:
         """Leave no quantiser behind: `float()`, Trainer and FSDP2 take the model as any other."""

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `sparseift plan`."""
     parser.add_argument("--model", required=True, help="preset, config.json, model folder or hub id")
     parser.add_argument("--family", default="wide")
-    parser.add_argument("--scope", default="model", help="model or ffn")
+    parser.add_argument("--scope", default="model", help="model, ffn or residual")
+    parser.add_argument("--embedding", help="with --scope residual: sparse or dense")
     parser.add_argument("--sparsity", type=float, required=True, help="zero fraction in [0, 1)")
     parser.add_argument("--structure", default="unstructured", help="unstructured or block")
     parser.add_argument("--block-size", type=int, help="side of a tile, with --structure block")
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> str:
     from sparseift_llm.planning.planner import plan
 
     values = {name: getattr(arguments, name) for name in _OPTIONS}
+    if arguments.embedding is not None:
+        values["embedding"] = arguments.embedding
     config = SparseIFTConfig.from_dict({**values, "targets": arguments.targets or None})
     result = plan(load_config(arguments.model), config, arguments.seq_len)
     return json.dumps(result.to_dict(), indent=2) if arguments.json else render_plan(result)
@@ -63,6 +66,9 @@ def render_plan(plan: Plan) -> str:
     header = ("kind", "layers", "dense (out x in)", "sparse (out x in)", "sparsity", "active / dense weights")
     rows = []
     for (kind, dense_shape, matrices, is_sparse), number in count.items():
+        if kind == "logits" and not matrices:
+            rows.append((kind, str(number), f"{dense_shape[0]} x {dense_shape[1]}", "the embedding's", "", ""))
+            continue
         group = [layer for layer in plan.layers if (layer.kind, _matrices(layer)) == (kind, matrices)]
         active = sum(layer.num_active for layer in group)
         size = sum(layer.num_weights for layer in group)

@@ -41,9 +41,16 @@ class Wide(_Named):
 
     name: Literal["wide"] = field(default="wide", kw_only=True)
     """The name of the family."""
-    scope: Literal["model", "ffn"] = "model"
+    scope: Literal["model", "ffn", "residual"] = "model"
     """`model` widens hidden and FFN size by sqrt(1/(1-s)); `ffn` widens only the FFN's inner size, by 1/(1-s), and
-    leaves everything else as it was."""
+    leaves everything else as it was; `residual` widens only the hidden size, by 1/(1-s), and leaves attention and the
+    FFN's inner size as they were."""
+    embedding: Literal["sparse", "dense"] = "sparse"
+    """With scope `residual`: `sparse` (every word has as many active weights, in the embedding and in the logits, as in
+    the dense model) or `dense` (all are active; with accounting `whole_model` the projections pay for the logits)."""
+    embedding_updates: bool = False
+    """With scope `residual`: mask updates change the masks of sparse embeddings and logits, too. `rigl` takes a dense
+    gradient of vocabulary times hidden size for that."""
 
 
 @config_class
@@ -94,11 +101,14 @@ _CLASSES: dict[str, Any] = {
     "doped": Doped,
     "dense": Dense,
 }
+# What older files say of families that do not have an option; None where none says anything.
 _BESIDE = {
     "scope": "model",
     "nonlinearity": None,
     "sparse_u_only": False,
-}  # with what older files say of other families
+    "embedding": None,
+    "embedding_updates": None,
+}
 
 
 def with_family_mapping(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,8 @@ class SparseIFTConfig:
     """Tokens per sequence, needed by accounting `whole_model` only."""
     init: Literal["paper", "preserve", "supar", "pretrained"] = "preserve"
     """`paper` (stock init), `preserve` (output variance of the dense layer), `supar` (sparse maximal update; train with
-    `optimizer_param_groups`) or `pretrained` (the weights of a trained dense model; not with `wide` and scope `model`,
-    nor with a non-linearity)."""
+    `optimizer_param_groups`) or `pretrained` (the weights of a trained dense model; `wide` with scope `ffn` only, and
+    not with a non-linearity)."""
     targets: Kinds | None = None
     """Projection kinds to make sparse, any of q, k, v, o, mlp_in, mlp_out; null means all that the scope widens."""
     exclude: Kinds = ()
@@ -102,6 +102,7 @@ class SparseIFTConfig:
                         f"targets: scope='ffn' widens only mlp_in and mlp_out, so {kind!r} cannot be sparse; "
                         "use scope='model' or leave it out"
                     )
+        self._check_embedding()
         if self.init == "supar" and self.dst.algorithm == "gmp":
             raise ValueError("init='supar' assumes a constant sparsity, unlike algorithm='gmp'; use init='preserve'")
         if self.accounting == "whole_model" and self.seq_len is None:
@@ -123,8 +124,8 @@ class SparseIFTConfig:
             return
         if self.family != "wide" or not {"q", "k", "v", "o"} & set(self.target_kinds):
             raise ValueError(
-                "balance_heads needs sparse attention projections: family='wide' with scope='model', and any of q, k, "
-                "v, o in targets; or leave it out"
+                "balance_heads needs sparse attention projections: family='wide' with scope='model' or 'residual', and "
+                "any of q, k, v, o in targets; or leave it out"
             )
         if self.dst.algorithm == "gmp":
             raise ValueError(
@@ -142,7 +143,7 @@ class SparseIFTConfig:
             raise ValueError("init='supar' is derived for family='wide' alone; use init='preserve'")
         if self.init == "pretrained":
             self._check_pretrained()
-        if self.rules and self.family == Wide("model"):
+        if self.rules and self.widens_hidden:
             raise ValueError("rules need sides of the dense model's size; use scope='ffn' or another family")
         for rule in self.rules:
             if self.family == "wide" and set(self.target_kinds) & set(rule.targets or KINDS):
@@ -151,8 +152,28 @@ class SparseIFTConfig:
                     f"attention only; give targets other than {', '.join(self.target_kinds)}"
                 )
 
+    def _check_embedding(self) -> None:
+        """Options of the embedding are for scope `residual`, and what they say must have an effect."""
+        family = self.family
+        if not isinstance(family, Wide):
+            return
+        if self.scope != "residual":
+            for name, default in (("embedding", "sparse"), ("embedding_updates", False)):
+                if getattr(family, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(family, name)!r} goes with scope='residual' only, not with "
+                        f"scope={self.scope!r}, which leaves embeddings dense; leave it out"
+                    )
+        elif family.embedding_updates and family.embedding == "dense":
+            raise ValueError("embedding_updates=True needs embedding='sparse': a dense embedding has no mask")
+        elif family.embedding_updates and self.dst.algorithm not in ("set", "rigl"):
+            raise ValueError(
+                f"embedding_updates=True needs algorithm='set' or 'rigl', not {self.dst.algorithm!r}; leave it out, "
+                "and the masks of embeddings stay as they are"
+            )
+
     def _check_pretrained(self) -> None:
-        if self.family == Wide("model"):
+        if self.widens_hidden:
             raise ValueError(
                 "init='pretrained' cannot widen the hidden side, because norms, tied embeddings and rotary heads would "
                 "compute something else there; use scope='ffn' or family='parallel', 'factorized' or 'doped'"
@@ -184,9 +205,14 @@ class SparseIFTConfig:
         return values
 
     @property
-    def scope(self) -> Literal["model", "ffn"]:
+    def scope(self) -> Literal["model", "ffn", "residual"]:
         """What Wide widens; `model` for the other families, of which all projections may become sparse."""
         return self.family.scope if isinstance(self.family, Wide) else "model"
+
+    @property
+    def widens_hidden(self) -> bool:
+        """Whether the hidden size becomes wider, and all that is as wide with it."""
+        return isinstance(self.family, Wide) and self.scope != "ffn"
 
     @property
     def nonlinearity(self) -> str | None:
@@ -208,5 +234,5 @@ class SparseIFTConfig:
     @property
     def target_kinds(self) -> Kinds:
         """The projection kinds that become sparse, `exclude` taken off."""
-        default = KINDS if self.scope == "model" else ("mlp_in", "mlp_out")
+        default = ("mlp_in", "mlp_out") if self.scope == "ffn" else KINDS
         return tuple(kind for kind in self.targets or default if kind not in self.exclude)

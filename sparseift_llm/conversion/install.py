@@ -19,12 +19,13 @@ from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.block_ffn import BlockFeedForward, can_be_fused
 from sparseift_llm.layers.composite import CompositeProjection, Part
-from sparseift_llm.layers.masked import masked_projection
+from sparseift_llm.layers.ends import MaskedEmbedding, TiedLogits, tied_logits
+from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.layers.stock import is_conv1d
 from sparseift_llm.models.projections import stock_shape
 from sparseift_llm.models.quirks import FEED_FORWARD_CHAINS
 from sparseift_llm.record.fields import LATER_VERSION, damaged
-from sparseift_llm.record.specs import LayerSpec, MatrixSpec
+from sparseift_llm.record.specs import ENDS, LayerSpec, MatrixSpec
 
 
 def install_sparse_layers(
@@ -39,7 +40,8 @@ def install_sparse_layers(
 
     Args:
         model: a stock model, on any device.
-        layers: a specification for every projection; those that stay dense are only checked.
+        layers: a specification for every projection, and perhaps for embedding and logits; those that stay dense are
+            only checked.
         columns: of every matrix with tiles, by module path (see `BlockSparseLinear`); not needed on the meta device.
         preserve: fresh matrices of drop-in families start with about the output variance of the projection.
 
@@ -50,11 +52,18 @@ def install_sparse_layers(
     layers = tuple(layers)
     for layer in layers:
         _check_supported(layer)
-    for layer, stock in [(layer, _stock_projection(model, layer)) for layer in layers]:
-        if layer.is_replaced:
+    for layer, stock in [(layer, _stock_module(model, layer)) for layer in layers]:
+        if layer.tied_to is not None:
+            _tie(model, layer, stock)
+        elif layer.is_replaced:
             _replace(model, layer.name, _composite(stock, layer, columns or {}, preserve))
         elif layer.is_sparse:
-            _replace(model, layer.name, _sparse_layer(stock, layer, layer.matrices[0], columns or {}))
+            sparse = _sparse_layer(stock, layer, layer.matrices[0], columns or {})
+            if layer.kind in ENDS:
+                sparse.role = layer.kind
+                if isinstance(sparse, MaskedProjection):
+                    sparse.divide_rows()  # every word keeps its number of weights
+            _replace(model, layer.name, sparse)
     _fuse_feed_forwards(model, layers)
     unattended.watch(model)
     # every rank computes the same masks and indices; broadcasting them before each forward would be waste
@@ -77,6 +86,8 @@ def remove_sparse_layers(model: PreTrainedModel) -> None:
         _replace(model, name, module.to_dense())
     for name, layer in sparse_layers(model).items():
         _replace(model, name, layer.to_dense())
+    for name, head in tied_logits(model).items():
+        _replace(model, name, head.to_dense())
     for name, module in list(model.named_modules()):
         if isinstance(module, BlockFeedForward):
             _replace(model, name, module.to_stock())
@@ -90,10 +101,10 @@ def parts_in(layer: LayerSpec) -> tuple[Part, ...]:
 
 def _check_supported(layer: LayerSpec) -> None:
     """Refuse what a record may hold, but this version does not build."""
-    unknown = [f"kind {layer.kind!r}"] if layer.kind in ("embedding", "logits") else []
-    unknown += [f"matrices tied to those of {layer.tied_to}"] if layer.tied_to is not None else []
+    unknown = [f"a matrix tied to {layer.tied_to}"] if layer.tied_to is not None and layer.kind != "logits" else []
     for matrix in layer.matrices:
         unknown += [f"structure {matrix.structure!r}"] if matrix.structure == "n:m" else []
+        unknown += ["tiles"] if matrix.block_size is not None and layer.kind in ENDS else []
     if unknown:
         raise ValueError(
             f"{layer.name} has {unknown[0]} by the sparse_ift record in config.json, which this version cannot build; "
@@ -101,15 +112,17 @@ def _check_supported(layer: LayerSpec) -> None:
         )
 
 
-def _stock_projection(model: PreTrainedModel, layer: LayerSpec) -> nn.Module:
+def _stock_module(model: PreTrainedModel, layer: LayerSpec) -> nn.Module:
     """The stock module in whose place `layer` stands, of the sides that the specification names."""
     try:
         module = model.get_submodule(layer.name)
     except AttributeError as error:
         raise damaged(layer.name, f"is not a module of {type(model).__name__}") from error
-    found = stock_shape(module)
+    found = _embedding_shape(module) if layer.kind == "embedding" else stock_shape(module)
     if found is None:
         raise damaged(layer.name, f"is not a projection in {type(model).__name__}, but a {type(module).__name__}")
+    if layer.tied_to is not None:  # it has the owner's sides
+        return module
     if found != layer.sparse_shape:
         where = model.config.name_or_path or "the model"
         raise ValueError(
@@ -120,6 +133,27 @@ def _stock_projection(model: PreTrainedModel, layer: LayerSpec) -> nn.Module:
     if not layer.is_replaced and matrix.transposed != (is_conv1d(module) and matrix.block_size is None):
         raise damaged(f"{layer.name}.matrices", f"has transposed={matrix.transposed}, but is a {type(module).__name__}")
     return module
+
+
+def _embedding_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(vocabulary, hidden) of a stock embedding; None for any other module."""
+    if not isinstance(module, nn.Embedding) or isinstance(module, SparseProjection):
+        return None
+    return module.num_embeddings, module.embedding_dim
+
+
+def _tie(model: PreTrainedModel, layer: LayerSpec, stock: nn.Module) -> None:
+    """Let logits use the mask of the embedding, whose weight they share. The embedding is in its place already."""
+    owner = model.get_submodule(layer.tied_to or "")
+    if (owner, stock) != (model.get_input_embeddings(), model.get_output_embeddings()):
+        raise damaged(layer.name, f"and {layer.tied_to} are not embedding and output head of {type(model).__name__}")
+    weight: Tensor = stock.weight  # type: ignore[assignment]
+    will_be_tied = weight.is_meta and model.config.tie_word_embeddings  # from_pretrained does it at its end
+    if getattr(owner, "weight", None) is not weight and not will_be_tied:
+        raise damaged(layer.name, f"is tied to {layer.tied_to}, but {type(model).__name__} has two weights there")
+    if isinstance(owner, MaskedEmbedding):
+        assert isinstance(stock, nn.Linear)
+        _replace(model, layer.name, TiedLogits(stock, owner))
 
 
 def _composite(
@@ -153,6 +187,8 @@ def _make_part(
 def _sparse_layer(
     dense: nn.Module, layer: LayerSpec, matrix: MatrixSpec, columns: Mapping[str, Tensor]
 ) -> SparseProjection:
+    if isinstance(dense, nn.Embedding):
+        return MaskedEmbedding(dense, matrix.num_active, layer.dense_shape)
     if matrix.block_size is None:
         masked = masked_projection(dense, matrix.num_active, layer.dense_shape)
         masked.divide(matrix)

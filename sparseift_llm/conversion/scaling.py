@@ -14,28 +14,44 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparseift_llm.layers.ends import embedding_scale
 from sparseift_llm.layers.stock import is_conv1d
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.fused_rows import row_pattern
 from sparseift_llm.models.norms import final_norm, norm_offset, query_norm
 from sparseift_llm.models.projections import find_projections
 from sparseift_llm.record.model_record import ModelRecord
-from sparseift_llm.record.specs import LayerSpec
+from sparseift_llm.record.specs import ENDS, LayerSpec
 
 
 def fan_in_multipliers(record: ModelRecord) -> dict[str, float]:
     """Active inputs per output of each projection over those of its dense twin, at the start of training.
 
     This is m_d * m_rho in SµPar: 0.5 for Wide 75% (scope `model`), twice the inputs at a quarter of the density.
-    Drop-in families scale their own matrices and are left out.
+    Drop-in families scale their own matrices and are left out, and so are embeddings, whose rows are looked up, and
+    logits, see `logit_multiplier`.
     """
     starts_dense = record.transformation.dst.algorithm == "gmp"
     return {
         layer.name: (layer.num_weights if starts_dense else layer.num_active)
         / (layer.sparse_shape[0] * layer.dense_shape[1])
         for layer in record.layers
-        if not layer.is_replaced
+        if not layer.is_replaced and layer.kind not in ENDS
     }
+
+
+def logit_multiplier(record: ModelRecord, hidden: int) -> float:
+    """Active inputs of every logit over those in the dense model: m_d where the head is dense, 1 where it is sparse.
+
+    Args:
+        record: of the model.
+        hidden: its hidden size.
+    """
+    heads = [layer for layer in record.layers if layer.kind == "logits"]
+    owners = {layer.name: layer for layer in record.layers}
+    if heads and owners[heads[0].tied_to or heads[0].name].is_sparse:
+        return 1.0
+    return hidden / record.dense_model.hidden
 
 
 @torch.no_grad()
@@ -43,9 +59,10 @@ def scale_initial_weights(model: PreTrainedModel, record: ModelRecord) -> None:
     """Rescale a freshly built widened model in place, as the `init` of its transformation says.
 
     `paper` and `pretrained` change nothing. `preserve` multiplies each projection's weights by 1 / sqrt(m), m as in
-    `fan_in_multipliers`, so that outputs have the dense layer's variance. `supar` does that too,
-    divides the logits by the width multiplier (in the final norm) and scales attention scores
-    by 1 / head size instead of its root (in the queries).
+    `fan_in_multipliers`, so that outputs have the dense layer's variance; a sparse embedding's by 1 / sqrt(density), so
+    that the stream that it begins has, and the factor sqrt(hidden) of Gemma's embeddings is taken back. `supar` does
+    that too, divides the logits by `logit_multiplier` (in the final norm) and scales attention scores by 1 / head size
+    instead of its root (in the queries).
 
     Args:
         model: widened model with stock initialisation, before masks.
@@ -60,11 +77,12 @@ def scale_initial_weights(model: PreTrainedModel, record: ModelRecord) -> None:
         return
     for name, multiplier in fan_in_multipliers(record).items():
         model.get_submodule(name).weight.mul_(1 / math.sqrt(multiplier))  # type: ignore[operator]
+    _scale_embedding(model, record)
     if record.transformation.distribution == "erk" and record.transformation.dst.algorithm != "gmp":
         _even_out_kinds(model, record.layers)
     if record.transformation.init == "supar":
         sizes, dense = sizes_of(model.config), record.dense_model
-        _scale_final_norm(model, dense.hidden / sizes.hidden)
+        _scale_final_norm(model, 1 / logit_multiplier(record, sizes.hidden))
         _scale_queries(model, record.layers, math.sqrt(dense.head_dim / sizes.head_dim))
 
 
@@ -103,6 +121,17 @@ def _even_out_kinds(model: PreTrainedModel, layers: Iterable[LayerSpec]) -> None
             for group in matrix.row_groups:
                 own_density = group.num_active / (group.num_rows * matrix.shape[1])
                 weight[group.rows] *= math.sqrt(density / own_density)
+
+
+def _scale_embedding(model: PreTrainedModel, record: ModelRecord) -> None:
+    for layer in record.layers:
+        if layer.kind == "embedding":
+            embedding = model.get_submodule(layer.name)
+            assert isinstance(embedding, nn.Embedding)
+            factor = 1 / math.sqrt(1 - layer.sparsity)
+            if embedding_scale(embedding) is not None:  # the root of the hidden size
+                factor *= math.sqrt(record.dense_model.hidden / embedding.embedding_dim)
+            embedding.weight.mul_(factor)
 
 
 def _scale_final_norm(model: PreTrainedModel, factor: float) -> None:

@@ -18,7 +18,7 @@ from sparseift_llm.planning.planner import Plan
 from sparseift_llm.record.model_record import ModelRecord
 from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.groups import first_mask
-from sparseift_llm.topology.masks import derive_seed
+from sparseift_llm.topology.masks import derive_seed, random_rows
 
 
 def build_twin(model: PreTrainedModel | PreTrainedConfig, plan: Plan) -> PreTrainedModel:
@@ -70,13 +70,18 @@ def _initial_columns(record: ModelRecord) -> dict[str, Tensor]:
 
 
 def _set_initial_masks(model: PreTrainedModel, record: ModelRecord) -> None:
-    """Random masks for matrices that are stored with their zeros; under `gmp` all weights are active at first."""
+    """Random masks for matrices that are stored with their zeros; under `gmp` all projections are active at first."""
     config = record.transformation
     for index, layer in enumerate(sparse_layers(model).values()):
-        if not isinstance(layer, MaskedProjection) or layer.weight.is_meta or config.dst.algorithm == "gmp":
+        if not isinstance(layer, MaskedProjection) or layer.weight.is_meta:
             continue
         seed = derive_seed(config.seed, "initial mask", index)
-        mask = first_mask(layer.mask_shape, layer.num_active, seed, layer.groups)
+        if layer.role != "projection":
+            mask = random_rows(layer.mask_shape, layer.num_active // layer.mask_shape[0], seed)
+        elif config.dst.algorithm == "gmp":
+            continue
+        else:
+            mask = first_mask(layer.mask_shape, layer.num_active, seed, layer.groups)
         layer.set_mask(mask.to(layer.weight.device))
 
 

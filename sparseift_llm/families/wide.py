@@ -29,21 +29,21 @@ from sparseift_llm.models.architectures import (
     valid_head_dim,
     with_sizes,
 )
-from sparseift_llm.models.projections import Projection
+from sparseift_llm.models.projections import Projection, find_projections
 
 _OTHERWISE = "use scope='ffn', or a family that changes no width (parallel, factorized, doped)"
 
 
 class WideFamily(Family[Wide]):
-    """Wider sides for the whole model (scope `model`), or for the inner side of the FFN (scope `ffn`)."""
+    """Wider sides for the whole model (scope `model`), the FFN's inner side (`ffn`) or the hidden side (`residual`)."""
 
     name = Wide.name
 
     def sparse_config(self, dense: PreTrainedConfig, config: SparseIFTConfig) -> PreTrainedConfig:
         """The config of the widened model, widths rounded to what the architecture accepts, never below the dense ones.
 
-        Scope `ffn` changes the FFN's inner size only. Scope `model` changes the hidden size, the head size with it, and
-        the FFN's inner size, and keeps the number of layers and heads.
+        Scope `ffn` changes the FFN's inner size only, and scope `residual` the hidden size only. Scope `model` changes
+        the hidden size, the head size with it, and the FFN's inner size, and keeps the number of layers and heads.
 
         Source: arXiv 2303.11525, section 3.2; the authors' GPT-3 configs (768 -> 1092 at 50%).
         """
@@ -55,6 +55,11 @@ class WideFamily(Family[Wide]):
             target = sizes.ffn * isoflop.wide_ffn_factor(config.sparsity)
             ffn = isoflop.round_size(target, multiple, lambda size: size >= sizes.ffn)
             return with_sizes(dense, sizes.hidden, ffn, sizes.head_dim)
+        if self.options.scope == "residual":
+            target = sizes.hidden * isoflop.wide_residual_factor(config.sparsity)
+            step = math.lcm(multiple, sizes.num_heads if sizes.hidden % sizes.num_heads == 0 else 1)  # as configs ask
+            hidden = isoflop.round_size(target, step, lambda size: size >= sizes.hidden)
+            return _with_hidden(dense, hidden)
         hidden, head_dim = _hidden_and_head(dense, config, multiple)
         # from the rounded hidden size, so that a ratio of 4 stays 4, as in the authors' configs
         ffn = isoflop.round_size(sizes.ffn * hidden / sizes.hidden, multiple, lambda size: size >= sizes.ffn)
@@ -75,6 +80,25 @@ class WideFamily(Family[Wide]):
         if is_input:
             return {part.name: start_of_inputs(widen(weight, num_units), is_old, part, tile, seed)}
         return {part.name: start_of_outputs(widen(weight.T, num_units).T, is_old, part, tile, seed)}
+
+
+def _with_hidden(dense: PreTrainedConfig, hidden: int) -> PreTrainedConfig:
+    """The config with another hidden size, and nothing else changed.
+
+    Raises:
+        ValueError: something else follows from the hidden size.
+    """
+    sizes = sizes_of(dense)
+    try:
+        config = with_sizes(dense, hidden, sizes.ffn, sizes.head_dim, pin_head_dim=True)
+    except ValueError as error:
+        raise ValueError(f"{str(error).partition('; ')[0]}; {_otherwise('residual')}") from error
+    if sizes_of(config) != dataclasses.replace(sizes, hidden=hidden):
+        raise ValueError(
+            f"the heads of {dense.model_type} grow with its hidden size: {hidden // sizes.num_heads} in place of "
+            f"{sizes.head_dim}; {_otherwise('residual')}"
+        )
+    return config
 
 
 def _hidden_and_head(dense: PreTrainedConfig, config: SparseIFTConfig, multiple: int) -> tuple[int, int]:
@@ -122,31 +146,79 @@ def widen(rows: Tensor, num_units: tuple[int, int]) -> Tensor:
     return wide.flatten(0, 1)
 
 
-def build_widened(config: PreTrainedConfig) -> PreTrainedModel:
-    """The widened model on the meta device.
+def build_widened(
+    dense_config: PreTrainedConfig, dense: Sequence[Projection], config: PreTrainedConfig, scope: str
+) -> tuple[PreTrainedModel, list[Projection]]:
+    """The widened model on the meta device, checked, and its projections.
+
+    Under scope `residual` it is built from its config as that is saved and loaded, and run once: norms and rotary
+    embeddings inside of attention may be as wide as the hidden size, which no projection shows.
+
+    Args:
+        dense_config: of the dense model.
+        dense: its projections.
+        config: of the widened model.
+        scope: what is widened.
 
     Raises:
-        ValueError: its class does not take these widths.
+        ValueError: the class of the model does not take these widths.
     """
     try:
-        return build_model(config, meta=True)
+        if scope == "residual":
+            config = type(config).from_dict(config.to_dict())
+        model = build_model(config, meta=True)
     except Exception as error:
         raise ValueError(
-            f"{config.model_type} cannot be built with the widths {sizes_of(config)} ({error}); {_OTHERWISE}"
+            f"{config.model_type} cannot be built with the widths {sizes_of(config)} ({error}); {_otherwise(scope)}"
         ) from error
+    if scope != "residual":
+        projections = find_projections(model)
+        check_widths(dense, projections, dense_config, config)
+        return model, projections
+    try:
+        projections = find_projections(model)
+        check_widths(dense, projections, dense_config, config)
+        _run(model)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0].partition("; ")[0]
+        raise ValueError(
+            f"{config.model_type} cannot have a hidden size of {config.hidden_size} with its attention as it was "
+            f"({reason}); {_otherwise(scope)}"
+        ) from error
+    return model, projections
+
+
+def _run(model: PreTrainedModel) -> None:
+    """Compute logits of two tokens on the meta device."""
+    with torch.device("meta"), torch.no_grad():
+        tokens, mask = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1, 2, 2)
+        model(input_ids=tokens, attention_mask=mask, use_cache=False)  # a mask that is not looked into
+
+
+def _otherwise(scope: str) -> str:
+    """What to do where a model cannot be widened."""
+    if scope != "residual":
+        return _OTHERWISE
+    return (
+        "scope='residual' needs a model type whose heads have a size of their own (Llama, Mistral, Qwen, Gemma, ...), "
+        "e.g. a preset such as 'llama-gpt3-small'; or use scope='ffn' or 'model'"
+    )
 
 
 def resolve_block_size(dense: PreTrainedConfig, config: SparseIFTConfig) -> SparseIFTConfig:
     """`config` with a `block_size` chosen by the widened model's hidden size, where tiles are asked for without one."""
     if config.structure != "block" or config.block_size is not None:
         return config
-    is_widened = config.family == "wide" and config.scope == "model"
-    factor = isoflop.wide_model_factor(config.sparsity) if is_widened else 1
+    factors = {"model": isoflop.wide_model_factor, "residual": isoflop.wide_residual_factor}
+    factor = factors[config.scope](config.sparsity) if config.widens_hidden else 1
     return dataclasses.replace(config, block_size=isoflop.default_block_size(round(sizes_of(dense).hidden * factor)))
 
 
 def check_widths(
-    dense: Sequence[Projection], wide: Sequence[Projection], dense_config: PreTrainedConfig, config: PreTrainedConfig
+    dense: Sequence[Projection],
+    wide: Sequence[Projection],
+    dense_config: PreTrainedConfig,
+    config: PreTrainedConfig,
 ) -> None:
     """Raise ValueError unless every side grew by the factor of the width that it belongs to.
 

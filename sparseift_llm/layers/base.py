@@ -30,6 +30,8 @@ class SparseProjection(nn.Module):
         dense_shape: (out, in) of the dense projection that this layer replaces.
         num_active: the number of active weights that the plan gives this layer.
         dense_gradient: where the next backward passes add the gradient of all weights, or None.
+        role: `projection`, or `embedding` or `logits` for the matrices at both ends of the model. Their multiply-adds
+            are counted apart: looking up a row has none.
     """
 
     weight: Tensor
@@ -37,6 +39,7 @@ class SparseProjection(nn.Module):
     dense_shape: tuple[int, int]
     num_active: int
     dense_gradient: DenseGradient | None
+    role: str = "projection"
 
     @property
     def unit_size(self) -> int:

@@ -38,16 +38,20 @@ class MaskedProjection(SparseProjection):
         elif matrix.heads is not None:
             self._groups = EqualGroups(dim, matrix.heads[1])
 
+    def divide_rows(self) -> None:
+        """Let every row of the weight keep its number of active weights from now on, as those of words do."""
+        self._groups = EqualGroups(0, self.mask.shape[0])
+
     def _adopt(self, dense: nn.Module, num_active: int, dense_shape: tuple[int, int]) -> None:
         self.weight = dense.weight  # type: ignore[assignment]
-        self.bias = dense.bias
+        self.bias = getattr(dense, "bias", None)  # an embedding has none
         self.dense_shape = dense_shape
         self.num_active = num_active
         self.dense_gradient = None
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool), persistent=False)
         self.train(dense.training)
 
-    def _weight(self) -> Tensor:
+    def _masked_weight(self) -> Tensor:
         return masked_weight(self.weight, self.mask, self.dense_gradient)
 
     @property
@@ -126,7 +130,7 @@ class MaskedLinear(MaskedProjection, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(input, self._weight(), self.bias)
+        return F.linear(input, self._masked_weight(), self.bias)
 
 
 class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
@@ -142,7 +146,7 @@ class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), by the same operation as `Conv1D`."""
-        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self._weight())
+        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self._masked_weight())
         return flat.view(*x.shape[:-1], self.nf)
 
 

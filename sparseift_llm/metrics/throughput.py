@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from sparseift_llm import isoflop
+from sparseift_llm.checkpoints.records import read_record
+from sparseift_llm.config.families import Wide
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.planning.cost import count_flops
 from sparseift_llm.training.controller import SparseTrainingController
@@ -27,12 +30,21 @@ class TrainingFlops:
         self, model: PreTrainedModel, tokens_per_step: int, seq_len: int, controller: SparseTrainingController
     ) -> None:
         flops = count_flops(model, seq_len)
-        layers = sparse_layers(model).values()
+        layers = [layer for layer in sparse_layers(model).values() if layer.role == "projection"]
         active = sum(layer.count_active() for layer in layers)
-        self._size = sum(layer.num_weights for layer in layers)
+        self._size = sum(layer.num_weights for layer in layers) + self._weights_of_head(model)
         self._around = isoflop.FlopCount(flops.linear - isoflop.linear_flops(active), flops.attention, flops.logit)
         self._tokens_per_step = tokens_per_step
         self._controller = controller
+
+    @staticmethod
+    def _weights_of_head(model: PreTrainedModel) -> int:
+        """Weights of the output head if its mask is updated, too, and so takes a dense gradient."""
+        family = read_record(model.config).transformation.family
+        if not (isinstance(family, Wide) and family.embedding_updates):
+            return 0
+        head: Any = model.get_output_embeddings()
+        return int(head.weight.numel())
 
     def total(self, num_steps: int) -> int:
         """FLOPs of the run's first `num_steps` steps, which the controller has just seen."""

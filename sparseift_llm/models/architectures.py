@@ -115,11 +115,19 @@ def valid_head_dim(config: PreTrainedConfig, head_dim: int) -> bool:
     return all(int(head_dim * rope.get("partial_rotary_factor", 1.0)) % 2 == 0 for rope in _ropes(config))
 
 
-def with_sizes(config: PreTrainedConfig, hidden: int, ffn: int, head_dim: int) -> PreTrainedConfig:
+def with_sizes(
+    config: PreTrainedConfig, hidden: int, ffn: int, head_dim: int, pin_head_dim: bool = False
+) -> PreTrainedConfig:
     """A copy of `config` with other widths. The numbers of heads, layers and tokens stay.
 
     Some configs hold a number that scales the attention scores. It is changed with the head size, so that scores keep
     their variance.
+
+    Args:
+        config: the model's.
+        hidden, ffn, head_dim: the new widths.
+        pin_head_dim: write the head size down even where the config does not declare it. Many models look for it
+            there; whether this one does is to be seen on the model.
 
     Raises:
         ValueError: no field of the config sets a width that changes.
@@ -146,6 +154,8 @@ def with_sizes(config: PreTrainedConfig, hidden: int, ffn: int, head_dim: int) -
     for name in _HEAD_DIM_FIELDS:
         if _can_set(config, name) and getattr(config, name) is not None:
             setattr(config, name, head_dim)
+    if pin_head_dim and _first(config, _HEAD_DIM_FIELDS) is None:
+        config.head_dim = head_dim
     if head_dim != sizes.head_dim:
         _scale_attention(config, head_dim / sizes.head_dim)
     return config

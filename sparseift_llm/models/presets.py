@@ -28,11 +28,16 @@ _GPT3 = {  # hidden, layers, heads: arXiv 2005.14165, table 2.1 (XL with 16 head
     "gpt3-large": (1536, 24, 16),
     "gpt3-xl": (2048, 24, 16),
 }
-PRESETS = (*_GPT3, "llama-160m")
+_LLAMA_SHAPE = "llama-"  # the same widths with Llama's layers
+PRESETS = (*_GPT3, *(f"{_LLAMA_SHAPE}{name}" for name in _GPT3), "llama-160m")
 
 
 def preset_config(name: str) -> PreTrainedConfig:
-    """The config of a preset. Raises KeyError for a name not in `PRESETS`."""
+    """The config of a preset. Raises KeyError for a name not in `PRESETS`.
+
+    `llama-gpt3-small` has the hidden size, layers and heads of `gpt3-small`, and three FFN matrices with as many
+    weights as its two have, to a multiple of 16: scope `residual` needs heads whose size is a number of its own.
+    """
     if name == "llama-160m":
         return LlamaConfig(
             vocab_size=32000,
@@ -42,7 +47,20 @@ def preset_config(name: str) -> PreTrainedConfig:
             num_attention_heads=12,
             max_position_embeddings=2048,
         )
-    hidden, num_layers, num_heads = _GPT3[name]
+    hidden, num_layers, num_heads = _GPT3[name.removeprefix(_LLAMA_SHAPE)]
+    if name.startswith(_LLAMA_SHAPE):
+        return LlamaConfig(
+            vocab_size=50257,
+            hidden_size=hidden,
+            intermediate_size=16 * round(8 / 3 * hidden / 16),
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=50256,
+            eos_token_id=50256,
+            use_cache=False,
+        )
     return GPT2Config(
         n_embd=hidden, n_layer=num_layers, n_head=num_heads, n_positions=2048, vocab_size=50257, use_cache=False
     )

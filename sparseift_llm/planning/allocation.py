@@ -20,6 +20,8 @@ from sparseift_llm.planning.cost import model_flops
 from sparseift_llm.planning.kinds_apart import parts_of, split_evenly
 from sparseift_llm.topology import distributions
 
+_SPARSE_ENDS = ", or embedding='sparse' and nothing in exclude, which costs what the dense model does"
+
 
 def active_counts(
     dense: Sequence[Projection],
@@ -30,12 +32,14 @@ def active_counts(
     widened_model: PreTrainedModel,
     patterns: Sequence[RowPattern | None],
     vocab_size: int | None = None,
+    num_logit_weights: int | None = None,
 ) -> list[list[int]]:
     """Active weights of every projection, those that stay dense included; the models are those of the projections.
 
     Args:
         patterns: the rows of fused projections whose kinds are counted apart; see kinds_apart.py.
         vocab_size: `accounting="whole_model"` counts logits of so many words; default: the models' own.
+        num_logit_weights: active weights of the widened model's output head; None if it is dense.
 
     Returns:
         For each projection one number, or one for each kind of its pattern.
@@ -50,7 +54,8 @@ def active_counts(
         num_dense = sum(projection.num_weights for projection in dense)
         dense_flops = model_flops(dense_model, dense, num_dense, seq_len, vocab_size)
         available = sum(counts[index] for index in picked)
-        around = model_flops(widened_model, sparse, sum(counts) - available, seq_len, vocab_size)
+        num_dense_left = sum(counts) - available
+        around = model_flops(widened_model, sparse, num_dense_left, seq_len, vocab_size, num_logit_weights)
         total = _whole_model_total(len(picked), available, dense_flops, around, config)
     size = config.block_size or 1
     for index in picked:
@@ -108,6 +113,7 @@ def _whole_model_total(
             f"accounting='whole_model' cannot be met: attention, logits and dense projections of the widened model "
             f"alone cost {around.forward / 1e6:.1f} of the dense model's {dense_flops.forward / 1e6:.1f} MFLOP per "
             f"token; lower sparsity={config.sparsity}, use scope='ffn' or a smaller vocabulary"
+            f"{_SPARSE_ENDS if config.scope == 'residual' else ''}"
         )
     assert total <= available, "a widened model never costs less than the dense one"
     return total

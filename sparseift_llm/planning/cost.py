@@ -5,13 +5,15 @@ What a transformation would cost before it is built is in planner.py; the formul
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
-from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.base import SparseProjection, sparse_layers
+from sparseift_llm.layers.ends import TiedLogits
 from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.projections import Projection, attention_widths, find_projections
 
@@ -60,10 +62,10 @@ def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCos
     if isinstance(model, PreTrainedConfig):
         model = build_model(model, meta=True)
     layers = sparse_layers(model).values()
-    inactive = sum(layer.num_weights - layer.count_active() for layer in layers)
+    inactive = sum(layer.num_weights - layer.count_active() for layer in layers if layer.role == "projection")
     projections = find_projections(model)
     total = sum(projection.num_weights for projection in projections)
-    flops = model_flops(model, projections, total - inactive, seq_len)
+    flops = model_flops(model, projections, total - inactive, seq_len, num_logit_weights=_active_logit_weights(model))
     return ModelCost(
         total - inactive, total, model.num_parameters(), flops, sum(layer.topology_bytes for layer in layers)
     )
@@ -74,17 +76,34 @@ def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isof
     return cost_of(model, seq_len).flops
 
 
+def _active_logit_weights(model: PreTrainedModel) -> int | None:
+    """Active weights of a sparse output head; None if it is dense."""
+    head = model.get_output_embeddings()
+    matrix = head.owner if isinstance(head, TiedLogits) else head
+    return matrix.count_active() if isinstance(matrix, SparseProjection) else None
+
+
 def model_flops(
     model: PreTrainedModel,
     projections: Sequence[Projection],
     num_active: int,
     seq_len: int,
     vocab_size: int | None = None,
+    num_logit_weights: int | None = None,
 ) -> isoflop.FlopCount:
     """Forward FLOPs per token of a model with `num_active` active weights in its projections.
 
-    `vocab_size` stands in for that of the model's config.
+    Args:
+        model: gives hidden size and vocabulary.
+        projections: of the model.
+        num_active: their active weights.
+        seq_len: tokens per sequence.
+        vocab_size: stands in for that of the model's config.
+        num_logit_weights: active weights of the output head; None if it is dense.
     """
     sizes = sizes_of(model.config)
     widths = attention_widths(projections)  # of queries and of values; layers may differ
-    return isoflop.forward_flops(num_active, seq_len, sum(widths) // 2, 1, sizes.hidden, vocab_size or sizes.vocab)
+    flops = isoflop.forward_flops(num_active, seq_len, sum(widths) // 2, 1, sizes.hidden, vocab_size or sizes.vocab)
+    if num_logit_weights is None:
+        return flops
+    return dataclasses.replace(flops, logit=isoflop.linear_flops(num_logit_weights))

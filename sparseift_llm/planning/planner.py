@@ -18,7 +18,7 @@ from sparseift_llm import isoflop
 from sparseift_llm.config.rules import FamilyRule
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.families.registry import drop_in_of, family_of, rule_for
-from sparseift_llm.families.wide import build_widened, check_widths, resolve_block_size
+from sparseift_llm.families.wide import build_widened, resolve_block_size
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.layers.stock import is_conv1d
@@ -27,6 +27,7 @@ from sparseift_llm.models.fused_rows import RowPattern
 from sparseift_llm.models.projections import Projection, find_projections
 from sparseift_llm.planning.allocation import active_counts, head_groups
 from sparseift_llm.planning.cost import ModelCost, cost_of, model_flops
+from sparseift_llm.planning.ends import end_layers, num_logit_weights
 from sparseift_llm.planning.kinds_apart import parts_of, patterns_of, row_groups, split_evenly
 from sparseift_llm.record.model_record import DenseSizes, ModelRecord, has_record, missing_layers
 from sparseift_llm.record.specs import LayerSpec, MatrixSpec, RowGroup
@@ -41,7 +42,8 @@ class Plan:
         hf_config: stock config of the model to build.
         seq_len: tokens per sequence, for FLOPs.
         dense_model: sizes of the dense model.
-        layers: every projection of the decoder layers, those that stay dense included.
+        layers: every projection of the decoder layers, those that stay dense included; with scope `residual` the input
+            embedding before them and the output head behind them.
         dense, sparse: costs of both models.
     """
 
@@ -78,27 +80,36 @@ class Plan:
             "sparse": self.sparse.to_dict(),
             "ratio_linear": self.ratio_linear,
             "ratio_whole_model": self.ratio_whole_model,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "dense_shape": list(layer.dense_shape),
-                    "sparse_shape": list(layer.sparse_shape),
-                    "num_active": layer.num_active,
-                    "sparsity": layer.sparsity,
-                    "family": layer.family,
-                    "matrices": [
-                        {
-                            "name": layer.path_of(matrix),
-                            "shape": list(matrix.shape),
-                            "num_active": matrix.num_active,
-                        }
-                        for matrix in layer.matrices
-                    ],
-                }
-                for layer in self.layers
-            ],
+            "layers": [_layer_values(layer) for layer in self.layers],
         }
+
+
+def _layer_values(layer: LayerSpec) -> dict[str, Any]:
+    """One entry of `layers` in the JSON; a layer that shares another's matrices says whose."""
+    if layer.tied_to is not None:
+        return {
+            "name": layer.name,
+            "kind": layer.kind,
+            "dense_shape": list(layer.dense_shape),
+            "tied_to": layer.tied_to,
+        }
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "dense_shape": list(layer.dense_shape),
+        "sparse_shape": list(layer.sparse_shape),
+        "num_active": layer.num_active,
+        "sparsity": layer.sparsity,
+        "family": layer.family,
+        "matrices": [
+            {
+                "name": layer.path_of(matrix),
+                "shape": list(matrix.shape),
+                "num_active": matrix.num_active,
+            }
+            for matrix in layer.matrices
+        ],
+    }
 
 
 def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq_len: int | None = None) -> Plan:
@@ -161,15 +172,15 @@ def plan_of_dense(
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
     widened_config = family_of(config.family).sparse_config(dense_config, config)
-    widened_model = build_widened(widened_config)
-    projections = find_projections(widened_model)
-    check_widths(dense_projections, projections, dense_config, widened_config)
+    widened_model, projections = build_widened(dense_config, dense_projections, widened_config, config.scope)
+    ends = end_layers(dense_model, widened_model, config)
+    num_logits = num_logit_weights(ends)
     rules, chosen = _choices(projections, config, dense_config)
     dense_cost = cost_of(dense_model, seq_len)
     is_sparse = [is_wide or rule is not None for is_wide, rule in zip(chosen, rules, strict=True)]
     patterns = patterns_of(projections, is_sparse, widened_config, config)
     counts = active_counts(
-        dense_projections, projections, chosen, config, dense_model, widened_model, patterns, vocab_size
+        dense_projections, projections, chosen, config, dense_model, widened_model, patterns, vocab_size, num_logits
     )
     active = [sum(by_kind) for by_kind in counts]
     heads = head_groups(projections, widened_config, config) if config.balance_heads else {}
@@ -192,10 +203,11 @@ def plan_of_dense(
         for layer, rule, replacing in zip(layers, rules, parts, strict=True)
         if rule is not None
     )
+    layers = (*ends[:1], *layers, *ends[1:])
     sparse = [matrix for layer in layers for matrix in layer.matrices if matrix.is_sparse]
     if config.block_size is not None:
-        num_stored -= sum(matrix.num_weights - matrix.num_active for matrix in sparse)
-    flops = model_flops(widened_model, projections, sum(active), seq_len)
+        num_stored -= sum(matrix.num_weights - matrix.num_active for matrix in sparse if matrix.block_size)
+    flops = model_flops(widened_model, projections, sum(active), seq_len, num_logit_weights=num_logits)
     sparse_cost = ModelCost(sum(active), num_linear, num_stored, flops, sum(map(_topology_bytes, sparse)))
     sizes = sizes_of(dense_config)
     dense_sizes = DenseSizes(sizes.hidden, sizes.ffn, sizes.head_dim, vocab_size or sizes.vocab)

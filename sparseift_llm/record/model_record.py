@@ -16,14 +16,13 @@ Everything that loading needs is written down, so that a checkpoint never depend
       ]
     }
 
-`layers` has an entry for every projection of the decoder layers, those that stay dense included. The fields of an entry
-are those of `LayerSpec`, `MatrixSpec` and `RowGroup` in specs.py, which say what each means. Where one is absent, it
-has the default that stands there.
+`layers` has an entry for every projection of the decoder layers, those that stay dense included. With scope `residual`
+it has two more, of the kinds `embedding` and `logits`; where the model uses one weight for both, the logits have no
+matrices, and `tied_to` names the embedding. The fields of an entry are those of `LayerSpec`, `MatrixSpec` and
+`RowGroup` in specs.py, which say what each means. Where one is absent, it has the default that stands there.
 
 The format has room for what this version cannot build yet. It reads these, and refuses to build layers from them:
 
-- `tied_to` of a layer: its matrices are another layer's, the owner's, as where embeddings and logits share a weight;
-- the kinds `embedding` and `logits`, for matrices outside the decoder layers;
 - the structure `n:m`, with its `pattern`.
 
 A field that this version does not know, or a later format, is an error. Format 1 had no field `format`; it held the
@@ -62,7 +61,7 @@ class ModelRecord:
     Args:
         transformation: what `sparsify` was asked for, a tile size chosen by itself filled in.
         dense_model: sizes of the dense model.
-        layers: every projection of the decoder layers, layer by layer.
+        layers: every projection of the decoder layers, layer by layer, perhaps with embedding and logits around them.
     """
 
     transformation: SparseIFTConfig

@@ -16,6 +16,7 @@ from sparseift_llm.record.fields import Fields, damaged
 
 STRUCTURES = ("dense", "unstructured", "block", "n:m")
 _KIND = re.compile(r"(q|k|v|o)+|mlp_in|mlp_out|embedding|logits")
+ENDS = ("embedding", "logits")  # kinds of the matrices outside of the decoder layers
 ROW_KINDS = ("q", "k", "v", "kv", "gate", "up")
 
 
@@ -223,7 +224,8 @@ class LayerSpec:
             whose module stands there.
         dense_shape: (out, in) in the dense model.
         matrices: what is multiplied instead, in the family's order. There is one with an empty path for `wide` and
-            `dense`, and none if the projection is tied.
+            `dense`, and none if the projection is tied. An embedding and logits without tiles have as many active
+            weights in every row.
         options: the family's own options by name, e.g. `nonlinearity`. One that is absent has the family's default.
         layer_index: of its decoder layer, counted from 0; None outside of them.
         tied_to: name of the projection whose matrices this one shares; None if it has matrices of its own.
@@ -265,7 +267,7 @@ class LayerSpec:
 
     @property
     def sparsity(self) -> float:
-        """Zero fraction of all its matrices."""
+        """Zero fraction of all its matrices; a tied layer has none of its own."""
         return 1 - self.num_active / self.num_weights
 
     def path_of(self, matrix: MatrixSpec) -> str:
@@ -321,6 +323,8 @@ class LayerSpec:
             raise damaged(where, f"must be one matrix without a path with family {self.family!r}, got paths {paths}")
         elif self.family == "dense" and self.is_sparse:
             raise damaged(where, "must be of structure 'dense' with family 'dense'")
+        elif self.kind in ENDS and self.matrices[0].num_active % self.matrices[0].shape[0]:
+            raise damaged(where, f"must have as many active weights in each of {self.matrices[0].shape[0]} rows")
 
 
 def _kind(fields: Fields) -> str:

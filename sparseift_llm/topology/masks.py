@@ -35,6 +35,26 @@ def random_mask(shape: torch.Size, num_active: int, seed: int) -> Tensor:
     return mask.view(shape)
 
 
+def random_rows(shape: torch.Size, per_row: int, seed: int, rows_at_once: int = 4096) -> Tensor:
+    """A random mask whose every row has exactly `per_row` ones, uniform within the row.
+
+    Args:
+        shape: two sides; one row may stand for each of 50,000 words, so that the work is done in parts.
+        per_row: ones of a row, in [0, number of columns].
+        seed: see `derive_seed`.
+        rows_at_once: rows of a part; another number gives the same mask.
+
+    Returns:
+        Bool tensor of `shape` on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for part in mask.split(rows_at_once):
+        scores = torch.rand(part.shape, generator=generator)
+        part.scatter_(1, scores.sort(dim=1, stable=True).indices[:, :per_row], True)
+    return mask
+
+
 def random_scores(shape: torch.Size, seed: int) -> Tensor:
     """Uniform scores in [0, 1), float64 on the CPU, the same on every machine type."""
     generator = torch.Generator().manual_seed(seed)

@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 from sparseift_llm.checkpoints.mask_file import apply_masks, digest, pack, unpack
 from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.config.as_begun import dst_as_begun
+from sparseift_llm.config.families import Wide
 from sparseift_llm.layers import unattended
-from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.sharding import gathered, reshard
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.record.model_record import missing_layers
@@ -64,7 +65,7 @@ class SparseTrainingController(Joinable):
 
     Attributes:
         step: optimizer steps taken.
-        active_weight_steps: active sparse weights, summed over steps taken (for training FLOPs).
+        active_weight_steps: active weights of sparse projections, summed over steps taken (for training FLOPs).
         num_dense_gradient_steps: steps on which dense gradients were computed.
         cost: time and communication of mask updates.
         listeners: called in every update for every layer: name, mask, next mask, units' gradient norms (RigL) or None.
@@ -106,6 +107,7 @@ class SparseTrainingController(Joinable):
                 "model and optimizer have a SparseTrainingController already: close() it first, or make a new optimizer"
             )
         config = read_record(pretrained.config).transformation
+        self._updates_ends = isinstance(config.family, Wide) and config.family.embedding_updates
         self.algorithm = ALGORITHMS[config.dst.algorithm](config.dst, total_steps, config.seed)
         self._micro_batches = micro_batches
         self._reduces_at_once = micro_batches == 1 and world_size() == 1
@@ -254,7 +256,11 @@ class SparseTrainingController(Joinable):
         return {name: layer.current_mask() for name, layer in self.layers.items()}
 
     def _count_active(self) -> int:
-        return sum(layer.count_active() for layer in self.layers.values())
+        return sum(layer.count_active() for layer in self.layers.values() if layer.role == "projection")
+
+    def _takes_updates(self, layer: SparseProjection) -> bool:
+        """Whether mask updates change a layer: not if it is frozen, nor at the model's ends, unless asked for."""
+        return not layer.is_frozen and (layer.role == "projection" or self._updates_ends)
 
     @torch.no_grad()
     def _before_optimizer_step(self) -> None:
@@ -290,7 +296,7 @@ class SparseTrainingController(Joinable):
             self.num_dense_gradient_steps += 1
         unused = self._unused_layers() if self.algorithm.needs_dense_gradient else set()
         for index, (name, layer) in enumerate(self.layers.items()):
-            if layer.is_frozen:
+            if not self._takes_updates(layer):
                 continue
             if name in unused:
                 mask = layer.current_mask()
@@ -326,7 +332,7 @@ class SparseTrainingController(Joinable):
         Raises:
             RuntimeError: on all ranks, if there was no backward pass through any of them.
         """
-        layers = {name: layer for name, layer in self.layers.items() if not layer.is_frozen}
+        layers = {name: layer for name, layer in self.layers.items() if self._takes_updates(layer)}
         captures = [layer.dense_gradient for layer in layers.values()]
         arrived = self.ranks.any_has([capture is not None and capture.total is not None for capture in captures])
         unused = {name for name, has_gradient in zip(layers, arrived, strict=True) if not has_gradient}
@@ -368,7 +374,7 @@ class SparseTrainingController(Joinable):
         self._disarm()
         if not (self.algorithm.needs_dense_gradient and self.algorithm.is_update_step(self.step + 1)):
             return
-        for layer in self.layers.values():
+        for layer in filter(self._takes_updates, self.layers.values()):
             layer.dense_gradient = DenseGradient(layer.growth_scores if self._reduces_at_once else None)
             if (watch := self.backend.watch(layer)) is not None:
                 layer.dense_gradient.is_thrown_away = watch.is_thrown_away

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparseift_llm.checkpoints.records import read_record
-from sparseift_llm.conversion.scaling import fan_in_multipliers, own_query_modules
+from sparseift_llm.conversion.scaling import fan_in_multipliers, logit_multiplier, own_query_modules
 from sparseift_llm.layers.base import plain_name
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.norms import final_norm
@@ -132,7 +132,7 @@ def learning_rate_factors(model: PreTrainedModel) -> dict[str, tuple[float, floa
     if record.transformation.init != "supar":
         return {}
     dense, sizes = record.dense_model, sizes_of(model.config)
-    width, head = dense.hidden / sizes.hidden, math.sqrt(dense.head_dim / sizes.head_dim)
+    width, head = 1 / logit_multiplier(record, sizes.hidden), math.sqrt(dense.head_dim / sizes.head_dim)
     factors = {f"{name}.weight": (1 / multiplier, 1.0) for name, multiplier in fan_in_multipliers(record).items()}
     folded = {} if width == 1 else {final_norm(model): width}
     if head != 1:

@@ -62,7 +62,7 @@ WRONG = [
     ("dst: {stop_fraction: 75}", "stop_fraction must be in (0, 1], got 75.0"),
     # words that are not on the list
     ("family: wid", "family='wid' is not one of 'wide'"),
-    ("scope: modle", "scope='modle' is not one of 'model', 'ffn'; did you mean 'model'?"),
+    ("scope: modle", "scope='modle' is not one of 'model', 'ffn', 'residual'; did you mean 'model'?"),
     ("structure: unstructred", "structure='unstructred' is not one of 'unstructured'"),
     ("distribution: uniformly", "distribution='uniformly' is not one of 'uniform', 'erk'; did you mean 'uniform'?"),
     ("accounting: whole", "accounting='whole' is not one of 'linears', 'whole_model'; did you mean 'whole_model'?"),

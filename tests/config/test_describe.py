@@ -60,7 +60,7 @@ def test_every_option_has_a_meaning(cls: type) -> None:
 def test_options_of_families_stand_below_the_family() -> None:
     options = {option.name: option for option in describe_options(SparseIFTConfig)}
     assert options["family"].default == "wide"
-    assert options["family.scope"].type == "of wide: one of model, ffn"
+    assert options["family.scope"].type == "of wide: one of model, ffn, residual"
     assert options["family.nonlinearity"].default == '"layernorm" (parallel), "none" (factorized)'
     assert options["dst.algorithm"].type == "one of static, set, rigl, gmp"
     assert "dst" not in options

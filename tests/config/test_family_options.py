@@ -48,9 +48,8 @@ def test_keys_beside_the_name_mean_the_same_and_are_readable(family: FamilyOptio
     assert config == SparseIFTConfig(family=family)  # type: ignore[arg-type]
     old = {"family": name, "scope": "model", "nonlinearity": None, "sparse_u_only": False, **own}
     assert SparseIFTConfig.from_dict(old) == config
-    assert {"scope": "model", "nonlinearity": None, "sparse_u_only": False, **own} == {
-        key: getattr(config, key) for key in ("scope", "nonlinearity", "sparse_u_only")
-    }
+    for key in ("scope", "nonlinearity", "sparse_u_only"):
+        assert getattr(config, key) == old[key]
 
 
 def test_defaults_of_each_family() -> None:
@@ -115,7 +114,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"family": {"name": "wide", "scop": "ffn"}}, "sparse_ift.family: unknown key 'scop'; did you mean 'scope'?"),
     (
         {"family": {"name": "wide", "scope": "mdl"}},
-        "sparse_ift.family.scope='mdl' is not one of 'model', 'ffn'; did you",
+        "sparse_ift.family.scope='mdl' is not one of 'model', 'ffn', 'residual'; did you",
     ),
     (
         {"family": {"name": "factorized", "sparse_u_only": 1}},
@@ -158,7 +157,10 @@ def test_constructors_are_as_helpful_as_files() -> None:
         (lambda: SparseIFTConfig(Wide(), 1), "sparsity must be in [0, 1), got 1.0"),
         (lambda: SparseIFTConfig(Wide(), 0.5, sparsity=0.5), "sparsity is given twice, by its place and by its name"),  # type: ignore[misc]
         (lambda: Parallel("gelu"), "nonlinearity='gelu' is not one of 'layernorm', 'none'"),  # type: ignore[arg-type]
-        (lambda: Wide("ffn", "wide"), "Wide takes 1 arguments by place at most; 'wide' is too many"),  # type: ignore[misc]
+        (
+            lambda: Wide("residual", "dense", True, "wide"),
+            "Wide takes 3 arguments by place at most; 'wide' is too many",
+        ),  # type: ignore[misc]
         (lambda: FamilyRule("wide"), "family='wide' is not one of 'parallel'"),  # type: ignore[arg-type]
         (lambda: FamilyRule(), "FamilyRule: the key 'family' is missing"),  # type: ignore[call-arg]
     ]:
@@ -170,7 +172,7 @@ def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"sparsty") as caught:
         SparseIFTConfig.from_dict({"sparsty": 1, "scope": "x", "dst": {"algorithm": "rig", "drop_fraction": 2}})
     assert str(caught.value).splitlines() == [
-        "sparse_ift.scope='x' is not one of 'model', 'ffn'",
+        "sparse_ift.scope='x' is not one of 'model', 'ffn', 'residual'",
         "sparse_ift.dst.algorithm='rig' is not one of 'static', 'set', 'rigl', 'gmp'; did you mean 'rigl'?",
         "sparse_ift.dst.drop_fraction must be in (0, 1), got 2.0",
         "sparse_ift: unknown key 'sparsty'; did you mean 'sparsity'? (valid keys: family, sparsity, structure, "

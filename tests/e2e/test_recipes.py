@@ -34,6 +34,8 @@ PAIRS = [
     ("small_cpu_dense", "small_cpu_wide75_rigl"),
     ("small_gpu_dense", "small_gpu_wide75_rigl"),
 ]
+_SIZES = ("small_cpu", "gpt3_small", "gpt3_medium", "gpt3_large", "gpt3_xl")
+RESIDUAL = [f"llama_{size}_residual50_static" for size in _SIZES]
 
 
 def recipe_of(name: str) -> Recipe:
@@ -41,7 +43,7 @@ def recipe_of(name: str) -> Recipe:
 
 
 def test_all_recipes_are_known_here() -> None:
-    assert set(NAMES) == {"demo"} | {name for pair in PAIRS for name in pair}
+    assert set(NAMES) == {"demo", *RESIDUAL} | {name for pair in PAIRS for name in pair}
     assert (len(WIKITEXT), len(PILE)) == (3, 2)
 
 
@@ -68,7 +70,7 @@ def test_full_size_on_the_meta_device(name: str) -> None:
     result = plan(config, recipe.sparse_ift)
     assert result.seq_len == recipe.data.seq_len
     assert result.ratio_linear == 1.0
-    assert result.ratio_whole_model == 1.0 if recipe.sparse_ift.scope == "ffn" else result.ratio_whole_model > 1.0
+    assert result.ratio_whole_model == 1.0 if recipe.sparse_ift.scope != "model" else result.ratio_whole_model > 1.0
     with torch.device("meta"):
         sparse = sparsify(dense, recipe.sparse_ift)
     layers = sparse_layers(sparse)
@@ -236,11 +238,13 @@ def tiny_words(name: str, folder: Path) -> list[str]:
     for text in write_corpus(folder):
         files.append(text.with_suffix(".jsonl"))  # it has rows, as WikiText has
         files[-1].write_text(json.dumps({"text": text.read_text()}) + "\n")
+    fields = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    if name in RESIDUAL:
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+        fields = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, **heads}
+        fields["max_position_embeddings"] = 16
     small = {
-        "model.config.n_embd": 16,
-        "model.config.n_layer": 2,
-        "model.config.n_head": 2,
-        "model.config.n_positions": 16,
+        **{f"model.config.{key}": value for key, value in fields.items()},
         "data.corpus": files[0],
         "data.corpus_config": "null",
         "data.eval_corpus": files[1],
@@ -279,9 +283,10 @@ def test_two_tiny_steps(name: str, tmp_path: Path) -> None:
     summary = pretrain.train(recipe, args, model, data, resume_from)
     assert math.isfinite(summary["eval_loss"])
     assert summary["step"] == 2
-    assert summary["linear_active_params"] == 2 * 12 * 16**2  # the dense model's, whatever the width
+    per_layer = 4 * 16**2 + 3 * 16 * 32 if name in RESIDUAL else 12 * 16**2
+    assert summary["linear_active_params"] == 2 * per_layer  # the dense model's, whatever the width
     moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
-    assert any(key.endswith("mlp.c_fc.weight") for key in moved)
+    assert any(key.endswith(("mlp.c_fc.weight", "mlp.up_proj.weight")) for key in moved)
     lines = curve(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     masks = tmp_path / "run" / "checkpoint-2" / "sparse_masks.safetensors"

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.ends import TiedLogits
 from sparseift_llm.layers.masked import MaskedProjection
 
 VOCAB = 100
@@ -86,6 +87,8 @@ def tiny_model(arch: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
 def shake(model: nn.Module, std: float = 0.1) -> None:
     """Add noise to every parameter, so that no bias stays 0 and no norm stays 1; inactive weights stay 0."""
     for module in model.modules():
+        if isinstance(module, TiedLogits):  # its weight is the embedding's
+            continue
         is_masked = isinstance(module, MaskedProjection)
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn_like(parameter) * std

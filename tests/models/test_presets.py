@@ -30,6 +30,10 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gpt3-large", 1536, 6144, 24, 16, 50257),
         ("gpt3-xl", 2048, 8192, 24, 16, 50257),
         ("llama-160m", 768, 3072, 12, 12, 32000),
+        ("llama-gpt3-small", 768, 2048, 12, 12, 50257),
+        ("llama-gpt3-medium", 1024, 2736, 24, 16, 50257),
+        ("llama-gpt3-large", 1536, 4096, 24, 16, 50257),
+        ("llama-gpt3-xl", 2048, 5456, 24, 16, 50257),
     ],
 )
 def test_presets(name: str, hidden: int, ffn: int, num_layers: int, num_heads: int, vocab: int) -> None:
@@ -45,10 +49,19 @@ def test_presets(name: str, hidden: int, ffn: int, num_layers: int, num_heads: i
 
 
 def test_every_preset_is_listed() -> None:
-    assert PRESETS == ("gpt3-small", "gpt3-medium", "gpt3-large", "gpt3-xl", "llama-160m")
-    assert [type(load_config(name)) for name in PRESETS] == [*[GPT2Config] * 4, LlamaConfig]
+    gpt3 = ("gpt3-small", "gpt3-medium", "gpt3-large", "gpt3-xl")
+    assert (*gpt3, *(f"llama-{name}" for name in gpt3), "llama-160m") == PRESETS
+    assert [type(load_config(name)) for name in PRESETS] == [*[GPT2Config] * 4, *[LlamaConfig] * 5]
     with pytest.raises(KeyError):
         preset_config("gpt3-tiny")
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large", "xl"])
+def test_a_llama_shape_has_the_weights_of_its_gpt3(size: str) -> None:
+    """Per layer: four attention matrices, and three FFN matrices with the weights of two."""
+    gpt, llama = sizes_of(load_config(f"gpt3-{size}")), load_config(f"llama-gpt3-{size}")
+    assert 3 * llama.intermediate_size == pytest.approx(2 * gpt.ffn, rel=2.5e-3)
+    assert llama.tie_word_embeddings
 
 
 def test_two_loads_do_not_share_a_config() -> None:
