@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from sparseift_llm import SparseIFTConfig, sparsify
-from sparseift_llm.data.corpora import Source, builtin_source, hold_out
+from sparseift_llm.data.corpora import Source, builtin_source
+from sparseift_llm.data.held_out import hold_out
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 from sparseift_llm.utils.tables import markdown_table

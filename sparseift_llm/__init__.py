@@ -19,6 +19,7 @@ from sparseift_llm.checkpoints.registration import register_with_transformers
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports them, from `_PUBLIC` below
     from sparseift_llm.analysis.spectral import spectral_report
     from sparseift_llm.api import load_pretrained, save_export, sparsify, to_dense
+    from sparseift_llm.checkpoints.summary import print_sparsity
     from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
     from sparseift_llm.planning.cost import count_flops
     from sparseift_llm.planning.planner import plan
@@ -37,6 +38,7 @@ __all__ = [
     "load_pretrained",
     "optimizer_param_groups",
     "plan",
+    "print_sparsity",
     "save_export",
     "sparsify",
     "spectral_report",
@@ -53,6 +55,7 @@ _PUBLIC = {
     "load_pretrained": "api",
     "optimizer_param_groups": "training.learning_rates",
     "plan": "planning.planner",
+    "print_sparsity": "checkpoints.summary",
     "save_export": "api",
     "sparsify": "api",
     "spectral_report": "analysis.spectral",

@@ -126,6 +126,7 @@ NAMES = {
     "cli.render_plan": "cli.plan.render_plan",
     "config.DSTConfig": "config.dst.DSTConfig",
     "config.FamilyRule": "config.rules.FamilyRule",
+    "corpora.hold_out": "data.held_out.hold_out",
     "data.DataConfig": "data.options.DataConfig",
     "data.EOS": "data.options.EOS",
     "data.load_tokenizer": "data.tokenizer.load_tokenizer",

@@ -12,8 +12,13 @@ import logging
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `sparseift pretrain`; overrides of recipe fields are checked with the recipe."""
-    parser.usage = "sparseift pretrain [-h] RECIPE.yaml [--FIELD VALUE ...]"
+    parser.usage = "sparseift pretrain [-h] RECIPE.yaml [--dry-run] [--FIELD VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe file")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="take a few steps, save nothing, and say what training would take",
+    )
 
 
 def more_help() -> str:
@@ -30,10 +35,13 @@ def run(arguments: argparse.Namespace) -> str:
         ValueError: the recipe, its text, or the output folder has to be changed by the user.
         RuntimeError: training failed, from the error that it failed with.
     """
+    from sparseift_llm.runs.dry_run import dry_run
     from sparseift_llm.runs.pretrain import finish, prepare_run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = [arguments.recipe, *arguments.overrides]
+    if arguments.dry_run:
+        return dry_run(words)
     run = prepare_run(words)
     try:
         return finish(run, ["sparseift", "pretrain", *words])

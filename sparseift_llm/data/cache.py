@@ -20,6 +20,7 @@ import numpy as np
 from sparseift_llm.data.corpora import Source
 from sparseift_llm.data.packing import token_batches
 from sparseift_llm.utils.files import PARTIAL_MARK, is_silent, remove, written_whole
+from sparseift_llm.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,15 +43,24 @@ def cached_tokens(
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
 
     def build(entry: Path) -> dict[str, Any]:
+        logger.info("tokenising %s; tokens are kept in %s", source.name, folder)
         batches = token_batches(tokenizer, source.documents(), source.joined)
-        return _write_tokens(entry / "tokens.npy", batches, dtype, limit)
+        with progress_bar("tokenising", None if limit else source.num_bytes, "B", scaled=True) as bar:
+            return _write_tokens(entry / "tokens.npy", _counted(batches, bar), dtype, limit)
 
     entry, info = cached(folder, "tokens", key, build)
     return entry / "tokens.npy", info
 
 
+def _counted(batches: Iterable[tuple[np.ndarray, int]], bar: Any) -> Iterator[tuple[np.ndarray, int]]:
+    """The same batches; the bar is told the bytes of each."""
+    for batch in batches:
+        yield batch
+        bar.update(batch[1])
+
+
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """JSON-ready value that two tokenizers share only if they give the same tokens."""
+    """A JSON-serialisable value that two tokenizers share only if they give the same tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return [type(tokenizer).__name__, hashlib.sha256(content.encode()).hexdigest(), tokenizer.eos_token_id]

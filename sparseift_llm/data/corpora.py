@@ -1,6 +1,7 @@
-"""Reading text documents: the built-in corpus, local files and hub data sets, and the held-out share of each.
+"""Reading text documents: the built-in corpus, local files and hub data sets.
 
-Nothing here knows of tokenizers or sequences; loading.py puts the pieces together.
+Nothing here knows of tokenizers or sequences; loading.py puts the pieces together. Which share of the text is held out
+is decided in held_out.py.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ class Source:
         fingerprint: a JSON-serialisable value that changes whenever the documents may have changed.
         read: gives (key, text) pairs. The key alone decides whether a document is held out.
         joined: whether the texts are not documents of their own, but the consecutive pieces of a single one.
+        num_bytes: about how large the text is, for progress bars; None if that is not known.
     """
 
     name: str
     fingerprint: dict[str, Any]
     read: Callable[[], Iterable[tuple[str, str]]]
     joined: bool = False
+    num_bytes: int | None = None
 
     def documents(self) -> Iterator[str]:
         """The texts, those that are empty or only white space left out; if `joined`, only the empty ones."""
@@ -57,37 +60,6 @@ class Source:
 def join_rows(source: Source) -> Source:
     """The same rows as the pieces of one running text, as they are; white space in between counts."""
     return replace(source, fingerprint={"joined": source.fingerprint}, joined=True)
-
-
-def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
-    """Split `source` into training and held-out documents, each by a hash of its own key alone.
-
-    Adding or removing a document therefore moves no other one, and documents with equal keys
-    (equal texts, except in the built-in corpus, whose keys are paths) stay on one side.
-
-    Args:
-        source: what to split.
-        fraction: expected share of the documents, not of the text, that is held out, in (0, 1).
-
-    Returns:
-        The training and the held-out source; disjoint, together all of `source`.
-    """
-    train, held_out = (
-        Source(
-            f"the {label} part of {source.name}",
-            {"of": source.fingerprint, "held_out": wanted, "fraction": fraction},
-            partial(_read_side, source, fraction, wanted),
-        )
-        for label, wanted in (("training", False), ("held-out", True))
-    )
-    return train, held_out
-
-
-def _read_side(source: Source, fraction: float, wanted: bool) -> Iterator[tuple[str, str]]:
-    for key, text in source.read():
-        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-        if (int.from_bytes(digest[:8], "big") < fraction * 2**64) == wanted:
-            yield key, text
 
 
 def builtin_source() -> Source:
@@ -104,13 +76,14 @@ def builtin_source() -> Source:
     names = sorted(name for name in paths if not _STDLIB_LEFT_OUT.intersection(name.split("/")))
     if not names:
         raise ValueError(f"corpus='builtin': no Python source files in {root}; set corpus to a text file or folder")
-    digest = hashlib.sha256()
+    digest, num_bytes = hashlib.sha256(), 0
     for name in names:
         content = paths[name].read_bytes()
+        num_bytes += len(content)
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     fingerprint = {"builtin": sys.version, "sha256": digest.hexdigest()}
-    return Source("the built-in corpus", fingerprint, partial(_read_stdlib, root, names))
+    return Source("the built-in corpus", fingerprint, partial(_read_stdlib, root, names), num_bytes=num_bytes)
 
 
 def _read_stdlib(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
@@ -119,6 +92,12 @@ def _read_stdlib(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
         with contextlib.suppress(UnicodeDecodeError, SyntaxError), tokenize.open(root / name) as file:
             text = file.read()
             yield name, text
+
+
+def is_one_text_file(pattern: str) -> bool:
+    """Whether a path, folder or glob means a single .txt file, which is a single document. Raises as `local_files`."""
+    files = local_files("corpus", pattern)
+    return len(files) == 1 and _kind(files[0]) == "txt"
 
 
 def is_local(corpus: str) -> bool:
@@ -210,7 +189,9 @@ def file_source(
         **_identity(text_field, skip_null_texts),
     }
     rows = _TextRows(text_field, skip_null_texts)
-    source = Source(f"{option}={pattern!r}", fingerprint, partial(_read_files, files, rows))
+    is_plain = all(file.suffix.lower() in (".txt", ".json", ".jsonl") for file in files)
+    num_bytes = sum(s.st_size for _, s in stats) if is_plain else None
+    source = Source(f"{option}={pattern!r}", fingerprint, partial(_read_files, files, rows), num_bytes=num_bytes)
     return join_rows(source) if joined else source
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from sparseift_llm.data.corpora import (
     Source,
     builtin_source,
     file_source,
-    hold_out,
     hub_source,
     is_local,
+    is_one_text_file,
     join_rows,
     local_files,
     would_read,
 )
+from sparseift_llm.data.held_out import hold_out, hold_out_tails, refuse_empty_side
 from sparseift_llm.data.options import DataConfig
 from sparseift_llm.data.packing import TRAIN_ADVICE, PackedDataset, PackedStream, too_short
 from sparseift_llm.data.tokenizer import cached_tokenizer
@@ -33,11 +35,10 @@ from sparseift_llm.utils.outputs import user_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 CACHE_NAMES = ("tokens-0/manifest.json", "tokenizer-0/tokenizer.json")  # what cache.py writes, with digests for 0
-_EVAL_ADVICE = (
-    "give more held-out text in eval_corpus, raise eval_fraction or lower seq_len (a .txt file is one document, "
-    "held out as a whole or not at all)"
-)
+_EVAL_ADVICE = "give more held-out text in eval_corpus, raise eval_fraction or lower seq_len"
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,36 @@ def _open_sources(config: DataConfig) -> tuple[Source, Source]:
         held_out = file_source("eval_corpus", config.eval_corpus, config.text_field, joined, config.skip_null_texts)
         return source, held_out
     if hub and config.eval_split is not None:
+        if config.hold_out is not None:
+            raise ValueError(
+                f"hold_out={config.hold_out!r} is for text without a held-out split; set eval_split to null, or leave "
+                "hold_out out"
+            )
         return source, hub_split(config.eval_split)
     if joined:
         raise ValueError(
             "rows_are_documents=False needs eval_corpus or eval_split (of a hub data set): "
             "rows of one running text cannot be held out one by one"
         )
-    return hold_out(source, config.eval_fraction)
+    return _held_out_part(config, source, is_file=not hub and config.corpus != "builtin")
+
+
+def _held_out_part(config: DataConfig, source: Source, is_file: bool) -> tuple[Source, Source]:
+    """The training and the held-out side of a text that has no held-out text beside it.
+
+    Raises:
+        ValueError: one side of local files would be empty.
+    """
+    how = config.hold_out
+    if how is None:
+        how = "tail" if is_file and is_one_text_file(config.corpus) else "documents"
+    if how == "tail":
+        logger.info("%s: the last %g of every document is held out", source.name, config.eval_fraction)
+        return hold_out_tails(source, config.eval_fraction)
+    sides = hold_out(source, config.eval_fraction)
+    if is_file:
+        refuse_empty_side(source, *sides, config.eval_fraction)
+    return sides
 
 
 def _check_disjoint(corpus: str, eval_corpus: str) -> None:

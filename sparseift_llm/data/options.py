@@ -5,7 +5,7 @@ Checks only what can be known without reading anything; loading.py does what the
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -47,6 +47,10 @@ class DataConfig:
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the documents held out where there is no separate held-out text (builtin, or local files without
     `eval_corpus`)."""
+    hold_out: Literal["documents", "tail"] | None = None
+    """Where there is no separate held-out text: hold out whole `documents`, chosen by a hash of their text, or the
+    `tail` of every document. By default documents, but the tail where the text is a single .txt file, which is one
+    document."""
     streaming: bool = False
     """Tokenise the training text while training, storing nothing; the trainer then needs `max_steps`."""
     tokenizer: Word = "bpe"
@@ -68,6 +72,13 @@ class DataConfig:
             raise ValueError(
                 "rows_are_documents=False is for rows of text; corpus='builtin' has files, each a document"
             )
+        if self.hold_out is not None and self.eval_corpus is not None:
+            raise ValueError(
+                f"hold_out={self.hold_out!r} is for text without eval_corpus={self.eval_corpus!r}; leave one of them "
+                "out"
+            )
+        if self.hold_out == "tail" and self.corpus == "builtin":
+            raise ValueError("hold_out='tail' would train on files of the built-in evaluation; leave it out")
         if self.streaming and self.max_eval_sequences is None and self.eval_corpus is None:
             raise ValueError("streaming needs max_eval_sequences or eval_corpus, or evaluation would read all the text")
 

@@ -12,6 +12,7 @@ from sparseift_llm.data.corpora import Source
 from sparseift_llm.data.options import EOS, DataConfig
 from sparseift_llm.data.packing import pieces
 from sparseift_llm.utils.outputs import user_path
+from sparseift_llm.utils.progress import is_watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,10 @@ def cached_tokenizer(config: DataConfig, source: Source, folder: Path) -> PreTra
         return load_tokenizer(config, ())
 
     def build(entry: Path) -> dict[str, Any]:
+        logger.info(
+            "training a byte-level BPE tokenizer with %d entries on %s; it is kept in %s",
+            config.vocab_size, source.name, folder,
+        )  # fmt: skip
         texts = (piece for piece, _ in pieces(source.documents(), source.joined))
         load_tokenizer(config, texts).save_pretrained(entry)
         return {}
@@ -69,7 +74,7 @@ def _train_bpe(vocab_size: int, documents: Iterable[str]) -> PreTrainedTokenizer
         vocab_size=vocab_size,
         special_tokens=[EOS],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=is_watched(),
     )
     bpe.train_from_iterator(_first_chars(documents, _BPE_CHARS), trainer)
     size = bpe.get_vocab_size()

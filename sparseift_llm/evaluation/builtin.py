@@ -15,7 +15,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sparseift_llm.data.corpora import builtin_source, hold_out
+from sparseift_llm.data.corpora import builtin_source
+from sparseift_llm.data.held_out import hold_out
 
 EVAL_FRACTION = 0.05  # DataConfig's default; a run that held out less has trained on some of the items
 NUM_ITEMS = 1200

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from sparseift_llm.checkpoints.summary import dense_summary, sparsity_summary
 from sparseift_llm.data.loading import LoadedData, check_not_read, load_data
 from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.runs.formats import DATA_NAME, SUMMARY_NAME, WRITTEN_NAMES
@@ -25,13 +26,14 @@ from sparseift_llm.runs.model import make_model
 from sparseift_llm.runs.preparation import as_it_was_begun, check_recipe, prepare_output, training_arguments
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.runs.recipe_training import LearningRateFactors
-from sparseift_llm.runs.trainer import AlreadyFinished, Pretrainer, StopBeforeExtraStep, sequences_per_step, whole_steps
+from sparseift_llm.runs.trainer import AlreadyFinished, StopBeforeExtraStep, make_trainer, sequences_per_step
 from sparseift_llm.trainer.callback import SparseTrainingCallback
 from sparseift_llm.training.learning_rates import group_factors
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 
 logger = logging.getLogger("pretrain")
+DRY_RUN = "--dry-run"
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,17 @@ def main(words: list[str], program: Sequence[str] = ("recipes/pretrain.py",)) ->
     """Train, evaluate and save. A mistake of the user ends the process with one line, without a traceback.
 
     Args:
-        words: the recipe file and its overrides, as on the command line.
+        words: the recipe file and its overrides, as on the command line; with `--dry-run` among them, a few steps are
+            tried and nothing is saved.
         program: the words before them, for `command` in `summary.json`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        if DRY_RUN in words:
+            from sparseift_llm.runs.dry_run import dry_run
+
+            logger.info(dry_run([word for word in words if word != DRY_RUN]))
+            return
         run = prepare_run(words)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"pretrain: {error}")
@@ -83,27 +91,54 @@ def prepare_run(words: Sequence[str]) -> PreparedRun:
         FileNotFoundError: a file that the recipe names is missing, or the recipe itself.
     """
     recipe, args, resume_from, data = prepare(words)
+    model = checked_model(recipe, data)
+    check_recipe(recipe, data, args, resume_from)
+    if args.process_index == 0:
+        logger.info(describe(recipe, model))
+    return PreparedRun(recipe, args, model, data, resume_from)
+
+
+def checked_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
+    """The recipe's model, of which it is known that it has all that the recipe's learning rates are for.
+
+    Raises:
+        ValueError: see `make_model` and `group_factors`.
+    """
     model = make_model(recipe, data)
     factors = LearningRateFactors.of(recipe.training)
-    group_factors(model, factors.embedding_lr_factor, factors.head_lr_factor)  # refuses what the model has not
-    check_recipe(recipe, data, args, resume_from)
-    return PreparedRun(recipe, args, model, data, resume_from)
+    group_factors(model, factors.embedding_lr_factor, factors.head_lr_factor)
+    return model
+
+
+def describe(recipe: Recipe, model: PreTrainedModel) -> str:
+    """One line on what is going to be trained: sizes, sparsity, parameters, FLOPs."""
+    return (sparsity_summary if recipe.sparse_ift else dense_summary)(model, recipe.data.seq_len)
 
 
 def prepare(words: Sequence[str]) -> tuple[Recipe, TrainingArguments, Path | None, LoadedData]:
     """Everything before the model: the recipe, its arguments, the checkpoint to resume, and the data."""
-    if not words or words[0].startswith("-"):
-        raise ValueError("usage: accelerate launch recipes/pretrain.py RECIPE.yaml [--field value ...]")
-    recipe = load_recipe(words[0], words[1:])
+    recipe = read_recipe(words)
     args = training_arguments(recipe)
     output_dir = Path(recipe.training["output_dir"])
-    check_not_read(recipe.data, output_dir, WRITTEN_NAMES, "training.output_dir")
     with args.main_process_first(local=False, desc="preparing the run"):
         resume_from = prepare_output(recipe, output_dir, args)
         recipe = recipe if resume_from is None else as_it_was_begun(recipe, output_dir)
         data = load_data(recipe.data, output_dir / DATA_NAME)
     set_seed(args.seed)
     return recipe, args, resume_from, data
+
+
+def read_recipe(words: Sequence[str]) -> Recipe:
+    """The recipe of a command line, whose output folder is none of the folders that it reads.
+
+    Raises:
+        ValueError: there is no recipe among the words, it is refused, or its text covers the output folder.
+    """
+    if not words or words[0].startswith("-"):
+        raise ValueError("usage: accelerate launch recipes/pretrain.py RECIPE.yaml [--dry-run] [--field value ...]")
+    recipe = load_recipe(words[0], words[1:])
+    check_not_read(recipe.data, Path(recipe.training["output_dir"]), WRITTEN_NAMES, "training.output_dir")
+    return recipe
 
 
 def finish(run: PreparedRun, command: Sequence[str]) -> str:
@@ -138,16 +173,8 @@ def train(
             tokens_per_step=tokens_per_step, seq_len=seq_len, peak_flops_per_second="measure"
         )
     log = MetricsLog(recipe.training["output_dir"], tokens_per_step, seq_len, sparse)
-    trainer = Pretrainer(
-        model=model,
-        args=args,
-        train_dataset=whole_steps(data.train, sequences_per_step(args)),
-        eval_dataset=data.eval,
-        processing_class=data.tokenizer,
-        data_collator=default_data_collator,
-        callbacks=[*([sparse] if sparse else []), log, StopBeforeExtraStep()],
-    )
-    trainer.recipe = recipe
+    callbacks = [*([sparse] if sparse else []), log, StopBeforeExtraStep()]
+    trainer = make_trainer(recipe, args, model, data, callbacks)
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except AlreadyFinished:

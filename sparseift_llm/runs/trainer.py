@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from sparseift_llm.data.loading import LoadedData
 from sparseift_llm.data.packing import RepeatedStream
 from sparseift_llm.runs.recipe import Recipe
 from sparseift_llm.runs.recipe_training import LearningRateFactors
@@ -46,6 +48,31 @@ class Pretrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), schedule)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+
+def make_trainer(
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    data: LoadedData,
+    callbacks: Sequence[TrainerCallback],
+) -> Pretrainer:
+    """The Trainer of a recipe, ready to train.
+
+    Raises:
+        ValueError: the training text is too short for one step.
+    """
+    trainer = Pretrainer(
+        model=model,
+        args=args,
+        train_dataset=whole_steps(data.train, sequences_per_step(args)),
+        eval_dataset=data.eval,
+        processing_class=data.tokenizer,
+        data_collator=default_data_collator,
+        callbacks=list(callbacks),
+    )
+    trainer.recipe = recipe
+    return trainer
 
 
 class AlreadyFinished(Exception):  # noqa: N818 - not an error

@@ -139,7 +139,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(
 
 def test_a_failed_build_cleans_up(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no field 'nothing'"):
-        load_data(replace(config, text_field="nothing"), tmp_path / "cache")
+        load_data(replace(config, text_field="nothing", hold_out="tail"), tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseift_llm.data import corpora
-from sparseift_llm.data.corpora import builtin_source, file_source, hold_out, hub_source, is_local, would_read
+from sparseift_llm.data.corpora import builtin_source, file_source, hub_source, is_local, would_read
+from sparseift_llm.data.held_out import hold_out
 from tests.helpers.texts import TEXTS, memory_source, stand_in_hub, write_jsonl, write_parquet
 
 # The built-in corpus
