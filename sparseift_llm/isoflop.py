@@ -187,8 +187,8 @@ def mask_bytes(num_weights: int) -> int:
 
 
 def block_index_bytes(num_tiles: int, num_block_columns: int) -> int:
-    """Bytes of a block layer's three index buffers: two entries per active tile, one per column and one."""
-    return BYTES_PER_INDEX * (2 * num_tiles + num_block_columns + 1)
+    """Bytes of a block layer's five index buffers: three entries per active tile, two per block-column, and one."""
+    return BYTES_PER_INDEX * (3 * num_tiles + 2 * num_block_columns + 1)
 
 
 def default_block_size(side: int) -> int:

@@ -15,9 +15,10 @@ from sparseift_llm.topology import blocks
 
 
 class TileIndex(nn.Module):
-    """A base class with three buffers, for a layer with N tiles in a matrix of (R, C) tiles.
+    """A base class with buffers that say where the tiles are, for a layer with N tiles in a matrix of (R, C) tiles.
 
-    The two buffers that follow from `columns` are made again whenever `columns` changes.
+    The buffers that follow from `columns` are written again, in place, whenever `columns` changes: a captured CUDA
+    graph goes on reading them. They are not in the state dict.
 
     Attributes:
         weight: the tiles (N, b, b). The subclass sets it.
@@ -26,8 +27,7 @@ class TileIndex(nn.Module):
         block_size: b.
         columns: the block-column of every tile, int32 (N,). It is in the state dict, because the weight means nothing
             without it.
-        slots_by_column: the tiles' numbers sorted by block-column, int32 (N,). It is not in the state dict.
-        column_starts: where each block-column starts in `slots_by_column`, int32 (C + 1,). It is not in the state dict.
+        slots_by_column, rows_by_column, column_starts, heavy_columns: the tables of `topology.blocks.ByColumn`.
     """
 
     weight: Tensor
@@ -36,7 +36,10 @@ class TileIndex(nn.Module):
     block_size: int
     columns: Tensor
     slots_by_column: Tensor
+    rows_by_column: Tensor
     column_starts: Tensor
+    heavy_columns: Tensor
+    _BY_COLUMN = ("slots_by_column", "rows_by_column", "column_starts", "heavy_columns")  # as in blocks.ByColumn
 
     @property
     def num_rows(self) -> int:
@@ -75,20 +78,20 @@ class TileIndex(nn.Module):
         """
         self.register_buffer("columns", columns.to(torch.int32))
         self._check_columns()
-        order, starts = blocks.slots_by_column(self.columns, self.num_columns)
-        self.register_buffer("slots_by_column", order, persistent=False)
-        self.register_buffer("column_starts", starts, persistent=False)
+        tables = blocks.by_column(self.columns, self.num_rows, self.num_columns)
+        for name, table in zip(self._BY_COLUMN, tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
         self.register_load_state_dict_post_hook(_after_loading)
 
     @property
-    def index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three buffers, in the order in which operators take them."""
-        return self.columns, self.slots_by_column, self.column_starts
+    def index(self) -> tuple[Tensor, list[Tensor]]:
+        """The columns, and the tables of `blocks.ByColumn`: as operators take them."""
+        return self.columns, [getattr(self, name) for name in self._BY_COLUMN]
 
     def _index_columns(self) -> None:
-        order, starts = blocks.slots_by_column(self.columns, self.num_columns)
-        self.slots_by_column.copy_(order)
-        self.column_starts.copy_(starts)
+        tables = blocks.by_column(self.columns, self.num_rows, self.num_columns)
+        for name, table in zip(self._BY_COLUMN, tables, strict=True):
+            getattr(self, name).copy_(table)
 
     def _check_columns(self) -> None:
         if not self.has_valid_columns():
@@ -103,10 +106,11 @@ class TileIndex(nn.Module):
         FSDP's and accelerate's loaders send a model there to fill in its weights later. Columns say what the weights
         will mean, and nobody fills them in.
         """
-        kept = self.index
+        kept = {name: getattr(self, name) for name in ("columns", *self._BY_COLUMN)}
         super()._apply(fn, recurse)
-        if self.columns.is_meta and not kept[0].is_meta:
-            self.columns, self.slots_by_column, self.column_starts = kept
+        if self.columns.is_meta and not kept["columns"].is_meta:
+            for name, buffer in kept.items():
+                setattr(self, name, buffer)
         return self
 
     @property

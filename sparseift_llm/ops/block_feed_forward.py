@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseift_llm.ops.kernels.base import Tiles
 from sparseift_llm.ops.kernels.choice import kernel_for
 from sparseift_llm.ops.operands import check_operands, refuse_second_derivatives
 
@@ -25,14 +26,12 @@ def block_feed_forward_op(
     up: Tensor,
     up_bias: Tensor | None,
     up_columns: Tensor,
-    up_slots_by_column: Tensor,
-    up_column_starts: Tensor,
+    up_by_column: list[Tensor],
     hidden_features: int,
     down: Tensor,
     down_bias: Tensor | None,
     down_columns: Tensor,
-    down_slots_by_column: Tensor,
-    down_column_starts: Tensor,
+    down_by_column: list[Tensor],
     out_features: int,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -40,10 +39,7 @@ def block_feed_forward_op(
 
     The second result is the activation before GELU (T, hidden) if `keep_hidden`, else (0, hidden).
     """
-    indices = (
-        up_columns, up_slots_by_column, up_column_starts, down_columns, down_slots_by_column, down_column_starts
-    )  # fmt: skip
-    check_operands((x, up, up_bias, down, down_bias), indices)
+    check_operands((x, up, up_bias, down, down_bias), (up_columns, *up_by_column, down_columns, *down_by_column))
     kernel = kernel_for(x, up, hidden_features, x.shape[1])
     if kernel.fused is not None and not keep_hidden:
         y = kernel.fused.forward(
@@ -61,21 +57,16 @@ def _(
     up: Tensor,
     up_bias: Tensor | None,
     up_columns: Tensor,
-    up_slots_by_column: Tensor,
-    up_column_starts: Tensor,
+    up_by_column: list[Tensor],
     hidden_features: int,
     down: Tensor,
     down_bias: Tensor | None,
     down_columns: Tensor,
-    down_slots_by_column: Tensor,
-    down_column_starts: Tensor,
+    down_by_column: list[Tensor],
     out_features: int,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    indices = (
-        up_columns, up_slots_by_column, up_column_starts, down_columns, down_slots_by_column, down_column_starts
-    )  # fmt: skip
-    check_operands((x, up, up_bias, down, down_bias), indices)
+    check_operands((x, up, up_bias, down, down_bias), (up_columns, *up_by_column, down_columns, *down_by_column))
     return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0] if keep_hidden else 0, hidden_features)
 
 
@@ -87,12 +78,10 @@ def block_feed_forward_gradient_op(
     up: Tensor,
     up_bias: Tensor | None,
     up_columns: Tensor,
-    up_slots_by_column: Tensor,
-    up_column_starts: Tensor,
+    up_by_column: list[Tensor],
     down: Tensor,
     down_columns: Tensor,
-    down_slots_by_column: Tensor,
-    down_column_starts: Tensor,
+    down_by_column: list[Tensor],
     needed: list[bool],
 ) -> list[Tensor]:
     """grad (T, out) and the forward pass's operands -> the gradients of x, up, up_bias and down.
@@ -101,9 +90,8 @@ def block_feed_forward_gradient_op(
         hidden: the forward pass's second result.
         needed: which of the four are wanted; the others are returned empty.
     """
-    up_tiles = (up, up_columns, up_slots_by_column, up_column_starts)
-    down_tiles = (down, down_columns, down_slots_by_column, down_column_starts)
-    check_operands((grad, x, hidden, up, up_bias, down), (*up_tiles[1:], *down_tiles[1:]))
+    up_tiles, down_tiles = (up, up_columns, up_by_column), (down, down_columns, down_by_column)
+    check_operands((grad, x, hidden, up, up_bias, down), (up_columns, *up_by_column, down_columns, *down_by_column))
     kernel = kernel_for(x, up, hidden.shape[1], x.shape[1])
     if kernel.fused is not None and not len(hidden):
         gradients = kernel.fused.gradient(grad, x, up_tiles, up_bias, hidden.shape[1], down_tiles, needed)
@@ -116,22 +104,21 @@ def _composed_gradients(
     grad: Tensor,
     x: Tensor,
     hidden: Tensor,
-    up_tiles: tuple[Tensor, ...],
+    up_tiles: Tiles,
     up_bias: Tensor | None,
-    down_tiles: tuple[Tensor, ...],
+    down_tiles: Tiles,
     needed: list[bool],
 ) -> list[Tensor | None]:
-    up, up_columns, up_slots, up_starts = up_tiles
-    down, down_columns, down_slots, down_starts = down_tiles
+    (up, up_columns, up_by_column), (down, down_columns, down_by_column) = up_tiles, down_tiles
     features = hidden.shape[1]
     kernel = kernel_for(x, up, features, x.shape[1])
     if len(hidden) != len(x):
         hidden = kernel.forward(x, up, up_bias, up_columns, features)
     needs_x, needs_up, needs_bias, needs_down = needed
-    grad_hidden = kernel.input_gradient(grad, down, down_slots, down_starts, grad.shape[1], features)
+    grad_hidden = kernel.input_gradient(grad, down, down_by_column, grad.shape[1], features)
     grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden, approximate="tanh")
     return [
-        kernel.input_gradient(grad_hidden, up, up_slots, up_starts, features, x.shape[1]) if needs_x else None,
+        kernel.input_gradient(grad_hidden, up, up_by_column, features, x.shape[1]) if needs_x else None,
         kernel.weight_gradient(grad_hidden, x, up_columns, up.shape[1]) if needs_up else None,
         grad_hidden.sum(0) if needs_bias else None,
         kernel.weight_gradient(grad, gelu(hidden), down_columns, down.shape[1]) if needs_down else None,
@@ -146,12 +133,10 @@ def _(
     up: Tensor,
     up_bias: Tensor | None,
     up_columns: Tensor,
-    up_slots_by_column: Tensor,
-    up_column_starts: Tensor,
+    up_by_column: list[Tensor],
     down: Tensor,
     down_columns: Tensor,
-    down_slots_by_column: Tensor,
-    down_column_starts: Tensor,
+    down_by_column: list[Tensor],
     needed: list[bool],
 ) -> list[Tensor]:
     shapes = (x.shape, up.shape, hidden.shape[1:], down.shape)
@@ -159,23 +144,29 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, up, up_bias, *up_index, _, down, down_bias, down_columns, down_slots, down_starts, _, _ = inputs
+    x, up, up_bias, up_columns, up_by_column, _, down, down_bias, down_columns, down_by_column, _, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], up, up_bias, *up_index, down, down_columns, down_slots, down_starts)
+    ctx.save_for_backward(
+        x, output[1], up, up_bias, up_columns, down, down_columns, *up_by_column, *down_by_column
+    )  # fmt: skip
     ctx.has_down_bias = down_bias is not None
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
-    needed = [needs[index] for index in (0, 1, 2, 7)]
+    needed = [needs[index] for index in (0, 1, 2, 6)]
     gradients: list[Tensor | None] = [None] * 4
+    x, hidden, up, up_bias, up_columns, down, down_columns, *tables = ctx.saved_tensors
+    half = len(tables) // 2
     if any(needed):
-        found = block_feed_forward_gradient_op(grad, *ctx.saved_tensors, needed)
+        found = block_feed_forward_gradient_op(
+            grad, x, hidden, up, up_bias, up_columns, tables[:half], down, down_columns, tables[half:], needed
+        )
         gradients = [gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)]
     grad_x, grad_up, grad_up_bias, grad_down = gradients
-    grad_down_bias = grad.sum(0) if ctx.has_down_bias and needs[8] else None
-    nothing = (None,) * 4
-    return grad_x, grad_up, grad_up_bias, *nothing, grad_down, grad_down_bias, *nothing, None
+    grad_down_bias = grad.sum(0) if ctx.has_down_bias and needs[7] else None
+    no_index = (None, [None] * half, None)
+    return grad_x, grad_up, grad_up_bias, *no_index, grad_down, grad_down_bias, *no_index, None
 
 
 torch.library.register_autograd("sparseift::block_feed_forward", _backward, setup_context=_save_for_backward)

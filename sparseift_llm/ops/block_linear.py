@@ -17,12 +17,11 @@ def block_linear_op(
     weight: Tensor,
     bias: Tensor | None,
     columns: Tensor,
-    slots_by_column: Tensor,
-    column_starts: Tensor,
+    by_column: list[Tensor],
     out_features: int,
 ) -> Tensor:
-    """x (T, in), weight (N, b, b), bias (out,) -> (T, out)."""
-    check_operands((x, weight, bias), (columns, slots_by_column, column_starts))
+    """x (T, in), weight (N, b, b), bias (out,) and the tables of `TileIndex.index` -> (T, out)."""
+    check_operands((x, weight, bias), (columns, *by_column))
     return kernel_for(x, weight, out_features, x.shape[1]).forward(x, weight, bias, columns, out_features)
 
 
@@ -32,27 +31,24 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     columns: Tensor,
-    slots_by_column: Tensor,
-    column_starts: Tensor,
+    by_column: list[Tensor],
     out_features: int,
 ) -> Tensor:
-    check_operands((x, weight, bias), (columns, slots_by_column, column_starts))
+    check_operands((x, weight, bias), (columns, *by_column))
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.custom_op("sparseift::block_input_gradient", mutates_args=())
-def block_input_gradient_op(
-    grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, in_features: int
-) -> Tensor:
+def block_input_gradient_op(grad: Tensor, weight: Tensor, by_column: list[Tensor], in_features: int) -> Tensor:
     """grad (T, out), weight (N, b, b) -> (T, in)."""
-    check_operands((grad, weight), (slots_by_column, column_starts))
+    check_operands((grad, weight), by_column)
     kernel = kernel_for(grad, weight, grad.shape[1], in_features)
-    return kernel.input_gradient(grad, weight, slots_by_column, column_starts, grad.shape[1], in_features)
+    return kernel.input_gradient(grad, weight, by_column, grad.shape[1], in_features)
 
 
 @block_input_gradient_op.register_fake
-def _(grad: Tensor, weight: Tensor, slots_by_column: Tensor, column_starts: Tensor, in_features: int) -> Tensor:
-    check_operands((grad, weight), (slots_by_column, column_starts))
+def _(grad: Tensor, weight: Tensor, by_column: list[Tensor], in_features: int) -> Tensor:
+    check_operands((grad, weight), by_column)
     return grad.new_empty(grad.shape[0], in_features)
 
 
@@ -71,22 +67,22 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, columns, slots_by_column, column_starts, _ = inputs
-    ctx.save_for_backward(x, weight, columns, slots_by_column, column_starts)
+    x, weight, bias, columns, by_column, _ = inputs
+    ctx.save_for_backward(x, weight, columns, *by_column)
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, columns, slots_by_column, column_starts = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, columns, *by_column = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x = grad_weight = grad_bias = None
     if needs_x:
-        grad_x = block_input_gradient_op(grad, weight, slots_by_column, column_starts, x.shape[1])
+        grad_x = block_input_gradient_op(grad, weight, by_column, x.shape[1])
     if needs_weight:
         grad_weight = block_weight_gradient_op(grad, x, weight, columns)
     if ctx.has_bias and needs_bias:
         grad_bias = grad.sum(0)
-    return grad_x, grad_weight, grad_bias, None, None, None, None
+    return grad_x, grad_weight, grad_bias, None, [None] * len(by_column), None
 
 
 torch.library.register_autograd("sparseift::block_linear", _backward, setup_context=_save_for_backward)

@@ -6,6 +6,8 @@ slots of block-row r are r * N // R to (r + 1) * N // R - 1, so that rows differ
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,35 @@ def rows_of_slots(num_tiles: int, num_rows: int) -> Tensor:
     return ((torch.arange(num_tiles) + 1) * num_rows - 1) // max(num_tiles, 1)
 
 
-def slots_by_column(columns: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """The slots grouped by block-column, for products with the transposed matrix.
+class ByColumn(NamedTuple):
+    """The slots grouped by block-column, for products with the transposed matrix; int32 tables.
 
-    Args:
-        columns: block-column of every slot, int32 (N,).
-        num_columns: C.
-
-    Returns:
-        Slot numbers sorted by column, then slot, int32 (N,); and each column's first place in
-        them with N at the end, int32 (C + 1,).
+    Attributes:
+        slots: slot numbers sorted by column, then slot (N,).
+        rows: the block-row of each of them (N,).
+        starts: each column's first place in the two, and N at the end (C + 1,).
+        heavy_first: the columns by their number of tiles, the most first, among equals the lower first (C,). Work that
+            is handed out in this order ends at about the same time everywhere.
     """
+
+    slots: Tensor
+    rows: Tensor
+    starts: Tensor
+    heavy_first: Tensor
+
+
+def by_column(columns: Tensor, num_rows: int, num_columns: int) -> ByColumn:
+    """Group the slots by their block-columns, int32 (N,), in a matrix of (num_rows, num_columns) tiles."""
+    slots, starts = slots_by_column(columns, num_columns)
+    if columns.is_meta:
+        return ByColumn(slots, torch.empty_like(slots), starts, starts.new_empty(num_columns))
+    rows = rows_of_slots(len(columns), num_rows).to(columns.device)[slots.long()]
+    heavy_first = starts.diff().sort(descending=True, stable=True).indices
+    return ByColumn(slots, rows.to(torch.int32), starts, heavy_first.to(torch.int32))
+
+
+def slots_by_column(columns: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """`ByColumn.slots` and `ByColumn.starts` of the block-columns of all slots, int32 (N,)."""
     if columns.is_meta:
         return torch.empty_like(columns), columns.new_empty(num_columns + 1)
     ascending, order = columns.sort(stable=True)

@@ -55,7 +55,7 @@ def test_a_row_is_complete_and_consistent(name: str, results: dict[str, dict[str
 def test_a_layers_bytes_by_hand(results: dict[str, dict[str, Any]]) -> None:
     """FFN 16 -> 64 -> 16, made 32 -> 128 -> 32 with 32 of 64 tiles of 8 (16 of 64 each): weights, biases, indices."""
     dense = 2 * 4 * (2 * 16 * 64 + 64 + 16)
-    block = 2 * 4 * (2 * 16 * 64 + 128 + 32) + 4 * (2 * 16 + 4 + 1) + 4 * (2 * 16 + 16 + 1)
+    block = 2 * 4 * (2 * 16 * 64 + 128 + 32) + 4 * (3 * 16 + 2 * 4 + 1) + 4 * (3 * 16 + 2 * 16 + 1)
     masked = 2 * 4 * (2 * 32 * 128 + 128 + 32) + 2 * 32 * 128
     assert results["layer"]["state_bytes_ratio"] == block / dense
     assert results["layer"]["state_bytes_ratio_masked"] == masked / dense

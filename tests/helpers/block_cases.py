@@ -67,11 +67,11 @@ class Case:
         return {"output": x @ dense.T + bias, "input": grad @ dense, "weight": torch.stack(tiles)}
 
     def computed(self, kernel: Kernel) -> dict[str, Tensor]:
-        order, starts = blocks.slots_by_column(self.columns, self.num_columns)
+        by_column = blocks.by_column(self.columns, self.num_rows, self.num_columns)
         in_features = self.num_columns * self.block_size
         return {
             "output": kernel.forward(self.x, self.weight, self.bias, self.columns, self.out_features),
-            "input": kernel.input_gradient(self.grad, self.weight, order, starts, self.out_features, in_features),
+            "input": kernel.input_gradient(self.grad, self.weight, by_column, self.out_features, in_features),
             "weight": kernel.weight_gradient(self.grad, self.x, self.columns, self.block_size),
         }
 

@@ -114,9 +114,9 @@ class Case:
     def arguments(self, keep_hidden: bool) -> tuple[Any, ...]:
         inputs, hidden, outputs = self.block_counts
         return (
-            self.x, self.up, self.up_bias, self.up_columns, *blocks.slots_by_column(self.up_columns, inputs),
+            self.x, self.up, self.up_bias, self.up_columns, list(blocks.by_column(self.up_columns, hidden, inputs)),
             hidden * self.size, self.down, self.down_bias, self.down_columns,
-            *blocks.slots_by_column(self.down_columns, hidden), outputs * self.size, keep_hidden,
+            list(blocks.by_column(self.down_columns, outputs, hidden)), outputs * self.size, keep_hidden,
         )  # fmt: skip
 
     def computed(self, keep_hidden: bool = False) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseift_llm.ops.kernels.triton import TRITON
+from sparseift_llm.topology.blocks import ByColumn, by_column
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,8 +27,7 @@ class Problem:
 
     weight: Tensor
     columns: Tensor
-    slots_by_column: Tensor
-    column_starts: Tensor
+    by_column: ByColumn
     bias: Tensor | None
     x: Tensor
     grad: Tensor
@@ -82,12 +82,10 @@ def problem(
         order += sorted(choice.tolist())
     assert len(order) == slots
     index = torch.tensor(order, dtype=torch.int32, device=DEVICE)
-    counts = torch.bincount(index.cpu().long(), minlength=columns)
     return Problem(
         weight=values(slots, tile, tile),
         columns=index,
-        slots_by_column=torch.argsort(index, stable=True).int(),
-        column_starts=torch.cat([torch.zeros(1), counts.cumsum(0)]).int().to(DEVICE),
+        by_column=by_column(index, rows, columns),
         bias=values(rows * tile) if bias else None,
         x=values(tokens, columns * tile),
         grad=values(tokens, rows * tile),
@@ -98,9 +96,7 @@ def run(given: Problem) -> dict[str, Tensor]:
     rows, columns = given.grad.shape[1], given.x.shape[1]
     return {
         "forward": TRITON.forward(given.x, given.weight, given.bias, given.columns, rows),
-        "input_gradient": TRITON.input_gradient(
-            given.grad, given.weight, given.slots_by_column, given.column_starts, rows, columns
-        ),
+        "input_gradient": TRITON.input_gradient(given.grad, given.weight, given.by_column, rows, columns),
         "weight_gradient": TRITON.weight_gradient(given.grad, given.x, given.columns, given.tile),
     }
 

@@ -1,22 +1,36 @@
 """Compiles the Triton kernels for a GPU on any machine: a stub stands in for the driver, nothing is launched.
 
 Unlike the interpreter it runs the tuner and the compiler on the arguments of a real call. Prints a JSON list with one
-object per compiled kernel. Arguments: the path of kernels/triton.py, so that transformers is not imported, the compute
-capability (90 for an H100), a dtype, and tiles' sizes.
+object per compiled kernel: what its machine code (SASS), its PTX and its layout (TTGIR) say.
+
+    python -m tests.helpers.block_triton_script FOLDER CAPABILITY:DTYPE:TILE[:PRODUCT[:CONFIGURATION]]...
+
+FOLDER is for files on the way. CAPABILITY is a compute capability (90 for an H100 or H200). A configuration is named
+as `name_of` does: `256/8/4` stands for 256 tokens, 8 warps and 4 stages, `4/3` for 4 warps and 3 stages. What is left
+out stands for all.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+
+from sparseift_llm.ops.kernels import triton_code, triton_tuning
+from sparseift_llm.ops.kernels.triton import TRITON
+from sparseift_llm.topology.blocks import ByColumn
+
+PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOKENS = 1024
 
 
 class StubDriver:
@@ -29,7 +43,7 @@ class StubDriver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # kernels are kept by device, and each capability needs its own
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -42,44 +56,120 @@ class StubDriver:
         return benchmark
 
 
-def compile_instead_of_launch(kernel: Any, compiled: dict[Any, dict[str, Any]]) -> None:
-    """Every launch of `kernel` only compiles it, with the first and the last configuration, and notes the outcome."""
-    compile_or_launch = kernel.fn.run
+def name_of(config: Any) -> str:
+    """E.g. `256/8/4`: tokens where the kernel has them, warps, stages."""
+    return "/".join(map(str, (*config.kwargs.values(), config.num_warps, config.num_stages)))
+
+
+def instructions_in_loops(sass: str) -> Counter[str]:
+    """How often each instruction stands between a label and a branch back to it."""
+    lines = sass.splitlines()
+    labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\.L_x_\d+):", line))}
+    inside: set[int] = set()
+    for number, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], number) < number:
+            inside.update(range(labels[target[1]], number + 1))
+    return Counter(name for number in sorted(inside) if (name := instruction_of(lines[number])))
+
+
+def instruction_of(line: str) -> str | None:
+    match = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9_.]+)", line)
+    return match[1] if match else None
+
+
+def facts_of(compiled: Any, folder: Path) -> dict[str, Any]:
+    """What the compiler made of one kernel."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+
+    def output_of(*command: str) -> str:
+        return subprocess.run([*command, str(binary)], capture_output=True, text=True, check=True).stdout
+
+    usage = output_of(str(PROGRAMS / "cuobjdump"), "--dump-resource-usage")
+    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert resources is not None, usage
+    sass = output_of(str(PROGRAMS / "nvdisasm"), "-c")
+    everywhere = Counter(name for line in sass.splitlines() if (name := instruction_of(line)))
+    ptx, layout = compiled.asm["ptx"], compiled.asm["ttgir"]
+    copies = Counter(
+        int(size, 0) for size in re.findall(r"cp\.async\.\w+\.shared\.global\S* \[.*?\], \[.*?\], (\w+)", ptx)
+    )
+    return {
+        "registers": int(resources[1]),
+        "stack_bytes": int(resources[2]) + int(resources[3]),
+        "spills": sum(count for name, count in everywhere.items() if name.startswith(("STL", "LDL"))),
+        "shared_bytes": compiled.metadata.shared,
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+        "mma_sync": len(re.findall(r"\bmma\.sync", ptx)),
+        "copies_by_size": {str(size): count for size, count in copies.items()},
+        "stores_by_size": dict(Counter(re.findall(r"st\.global\S*?\.(v\d\.b\d+|b\d+)", ptx))),
+        "buffers": sorted(
+            {int(n) for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x\w?f\d+", layout)}
+        ),
+        "in_loops": dict(instructions_in_loops(sass)),
+    }
+
+
+def compile_instead_of_launch(kernel: Any, found: list[tuple[str, str, Any]]) -> None:
+    """Every launch of a kernel only compiles it, and notes the product, the configuration and the outcome."""
+    function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+    compile_or_launch = function.run
 
     def run(*args: Any, warmup: bool, **kwargs: Any) -> None:
         result = compile_or_launch(*args, warmup=True, **kwargs)
-        sizes = re.findall(r"cp\.async\.\w+\.shared\.global\S* \[.*?\], \[.*?\], (\w+)", result.asm["ptx"])
-        compiled[result] = {
-            "kernel": kernel.fn.__name__,
-            "shared_bytes": result.metadata.shared,
-            "bytes_copied_by_16": sum(int(size, 0) == 16 for size in sizes) * 16 * 32 * result.metadata.num_warps,
-            "tensor_cores": "mma" in result.asm["ptx"],
-        }
+        sizes = [kwargs[name] for name in ("token_block", "num_warps", "num_stages") if name in kwargs]
+        if all(result is not other for _, _, other in found):  # the chosen one is launched again
+            name = CALLED[-1] if kernel in TUNED else "add_pieces"
+            found.append((name, "/".join(map(str, sizes)), result))
 
-    kernel.fn.run = run
-    kernel.configs = [kernel.configs[0], kernel.configs[-1]]
+    function.run = run
+
+
+TUNED = (triton_tuning.product, triton_tuning.weight_gradient)
+CALLED: list[str] = [""]  # the product that is being computed
+
+
+def products(tile: int, dtype: torch.dtype, tokens: int) -> dict[str, Callable[[], Any]]:
+    columns, starts = torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
+    weight, x = torch.zeros(3, tile, tile, dtype=dtype), torch.zeros(tokens, 2 * tile, dtype=dtype)
+    by_column = ByColumn(torch.arange(3, dtype=torch.int32), columns, starts, starts[:2])
+    return {
+        "forward": lambda: TRITON.forward(x, weight, x[0], columns, 2 * tile),
+        "input_gradient": lambda: TRITON.input_gradient(x, weight, by_column, 2 * tile, 2 * tile),
+        "weight_gradient": lambda: TRITON.weight_gradient(x, x, columns, tile),
+    }
 
 
 def main() -> None:
-    path, capability, dtype_name, *tiles = sys.argv[1:]
-    specification = importlib.util.spec_from_file_location("block_triton", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module: Any = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    module.TRITON.is_available = lambda: True
-    triton.runtime.driver.set_active(StubDriver(int(capability)))
-    compiled: dict[Any, dict[str, Any]] = {}
-    compile_instead_of_launch(module._product_kernel, compiled)
-    compile_instead_of_launch(module._weight_gradient_kernel, compiled)
-    columns, starts = torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
-    dtype = getattr(torch, dtype_name)
-    for tile in map(int, tiles):
-        weight, x = torch.zeros(3, tile, tile, dtype=dtype), torch.zeros(100, 2 * tile, dtype=dtype)
-        module.TRITON.forward(x, weight, x[0], columns, 2 * tile)
-        module.TRITON.input_gradient(x, weight, torch.arange(3, dtype=torch.int32), starts, 2 * tile, 2 * tile)
-        module.TRITON.weight_gradient(x, x, columns, tile)
-    print(json.dumps(list(compiled.values())))
+    folder, *cases = sys.argv[1:]
+    TRITON.is_available = lambda: True  # type: ignore[method-assign]
+    every = {kernel: list(kernel.configs) for kernel in TUNED}
+    found: list[tuple[str, str, Any]] = []
+    for kernel in (*TUNED, triton_code.add_pieces_kernel):
+        compile_instead_of_launch(kernel, found)
+    rows = []
+    for case in cases:
+        capability, dtype, tile, product, wanted = (*case.split(":"), "", "")[:5]
+        triton.runtime.driver.set_active(StubDriver(int(capability)))
+        for kernel in TUNED:
+            configs = [config for config in every[kernel] if name_of(config) == wanted]
+            kernel.configs = configs or every[kernel]
+            kernel.cache.clear()
+        triton_tuning._tuned_buckets.clear()
+        found.clear()
+        tokens = triton_tuning.THIN if wanted.startswith(f"{triton_tuning.THIN}/") else TOKENS
+        for name, call in products(int(tile), getattr(torch, dtype), tokens).items():
+            if product in ("", name):
+                CALLED.append(name)
+                call()
+        where = {"capability": capability, "dtype": dtype, "tile": int(tile)}
+        rows += [
+            {**where, "product": name, "config": config, **facts_of(result, Path(folder))}
+            for name, config, result in found
+        ]
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

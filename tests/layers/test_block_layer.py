@@ -130,6 +130,7 @@ def test_set_mask_reassigns_slots_by_hand() -> None:
     layer = make(rows=2, columns=3, num_tiles=3, size=4)  # one tile in row 0, two in row 1
     layer.columns.copy_(torch.tensor([1, 0, 2]))
     layer._index_columns()
+    memory = [table.data_ptr() for table in layer.index[1]]
     weight = layer.weight.detach().clone()
     changed = layer.set_mask(torch.tensor([[False, False, True], [True, True, False]]))
     assert layer.columns.tolist() == [2, 0, 1]
@@ -137,7 +138,9 @@ def test_set_mask_reassigns_slots_by_hand() -> None:
     assert not layer.weight[[0, 2]].any()
     assert torch.equal(layer.weight[1], weight[1])
     assert layer.slots_by_column.tolist() == [1, 2, 0]
+    assert layer.rows_by_column.tolist() == [1, 1, 0]
     assert layer.column_starts.tolist() == [0, 1, 2, 3]
+    assert [table.data_ptr() for table in layer.index[1]] == memory  # of which a captured CUDA graph goes on reading
 
 
 def test_a_mask_with_other_counts_is_refused_and_changes_nothing() -> None:

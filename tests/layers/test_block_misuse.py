@@ -86,7 +86,7 @@ def test_gradients_of_operands_on_different_devices_are_refused() -> None:
     x = inputs(layer).flatten(0, 1)
     grad, on_meta = x.new_ones(len(x), layer.out_features), layer.weight.to("meta")
     with pytest.raises(ValueError, match=r"on one device"):
-        block_input_gradient_op(grad, on_meta, layer.slots_by_column, layer.column_starts, layer.in_features)
+        block_input_gradient_op(grad, on_meta, layer.index[1], layer.in_features)
     with pytest.raises(ValueError, match=r"on one device"):
         block_weight_gradient_op(grad.to("meta"), x, layer.weight, layer.columns)
 

@@ -162,7 +162,7 @@ def test_gradcheck_notices_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     arguments = leaves(make_case(tokens=5, size=4, dtype=torch.float64))
     monkeypatch.setattr(
         block_feed_forward, "block_feed_forward_gradient_op",
-        lambda grad, x, hidden, up, up_bias, *rest: [torch.ones_like(v) for v in (x, up, up_bias, rest[3])],
+        lambda grad, x, hidden, up, up_bias, *rest: [torch.ones_like(v) for v in (x, up, up_bias, rest[2])],
     )  # fmt: skip
     with pytest.raises(GradcheckError):
         torch.autograd.gradcheck(lambda *given: block_feed_forward_op(*given)[0], arguments)

@@ -123,8 +123,8 @@ def operands(dtype: torch.dtype = torch.float64, tokens: int = 5, size: int = 4)
 def operands_of(case: Case) -> tuple[Any, ...]:
     assert case.bias is not None
     tensors = [tensor.clone().requires_grad_() for tensor in (case.x, case.weight, case.bias)]
-    index = blocks.slots_by_column(case.columns, case.num_columns)
-    return (*tensors, case.columns, *index, case.out_features)
+    tables = blocks.by_column(case.columns, case.num_rows, case.num_columns)
+    return (*tensors, case.columns, list(tables), case.out_features)
 
 
 @pytest.fixture
@@ -147,10 +147,10 @@ def test_gradcheck(forced_kernel: str) -> None:
 @pytest.mark.parametrize("forced_kernel", [*cpu_kernels, interpreted], indirect=True)
 def test_opcheck(forced_kernel: str) -> None:
     given = operands(torch.float32, size=16)
-    x, weight, _, columns, *by_column, out_features = given
+    x, weight, _, columns, by_column, out_features = given
     torch.library.opcheck(block_linear_op, given)
     grad = torch.randn(len(x), out_features)
-    torch.library.opcheck(block_input_gradient_op, (grad, weight.detach(), *by_column, x.shape[1]))
+    torch.library.opcheck(block_input_gradient_op, (grad, weight.detach(), by_column, x.shape[1]))
     torch.library.opcheck(block_weight_gradient_op, (grad, x.detach(), weight.detach(), columns))
 
 

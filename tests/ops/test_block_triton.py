@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseift_llm.ops.kernels import triton as block_triton
+from sparseift_llm.ops.kernels import triton_tuning
+from sparseift_llm.topology.blocks import by_column
 from tests.helpers.block_triton_cases import CHECKS, DEVICE, DTYPES, Problem, check, check_forward, problem, run
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -25,7 +27,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 @pytest.fixture(autouse=True)
 def one_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tuning every little shape takes minutes on a GPU, and the interpreter has one configuration only."""
-    for kernel in (block_triton._product_kernel, block_triton._weight_gradient_kernel):
+    for kernel in (triton_tuning.product, triton_tuning.weight_gradient):
         monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
 
 
@@ -65,9 +67,43 @@ def test_every_tile_size_and_dtype(tile: int, slots: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("token_block", [128, 256])
 def test_every_tuned_token_block(token_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(16, 2, 3, 5, 2 * token_block + 3)
+    first = run(given)
     configs = [triton.Config({"token_block": token_block}, num_warps=8, num_stages=3)]
-    monkeypatch.setattr(block_triton._product_kernel, "configs", configs)
-    check(problem(16, 2, 3, 5, 2 * token_block + 3))
+    monkeypatch.setattr(triton_tuning.product, "configs", configs)
+    check(given)
+    assert all(torch.equal(first[name], value) for name, value in run(given).items()), "configurations differ in bits"
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("tile", [16, 64])
+def test_thin_products(tile: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of 64 is split over two programs here."""
+    configs = [triton.Config({"token_block": triton_tuning.THIN}, num_warps=4, num_stages=4)]
+    monkeypatch.setattr(triton_tuning.product, "configs", configs)
+    check(problem(tile, 2, 3, 5, tokens, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "pieces"), [(200, 3), (290, 2)])
+def test_weight_gradients_summed_in_pieces_of_the_tokens(
+    tokens: int, pieces: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_triton, "token_pieces", lambda programs, tokens: pieces)
+    given = problem(32, 2, 3, 5, tokens, dtype)
+    gradient = run(given)["weight_gradient"]
+    CHECKS["weight_gradient"](given, gradient)
+    assert torch.equal(gradient, run(given)["weight_gradient"])
+    monkeypatch.setattr(block_triton.triton_code, "add_pieces_kernel", OnlyTheFirstPiece())
+    with pytest.raises(AssertionError, match="error"):
+        CHECKS["weight_gradient"](given, run(given)["weight_gradient"])
+
+
+class OnlyTheFirstPiece:
+    """A planted fault in the place of the kernel that adds pieces."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda sums, gradient, *rest, **options: gradient.copy_(sums[0])
 
 
 def test_many_token_blocks_pass_through_the_outputs_in_groups_of_eight() -> None:
@@ -135,8 +171,7 @@ def test_an_infinity_reaches_only_the_outputs_that_use_it() -> None:
     given = replace(
         given,
         columns=torch.tensor([1, 0, 2], dtype=torch.int32, device=DEVICE),
-        slots_by_column=torch.tensor([1, 0, 2], dtype=torch.int32, device=DEVICE),
-        column_starts=torch.tensor([0, 1, 2, 3], dtype=torch.int32, device=DEVICE),
+        by_column=by_column(torch.tensor([1, 0, 2], dtype=torch.int32, device=DEVICE), 2, 3),
     )
     assert given.rows() == [0, 1, 1]
     infinite = replace(given, x=given.x.clone(), grad=given.grad.clone())
@@ -197,15 +232,16 @@ def test_offsets_beyond_two_to_the_31(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def last_slot_skipped(given: Problem) -> Problem:
-    starts = given.column_starts.clone()
+    starts = given.by_column.starts.clone()
     starts[-1] -= 1
     weight = given.weight.clone()
     weight[-1] = 0
-    return replace(given, weight=weight, column_starts=starts)
+    return replace(given, weight=weight, by_column=given.by_column._replace(starts=starts))
 
 
 def columns_shifted(given: Problem) -> Problem:
-    return replace(given, columns=given.columns.roll(1), slots_by_column=given.slots_by_column.roll(1))
+    tables = given.by_column
+    return replace(given, columns=given.columns.roll(1), by_column=tables._replace(slots=tables.slots.roll(1)))
 
 
 def tiles_transposed(given: Problem) -> Problem:

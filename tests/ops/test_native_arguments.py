@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseift_llm.ops.kernels import native
 from sparseift_llm.ops.kernels.native import NATIVE
+from sparseift_llm.topology.blocks import by_column
 from tests.helpers.block_cases import NEEDS_COMPILER, check, make_case
 from tests.helpers.block_feed_forward_cases import make_case as make_feed_forward
 
@@ -29,16 +30,10 @@ def feed_forward() -> None:
     # all sides, numbers of tiles and numbers of blocks differ, so that no two arguments look alike by chance
     case = make_feed_forward(block_counts=(2, 5, 3), tiles=(9, 7))
     columns = [case.up_columns, case.down_columns]
-    index = [native_index(case.up_columns, 2), native_index(case.down_columns, 5)]
+    tables = by_column(case.up_columns, 5, 2), by_column(case.down_columns, 3, 5)
     NATIVE.fused.forward(case.x, case.up, case.up_bias, columns[0], 80, case.down, case.down_bias, columns[1], 48)
-    tiles = (case.up, columns[0], *index[0]), (case.down, columns[1], *index[1])
+    tiles = (case.up, columns[0], tables[0]), (case.down, columns[1], tables[1])
     NATIVE.fused.gradient(case.grad, case.x, tiles[0], case.up_bias, 80, tiles[1], [True] * 4)
-
-
-def native_index(columns: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    from sparseift_llm.topology.blocks import slots_by_column
-
-    return slots_by_column(columns, num_columns)
 
 
 def calls_of(run: Callable[[], None]) -> dict[str, tuple[Argument, ...]]:

@@ -269,9 +269,11 @@ def test_bytes_by_hand() -> None:
     result = planned("gpt2", 8, sparsity=0.75)
     qkv = result.layers[0]
     assert (qkv.sparse_shape, qkv.num_active) == ((192, 64), 48 * 64)
-    assert isoflop.block_index_bytes(48, 8) == 4 * (48 + 48 + 8 + 1)
+    assert isoflop.block_index_bytes(48, 8) == 4 * (3 * 48 + 2 * 8 + 1)
     tiles = {"qkv": (48, 8), "o": (16, 8), "mlp_in": (64, 8), "mlp_out": (64, 32)}
-    assert result.sparse.topology_bytes == 2 * sum(4 * (2 * number + columns + 1) for number, columns in tiles.values())
+    assert result.sparse.topology_bytes == 2 * sum(
+        4 * (3 * number + 2 * columns + 1) for number, columns in tiles.values()
+    )
 
 
 @every_scope

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparseift_llm.topology.blocks import (
     are_valid,
+    by_column,
     columns_of,
     random_columns,
     reassign,
     rows_of_slots,
-    slots_by_column,
     tile_mask,
     tile_sums,
 )
@@ -71,31 +71,37 @@ def test_rows_differ_by_at_most_one_tile(num_tiles: int, num_rows: int) -> None:
     assert torch.equal(rows, torch.arange(num_rows).repeat_interleave(counts))
 
 
-def test_slots_by_column_by_hand() -> None:
+def test_by_column_by_hand() -> None:
     # slots 1 and 4 hold column 0, slot 2 column 1, none column 2, slots 0, 3 and 5 column 3
-    order, starts = slots_by_column(int32(3, 0, 1, 3, 0, 3), 4)
-    assert order.tolist() == [1, 4, 2, 0, 3, 5]
+    # and two slots are in each of three block-rows
+    slots, rows, starts, heavy_first = tables = by_column(int32(3, 0, 1, 3, 0, 3), 3, 4)
+    assert slots.tolist() == [1, 4, 2, 0, 3, 5]
+    assert rows.tolist() == [0, 2, 1, 0, 1, 2]
     assert starts.tolist() == [0, 2, 3, 3, 6]
-    assert (order.dtype, starts.dtype) == (torch.int32, torch.int32)
+    assert heavy_first.tolist() == [3, 0, 1, 2]
+    assert {table.dtype for table in tables} == {torch.int32}
 
 
 @given(tilings(), seeds)
-def test_slots_by_column_finds_every_tile_of_a_column(tiling: tuple[int, int, int], seed: int) -> None:
+def test_by_column_finds_every_tile_of_a_column(tiling: tuple[int, int, int], seed: int) -> None:
     rows, columns, num_tiles = tiling
     held = random_columns(rows, columns, num_tiles, seed)
-    order, starts = slots_by_column(held, columns)
+    order, of_row, starts, heavy_first = by_column(held, rows, columns)
+    assert torch.equal(of_row, rows_of_slots(num_tiles, rows).int()[order.long()])
+    counts = starts.diff()[heavy_first.long()].tolist()
+    assert counts == sorted(counts, reverse=True)
+    assert sorted(heavy_first.tolist()) == list(range(columns))
     assert len(starts) == columns + 1
     for column in range(columns):
         slots = order[starts[column] : starts[column + 1]].tolist()
         assert slots == [slot for slot, at in enumerate(held.tolist()) if at == column]
 
 
-def test_slots_by_column_of_no_tiles_and_of_meta_tiles() -> None:
-    order, starts = slots_by_column(int32(), 3)
-    assert (order.tolist(), starts.tolist()) == ([], [0, 0, 0, 0])
-    order, starts = slots_by_column(torch.empty(5, dtype=torch.int32, device="meta"), 3)
-    assert (order.shape, starts.shape) == ((5,), (4,))
-    assert (order.dtype, starts.dtype) == (torch.int32, torch.int32)
+def test_by_column_of_no_tiles_and_of_meta_tiles() -> None:
+    assert [table.tolist() for table in by_column(int32(), 2, 3)] == [[], [], [0, 0, 0, 0], [0, 1, 2]]
+    tables = by_column(torch.empty(5, dtype=torch.int32, device="meta"), 2, 3)
+    assert [table.shape for table in tables] == [(5,), (5,), (4,), (3,)]
+    assert {table.dtype for table in tables} == {torch.int32}
 
 
 # ---- columns and masks

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+Tiles = tuple[Tensor, Tensor, Sequence[Tensor]]  # weight, columns and the tables of `topology.blocks.ByColumn`
+
 
 class FusedFeedForward(Protocol):
     """Two block-sparse products with a GELU (tanh formula) between them, in one pass over the tokens.
@@ -55,10 +57,10 @@ class FusedFeedForward(Protocol):
         self,
         grad: Tensor,
         x: Tensor,
-        up_tiles: tuple[Tensor, ...],
+        up_tiles: Tiles,
         up_bias: Tensor | None,
         hidden_features: int,
-        down_tiles: tuple[Tensor, ...],
+        down_tiles: Tiles,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """The gradients of x, up, up_bias and down; the activation is computed again.
@@ -66,10 +68,10 @@ class FusedFeedForward(Protocol):
         Args:
             grad: (T, out), the gradient of what `forward` returned.
             x: (T, in), as in `forward`.
-            up_tiles: (weight, columns, slots_by_column, column_starts) of U.
+            up_tiles: (weight, columns, by_column) of U, see `Kernel`.
             up_bias: (hidden,) or None.
             hidden_features: rows of U and columns of D.
-            down_tiles: the same four tensors of D.
+            down_tiles: the same three of D.
             needed: which of the four gradients are wanted.
 
         Returns:
@@ -137,21 +139,14 @@ class Kernel(Protocol):
         ...
 
     def input_gradient(
-        self,
-        grad: Tensor,
-        weight: Tensor,
-        slots_by_column: Tensor,
-        column_starts: Tensor,
-        out_features: int,
-        in_features: int,
+        self, grad: Tensor, weight: Tensor, by_column: Sequence[Tensor], out_features: int, in_features: int
     ) -> Tensor:
         """grad @ W.
 
         Args:
             grad: (T, out_features), with any row stride.
             weight: the tiles (N, b, b) of W, each (out, in).
-            slots_by_column: the tiles' numbers sorted by block-column, int32 (N,).
-            column_starts: where each block-column starts in `slots_by_column`, int32 (in_features / b + 1,).
+            by_column: the four tables of `topology.blocks.ByColumn`.
             out_features: rows of W, a multiple of b.
             in_features: columns of W, a multiple of b.
 

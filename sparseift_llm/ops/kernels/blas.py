@@ -6,6 +6,8 @@ Operands of half precision are converted first, so that sums are float32 for eve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,18 +41,11 @@ class BlasKernel:
         return _gather(x, weight.transpose(1, 2), starts, columns.tolist(), None, bias)
 
     def input_gradient(
-        self,
-        grad: Tensor,
-        weight: Tensor,
-        slots_by_column: Tensor,
-        column_starts: Tensor,
-        out_features: int,
-        in_features: int,
+        self, grad: Tensor, weight: Tensor, by_column: Sequence[Tensor], out_features: int, in_features: int
     ) -> Tensor:
         """As `Kernel.input_gradient`."""
-        slots, num_rows = slots_by_column.tolist(), out_features // weight.shape[1]
-        rows = [((slot + 1) * num_rows - 1) // len(slots) for slot in slots]
-        return _gather(grad, weight, column_starts.tolist(), rows, slots, None)
+        slots, rows, starts, _ = by_column
+        return _gather(grad, weight, starts.tolist(), rows.tolist(), slots.tolist(), None)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
         """As `Kernel.weight_gradient`."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparseift_llm.ops.kernels.base import Tiles
 from sparseift_llm.ops.native_library import native_library
 from sparseift_llm.topology.blocks import rows_of_slots
 from sparseift_llm.topology.groups import row_starts
@@ -87,14 +88,14 @@ class _NativeFeedForward:
         self,
         grad: Tensor,
         x: Tensor,
-        up_tiles: tuple[Tensor, ...],
+        up_tiles: Tiles,
         up_bias: Tensor | None,
         hidden_features: int,
-        down_tiles: tuple[Tensor, ...],
+        down_tiles: Tiles,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """As `FusedFeedForward.gradient`."""
-        (up, up_columns, *up_index), (down, _, *down_index) = up_tiles, down_tiles
+        (up, up_columns, up_by_column), (down, _, down_by_column) = up_tiles, down_tiles
         grad, x = _unit_stride(grad), _unit_stride(x)
         shapes = (x.shape, up.shape, (hidden_features,), down.shape)
         results = [
@@ -102,8 +103,8 @@ class _NativeFeedForward:
         ]
         _call(
             "feed_forward_gradient", grad, x, up.contiguous(), _contiguous(up_bias),
-            *_row_map(up, up_columns, hidden_features), *_column_map(up, up_index, hidden_features),
-            down.contiguous(), *_column_map(down, down_index, grad.shape[1]), *results,
+            *_row_map(up, up_columns, hidden_features), *_column_map(up_by_column),
+            down.contiguous(), *_column_map(down_by_column), *results,
         )  # fmt: skip
         return results
 
@@ -130,16 +131,10 @@ class NativeKernel:
         return _gather(x, weight, True, _row_map(weight, columns, out_features), bias)
 
     def input_gradient(
-        self,
-        grad: Tensor,
-        weight: Tensor,
-        slots_by_column: Tensor,
-        column_starts: Tensor,
-        out_features: int,
-        in_features: int,
+        self, grad: Tensor, weight: Tensor, by_column: Sequence[Tensor], out_features: int, in_features: int
     ) -> Tensor:
         """As `Kernel.input_gradient`."""
-        return _gather(grad, weight, False, _column_map(weight, (slots_by_column, column_starts), out_features), None)
+        return _gather(grad, weight, False, _column_map(by_column), None)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:
         """As `Kernel.weight_gradient`."""
@@ -173,11 +168,10 @@ def _row_map(weight: Tensor, columns: Tensor, out_features: int) -> tuple[Tensor
     return starts, columns.contiguous(), slots
 
 
-def _column_map(weight: Tensor, by_column: Sequence[Tensor], out_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(starts, sources, tiles) for a product with W; `by_column` is (slots_by_column, column_starts) of its index."""
-    slots, starts = by_column
-    _, rows, _ = _fixed_index(len(weight), out_features // weight.shape[1])
-    return starts.contiguous(), rows[slots.long()], slots.contiguous()
+def _column_map(by_column: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(starts, sources, tiles) for a product with W."""
+    slots, rows, starts, _ = by_column
+    return starts.contiguous(), rows.contiguous(), slots.contiguous()
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,18 +33,13 @@ class ReferenceKernel:
         return F.linear(x, dense_weight(weight, columns, out_features, x.shape[1]), bias)
 
     def input_gradient(
-        self,
-        grad: Tensor,
-        weight: Tensor,
-        slots_by_column: Tensor,
-        column_starts: Tensor,
-        out_features: int,
-        in_features: int,
+        self, grad: Tensor, weight: Tensor, by_column: Sequence[Tensor], out_features: int, in_features: int
     ) -> Tensor:
         """As `Kernel.input_gradient`."""
-        columns = torch.empty_like(slots_by_column)
-        places = torch.arange(len(columns), dtype=column_starts.dtype, device=columns.device)
-        columns[slots_by_column.long()] = (torch.searchsorted(column_starts, places, right=True) - 1).to(columns.dtype)
+        slots, _, starts, _ = by_column
+        columns = torch.empty_like(slots)
+        places = torch.arange(len(columns), dtype=starts.dtype, device=columns.device)
+        columns[slots.long()] = (torch.searchsorted(starts, places, right=True) - 1).to(columns.dtype)
         return grad @ dense_weight(weight, columns, out_features, in_features)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -> Tensor:

@@ -1,0 +1,157 @@
+"""What a GPU runs for block-sparse products. The calls that launch it are in triton.py.
+
+Legend: T is the number of tokens, b the side of a tile ("tile"), N the number of stored tiles ("slots"). Tiles are
+grouped by block-row, and the numbers of tiles in two block-rows differ by at most one (see topology/blocks.py).
+"""
+
+from __future__ import annotations
+
+try:
+    import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+except ImportError:
+    triton = None
+
+HAS_TRITON = triton is not None
+if HAS_TRITON:
+    INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+    @triton.jit
+    def _place(program, token_blocks, parts):  # type: ignore[no-untyped-def]
+        # Programs that run together should read the same memory. Eight token blocks pass through all parts of the
+        # output before the next eight: a tile is read once for eight programs that follow each other, and the rows
+        # of eight token blocks stay in the L2 cache while every block-row picks the columns it needs from them.
+        group = program // (8 * parts)
+        height = tl.minimum(token_blocks - group * 8, 8)
+        inside = program % (8 * parts)
+        return group * 8 + inside % height, inside // height
+
+    @triton.jit
+    def _first_slot(row, slots, rows):  # type: ignore[no-untyped-def]
+        return (row.to(tl.int64) * slots // rows).to(tl.int32)
+
+    @triton.jit
+    def _row_of(slot, slots, rows):  # type: ignore[no-untyped-def]
+        return (((slot.to(tl.int64) + 1) * rows - 1) // slots).to(tl.int32)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _add_product(left, right, total, precision: tl.constexpr):  # type: ignore[no-untyped-def]
+        if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        return tl.dot(left, right, total, input_precision=precision)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _add_tiles(  # type: ignore[no-untyped-def]
+        total, source, source_stride, weight, others, order, first, count, slots, token, present, beside,
+        tile: tl.constexpr, depth: tl.constexpr, transposed: tl.constexpr, precision: tl.constexpr,
+    ):  # fmt: skip
+        """total (token block, part) + the products of `count` tiles from entry `first` on with blocks of the source.
+
+        others: the block of the source that every entry reads. order: the slot of every entry, if `transposed`.
+        beside: which of a tile's output features this program computes.
+        """
+        stride_along: tl.constexpr = tile if transposed else 1
+        stride_beside: tl.constexpr = 1 if transposed else tile
+        # One flat loop, which the compiler pipelines: `depth` features are part of a large tile or several small ones.
+        # Where the next step reads is looked up one step ahead: were it looked up in its own step, the compiler would
+        # spend every second stage on the look-up, and buffer half as many operands. The last look-up is not used.
+        ahead = tl.arange(0, depth)
+        # a scalar takes fewer registers and copies than a vector of equal numbers, hence the second case
+        entry = tl.minimum(first + ahead // tile if tile < depth else first, slots - 1)
+        other = tl.load(others + entry)
+        slot = tl.load(order + entry) if transposed else entry
+        for start in range(0, count * tile, depth):
+            inner = start + ahead
+            along = inner % tile
+            feature = other * tile + along
+            row = slot.to(tl.int64) * tile * tile + along * stride_along
+            if tile < depth:
+                active = inner < count * tile
+                values = tl.load(
+                    source + token[:, None] * source_stride + feature[None, :],
+                    mask=present[:, None] & active[None, :], other=0.0,
+                )  # fmt: skip
+                weights = tl.load(
+                    weight + row[:, None] + beside[None, :] * stride_beside, mask=active[:, None], other=0.0
+                )
+                entry = tl.minimum(first + (inner + depth) // tile, slots - 1)
+            else:
+                values = tl.load(
+                    source + token[:, None] * source_stride + feature[None, :], mask=present[:, None], other=0.0
+                )
+                weights = tl.load(weight + row[:, None] + beside[None, :] * stride_beside)
+                entry = tl.minimum(first + (start + depth) // tile, slots - 1)
+            other = tl.load(others + entry)
+            slot = tl.load(order + entry) if transposed else entry
+            total = _add_product(values, weights, total, precision)
+        return total
+
+    @triton.jit(do_not_specialize=["tokens", "slots", "rows", "blocks", "token_bucket"])  # type: ignore[untyped-decorator]
+    def product_kernel(  # type: ignore[no-untyped-def]
+        source, source_stride, weight, bias, others, order, starts, heavy_first, result, tokens, slots, rows, blocks,
+        token_bucket, tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, transposed: tl.constexpr,
+        precision: tl.constexpr, token_block: tl.constexpr,
+    ):  # fmt: skip
+        """result (T, blocks * b) = source times the tiles, which are transposed if `order` and `starts` are given."""
+        parts = tile // part
+        where, position = _place(tl.program_id(0), tl.cdiv(tokens, token_block), blocks * parts)
+        block = position // parts
+        if transposed:
+            block = tl.load(heavy_first + block)
+            first = tl.load(starts + block)
+            count = tl.load(starts + block + 1) - first
+        else:
+            first = _first_slot(block, slots, rows)
+            count = _first_slot(block + 1, slots, rows) - first
+        token = where.to(tl.int64) * token_block + tl.arange(0, token_block)
+        present = token < tokens
+        beside = (position % parts) * part + tl.arange(0, part)
+        total = tl.zeros((token_block, part), tl.float32)
+        total = _add_tiles(
+            total, source, source_stride, weight, others, order, first, count, slots, token, present, beside,
+            tile, depth, transposed, precision,
+        )  # fmt: skip
+        column = block * tile + beside
+        if bias is not None:
+            total += tl.load(bias + column).to(tl.float32)[None, :]
+        target = result + token[:, None] * (blocks * tile) + column[None, :]
+        tl.store(target, total.to(result.dtype.element_ty), mask=present[:, None])
+
+    @triton.jit(do_not_specialize=["tokens", "slots", "rows", "piece_tokens", "token_bucket"])  # type: ignore[untyped-decorator]
+    def weight_gradient_kernel(  # type: ignore[no-untyped-def]
+        grad, grad_stride, x, x_stride, columns, gradient, tokens, slots, rows, piece_tokens, token_bucket,
+        tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
+    ):  # fmt: skip
+        """gradient (pieces, N, b, b) = the tiles of grad.T @ x, each summed over a piece of the tokens."""
+        # Neighbours in the launch order work on one tile, then on its block-row, and walk through the tokens together:
+        # the columns of `grad` that they share, and the same rows of `x`, are in the L2 cache.
+        parts: tl.constexpr = tile // part
+        piece = tl.program_id(0) // (slots * parts * parts)
+        program = tl.program_id(0) % (slots * parts * parts)
+        slot = program // (parts * parts)
+        out = (program // parts) % parts * part + tl.arange(0, part)
+        beside = program % parts * part + tl.arange(0, part)
+        grad += _row_of(slot, slots, rows) * tile
+        x += tl.load(columns + slot) * tile
+        total = tl.zeros((part, part), tl.float32)
+        for start in range(piece * piece_tokens, tl.minimum((piece + 1) * piece_tokens, tokens), depth):
+            token = start + tl.arange(0, depth).to(tl.int64)
+            present = token < tokens
+            upstream = tl.load(grad + out[:, None] + token[None, :] * grad_stride, mask=present[None, :], other=0.0)
+            values = tl.load(x + token[:, None] * x_stride + beside[None, :], mask=present[:, None], other=0.0)
+            total = _add_product(upstream, values, total, precision)
+        number = piece.to(tl.int64) * slots + slot
+        target = gradient + number * tile * tile + out[:, None] * tile + beside[None, :]
+        tl.store(target, total.to(gradient.dtype.element_ty))
+
+    @triton.jit(do_not_specialize=["pieces"])  # type: ignore[untyped-decorator]
+    def add_pieces_kernel(partial, total, size, pieces, block: tl.constexpr):  # type: ignore[no-untyped-def]
+        """total (size,) = the sum of partial (pieces, size) over its pieces, one after the other."""
+        at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        inside = at < size
+        sums = tl.zeros((block,), tl.float32)
+        for _ in range(pieces):
+            sums += tl.load(partial + at, mask=inside, other=0.0)
+            partial += size
+        tl.store(total + at, sums.to(total.dtype.element_ty), mask=inside)
