@@ -7,7 +7,7 @@ CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 LAUNCH := $(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(CORES)
 
-.PHONY: install demo test test-fast lint types clean
+.PHONY: install demo test test-fast lint types docs clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ lint: install
 
 types: install
 	$(RUN)/mypy
+
+# the documentation site, in build/site; a link to nothing is an error
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -19,7 +19,7 @@ from sparseift_llm.data.options import DataConfig
 from sparseift_llm.data.tokenizer import load_tokenizer
 from sparseift_llm.layers.base import sparse_layers
 from tests.helpers.models import gradients_of, logits_of, shake, tiny_model
-from tests.helpers.paths import ROOT
+from tests.helpers.pages import ALL_TEXT
 from tests.helpers.texts import TEXTS
 from tests.helpers.tiny_runs import differences, masks, sparse_gpt2, sparse_trainer
 
@@ -103,15 +103,14 @@ def test_sparse_takes_active_weights_and_a_bit_each(kind: str, tmp_path: Path) -
     assert exported < whole or kind == "tiles"
 
 
-def test_in_bfloat16_the_bit_weighs_twice_and_the_readme_says_so(tmp_path: Path) -> None:
+def test_in_bfloat16_the_bit_weighs_twice_and_the_pages_say_so(tmp_path: Path) -> None:
     shares = {}
     for dtype, bit in ((torch.float32, 1 / 32), (torch.bfloat16, 1 / 16)):
         model = sparse_model("wide", dtype=dtype, n_embd=256)
         save_export(model, tmp_path / str(dtype), "sparse")
         shares[dtype], active = stored_share(tmp_path / str(dtype), model)
         assert shares[dtype] <= active + bit + 0.02
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{shares[torch.float32]:.3f} times their dense bytes in float32, {shares[torch.bfloat16]:.3f}" in text
+    assert f"{shares[torch.float32]:.3f} times their dense bytes in float32, {shares[torch.bfloat16]:.3f}" in ALL_TEXT
 
 
 def test_the_checks_catch_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

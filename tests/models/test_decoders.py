@@ -31,7 +31,7 @@ from sparseift_llm.models.projections import find_projections
 from sparseift_llm.ops.kernels.choice import use_block_kernel
 from tests.helpers.decoders import DISTINCT, FFN_FIXED, LATENT, REFUSED, SUPPORTED, decoder, decoder_config
 from tests.helpers.models import token_ids
-from tests.helpers.paths import ROOT
+from tests.helpers.pages import ALL_TEXT
 
 ALL_REFUSED = [(name, reason) for reason, names in REFUSED.items() for name in names]
 DROP_IN = ("parallel", "factorized", "doped")
@@ -188,10 +188,11 @@ def test_tiles(name: str, reference_kernel: None) -> None:
     torch.testing.assert_close(logits(to_dense(model), token_ids()), logits(model, token_ids()), rtol=1e-3, atol=1e-4)
 
 
-def test_the_readme_says_how_many() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_say_how_many() -> None:
+    assert f"{len(SUPPORTED)} of {len(SUPPORTED) + len(ALL_REFUSED)} model types" in ALL_TEXT
     assert (
-        f"{len(SUPPORTED)} of the {len(SUPPORTED) + len(ALL_REFUSED)} model types of transformers {LISTED_FOR}" in text
+        f"{len(SUPPORTED)} of the {len(SUPPORTED) + len(ALL_REFUSED)} model types of transformers {LISTED_FOR}"
+        in ALL_TEXT
     )
 
 

@@ -1,0 +1,103 @@
+"""README's table of what is gained and what it costs, made from result files: no figure without a run.
+
+    python -m tests.docs.does_it_pay
+
+writes it between the two marks in README.md; test_readme.py fails when it is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from sparseift_llm.utils.tables import markdown_table
+from tests.helpers.paths import ROOT
+from tests.helpers.scripts import load_script
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MAX_ROWS = 4
+BETWEEN = re.compile(r"(?<=<!-- does it pay -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+HEADER = ("sparse model", "held-out loss, dense → sparse", "FLOPs", "step time")
+EQUAL_FLOPS_ROWS = ("residual2", "model")  # of benchmarks/equal_flops.py, the widest model that has them
+
+
+def table() -> str:
+    """The table, at most MAX_ROWS rows: equal whole-model FLOPs first, where there are results."""
+    rows = [*equal_flops(), *study(), *timings()]
+    return markdown_table(HEADER, rows[:MAX_ROWS], "lrrr")
+
+
+def equal_flops() -> Iterator[tuple[str, str, str, str]]:
+    """Rows at equal whole-model FLOPs with tuned rates for both models, if that study has results."""
+    folder = RESULTS / "equal_flops"
+    if not folder.is_dir():
+        return
+    best_of = load_script("benchmarks/equal_flops.py").best_of
+    widths = sorted(folder.glob("*/width*"), key=lambda path: int(path.name.removeprefix("width")), reverse=True)
+    for name in EQUAL_FLOPS_ROWS:
+        for width in widths:
+            ours, dense = best_of(width / name), best_of(width / "dense")
+            if ours is None or dense is None or min(len(ours.losses), len(dense.losses)) < 3:
+                continue
+            losses = (mean(dense.losses.values()), mean(ours.losses.values()))
+            where = f"{width.parent.name}, hidden {width.name.removeprefix('width')}"
+            flops = ours.forward_flops / dense.forward_flops
+            yield _row(f"`{name}`, {where}", losses, flops, ours.step_seconds / dense.step_seconds)
+            break
+
+
+def study() -> Iterator[tuple[str, str, str, str]]:
+    """Static masks of the study of tiles, means of three seeds, and the scope that keeps the whole model's FLOPs."""
+    seconds = _read(RESULTS / "quality_study" / "tiles" / "times.json")["step_seconds"]
+    dense = [_summary("tiles", f"dense{seed}-lr0.008") for seed in ("", "-seed1", "-seed2")]
+    for title, name in (("`scope: model`, single weights", "mask"), ("`scope: model`, tiles, 8 per side", "tile32")):
+        ours = [_summary("tiles", f"{name}-static{seed}-lr0.008") for seed in ("", "-seed1", "-seed2")]
+        yield _row(
+            title, (_loss(dense), _loss(ours)), _flops(ours, dense), seconds[f"{name}-static"] / seconds["dense"]
+        )
+    ours, dense = _best("wide-scope-ffn"), _best("dense")
+    seconds = _read(RESULTS / "quality_study" / "families" / "times.json")["step_seconds"]
+    ratio = seconds["wide-scope-ffn"] / seconds["dense"]
+    yield _row("`scope: ffn`, tiles of 16", (_loss([dense]), _loss([ours])), _flops([ours], [dense]), ratio)
+
+
+def timings() -> Iterator[tuple[str, str, str, str]]:
+    """The time of a step with large tiles; no loss was measured there."""
+    (row,) = _read(RESULTS / "bench" / "step_cpu.json")["rows"]
+    yield (f"`scope: ffn`, tiles of {row['tile']}", "not measured", "1.00x", f"{row['ratio_block']:.2f}x")
+
+
+def _row(title: str, losses: tuple[float, float], flops: float, time: float) -> tuple[str, str, str, str]:
+    return title, f"{losses[0]:.3f} → {losses[1]:.3f}", f"{flops:.2f}x", f"{time:.2f}x"
+
+
+def _best(name: str) -> dict[str, Any]:
+    paths = sorted((RESULTS / "quality_study" / "families").glob(f"{name}-lr*.json"))
+    return min((_read(path) for path in paths), key=lambda summary: float(summary["eval_loss"]))
+
+
+def _summary(study: str, name: str) -> dict[str, Any]:
+    return _read(RESULTS / "quality_study" / study / f"{name}.json")
+
+
+def _loss(summaries: Iterable[dict[str, Any]]) -> float:
+    return mean(summary["eval_loss"] for summary in summaries)
+
+
+def _flops(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> float:
+    key = "forward_flops_per_token"
+    return float(ours[0][key] / dense[0][key])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+if __name__ == "__main__":
+    README.write_text(BETWEEN.sub(lambda _: table(), README.read_text(encoding="utf-8")), encoding="utf-8")

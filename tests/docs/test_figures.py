@@ -1,0 +1,100 @@
+"""Figures on the pages are those of the committed result files, which say how they were made."""
+
+from __future__ import annotations
+
+import json
+
+from sparseift_llm.bench.tables import render, render_crossover
+from sparseift_llm.reporting.comparison import comparison_table
+from tests.helpers.pages import ALL_TEXT, PAGES
+from tests.helpers.paths import ROOT
+from tests.helpers.scripts import load_script
+
+
+def test_the_table_of_results_is_the_committed_one() -> None:
+    results = [ROOT / "benchmarks" / "results" / "demo" / name for name in ("dense", "sparse")]
+    assert comparison_table(results).partition("\n\n")[0] in PAGES["docs/results.md"]
+
+
+def test_the_table_of_timings_is_the_committed_one() -> None:
+    names = ("ffn_fp32", "ffn_bf16", "step_cpu")
+    results = [
+        json.loads((ROOT / "benchmarks" / "results" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in names
+    ]
+    rows = [row for result in results for row in result["rows"]]
+    assert render({"rows": rows}) in PAGES["docs/block.md"]
+    assert all(row["ratio_floor"] > 0.95 for row in rows)  # nothing is faster than the machine
+    assert f"{rows[0]['state_bytes_ratio']:.3f} times" in ALL_TEXT
+    assert f"{rows[0]['state_bytes_ratio_masked']:.2f} times" in ALL_TEXT
+    assert f"{rows[2]['state_bytes_ratio']:.3f} times" in ALL_TEXT
+    assert f"{rows[2]['state_bytes_ratio_masked']:.2f} times" in ALL_TEXT
+    for name, result in zip(names, results, strict=True):
+        assert result["command"].startswith(f"sparseift bench --only {name}")
+        assert not result["commit"].endswith("-dirty")
+
+
+def test_the_crossover_table_is_the_committed_one() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "bench" / "crossover.json").read_text(encoding="utf-8"))
+    assert render_crossover(result) in PAGES["docs/block.md"]
+    worst = max(row["ratio_block"] for row in result["rows"] if row["tile"] == 16)
+    assert f"Tiles of 16 cost up to {worst:.1f} times the dense layer" in ALL_TEXT
+    assert result["command"].startswith("sparseift bench --crossover")
+    assert not result["commit"].endswith("-dirty")
+
+
+def test_the_memory_of_a_step_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "bench" / "step_cpu.json"
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for key in ("block", "block_update_step", "dense", "masked", "masked_update_step"):
+        assert f"{row[f'{key}_peak_bytes'] / 1e6:.0f}" in ALL_TEXT
+
+
+def test_committed_results_say_how_they_were_made() -> None:
+    for path in (ROOT / "benchmarks" / "results").rglob("summary.json"):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        assert all(summary[key] for key in ("command", "commit", "machine", "versions", "config"))
+        assert not summary["commit"].endswith("-dirty")
+
+
+def test_the_cost_of_updates_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "update_cost.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    shares = [result[structure]["share_of_training_time"] for structure in ("unstructured", "block")]
+    assert max(shares) < 0.03
+    assert f"{100 * shares[0]:.1f}% (unstructured) and {100 * shares[1]:.1f}% (block)" in ALL_TEXT
+    assert f"{result['block']['bytes_per_update'] / 1e6:.0f} MB" in ALL_TEXT
+    assert result["command"].endswith("benchmarks/update_cost.py benchmarks/results/update_cost.json")
+    assert not result["commit"].endswith("-dirty")
+
+
+def test_the_time_of_a_spectral_report_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "spectral_time.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    seconds = [result[structure]["seconds"] for structure in ("unstructured", "block")]
+    sentence = f"takes {seconds[0]:.0f} s unstructured and {seconds[1]:.0f} s in tiles of 128"
+    assert sentence in ALL_TEXT
+    assert result["unstructured"]["num_layers"] == 48
+    assert not result["commit"].endswith("-dirty")
+
+
+def test_the_loss_jump_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "loss_jump.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert load_script("benchmarks/loss_jump.py").table(result) in PAGES["docs/pretrained.md"]
+    assert f"after {result['num_steps']:,} steps on the built-in corpus, has {result['dense']:.3f}" in ALL_TEXT
+    assert all(result[key] for key in ("command", "machine", "versions", "commit"))
+    assert not result["commit"].endswith("-dirty")
+
+
+def test_the_cost_of_metrics_is_the_committed_one() -> None:
+    path = ROOT / "benchmarks" / "results" / "metrics_cost.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    shares = [result[structure]["share_of_training_time"] for structure in ("unstructured", "block")]
+    assert max(shares) < 0.01
+    assert f"{100 * shares[0]:.2f}% (unstructured) and {100 * shares[1]:.2f}% (block)" in ALL_TEXT
+    assert (result["log_every_steps"], result["update_every_steps"]) == (10, 100)
+    assert result["command"].endswith("benchmarks/metrics_cost.py benchmarks/results/metrics_cost.json")
+    assert result["machine"]
+    assert result["versions"]
+    assert not result["commit"].endswith("-dirty")
