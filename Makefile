@@ -46,7 +46,7 @@ types: install
 
 # the documentation site, in build/site; a link to nothing is an error
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -22,7 +22,7 @@ from tests.helpers.paths import ROOT
 
 def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """What `make docs` runs, of the project in `folder`."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -81,8 +81,10 @@ def test_notebooks_are_pages_and_downloads(site: Path) -> None:
         assert kinds[0] == "markdown"
         assert kinds.count("code") >= 5
         page = text_of(site / "tutorials" / f"{source.stem}.html")
-        last = notebook["cells"][-1]["source"]
-        assert "".join(last).splitlines()[-1].strip()[:40] in page
+        title = "".join(notebook["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
+        code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert title in page
+        assert code[-1].splitlines()[-1] in page
         assert not (site / "tutorials" / source.name).exists()
 
 
