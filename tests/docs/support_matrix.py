@@ -96,6 +96,7 @@ GROUPS = {
         "fused q, k, v in an unknown order of rows, where masks change",
     ),
 }
+FOLD = '<details markdown="1"><summary>The tests behind these rows</summary>'
 HEAD = """# What is supported
 
 Made by `python -m tests.docs.support_matrix` from the tests that prove it; do not edit. **yes**: a test shows that it
@@ -165,12 +166,11 @@ def page(rows: dict[str, Row]) -> str:
         raise ValueError(f"in GROUPS or in the tests' marks, but not in both: {different}")
     lines = [HEAD]
     for title, names in GROUPS.items():
-        header = ("feature", *COLUMNS, "tests")
-        cells = []
-        for name in names:
-            tests = ", ".join(f"`{test}`" for test in rows[name].tests)
-            cells.append((name, *(rows[name].cell(column) for column in COLUMNS), tests))
-        lines += [f"## {title}", "", markdown_table(header, cells, "l" * len(header)), ""]
+        cells = [(name, *(rows[name].cell(column) for column in COLUMNS)) for name in names]
+        tests = [(name, ", ".join(f"`{test}`" for test in rows[name].tests)) for name in names]
+        table = markdown_table(("feature", *COLUMNS), cells, "l" * (1 + len(COLUMNS)))
+        lines += [f"## {title}", "", table, ""]
+        lines += [FOLD, "", markdown_table(("feature", "tests"), tests, "ll"), "", "</details>", ""]
     return "\n".join(lines)
 
 
