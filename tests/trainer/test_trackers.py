@@ -1,6 +1,6 @@
 """Trackers beside TensorBoard get the metrics, too: the real packages, offline. Skipped where they are not installed.
 
-wandb and trackio bring 100 MB and 170 MB, so no extra of this package has them. To run these tests:
+They bring 100 MB and 170 MB, so no extra of this package has them. To run these tests:
 
     pip install --target /tmp/trackers wandb trackio
     PYTHONPATH=/tmp/trackers python -m pytest tests/trainer/test_trackers.py
