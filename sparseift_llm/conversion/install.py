@@ -23,7 +23,7 @@ from sparseift_llm.layers.ends import MaskedEmbedding, TiedLogits, tied_logits
 from sparseift_llm.layers.masked import MaskedProjection, masked_projection
 from sparseift_llm.layers.stock import is_conv1d
 from sparseift_llm.models.projections import stock_shape
-from sparseift_llm.models.quirks import FEED_FORWARD_CHAINS
+from sparseift_llm.models.quirks import FEED_FORWARD_CHAINS, GATED_FEED_FORWARD_CHAINS
 from sparseift_llm.record.fields import LATER_VERSION, damaged
 from sparseift_llm.record.specs import ENDS, LayerSpec, MatrixSpec
 
@@ -201,14 +201,16 @@ def _sparse_layer(
 
 
 def _fuse_feed_forwards(model: PreTrainedModel, layers: Iterable[LayerSpec]) -> None:
-    """Compute both projections of an FFN as one where both are block-sparse and a GELU stands between them."""
-    chain = FEED_FORWARD_CHAINS.get(model.config.model_type)
+    """Compute the projections of an FFN as one where all are block-sparse, with a known activation between them."""
+    model_type = model.config.model_type
+    is_gated = model_type in GATED_FEED_FORWARD_CHAINS
+    chain = (GATED_FEED_FORWARD_CHAINS if is_gated else FEED_FORWARD_CHAINS).get(model_type)
     if chain is None:
         return
     for name in [layer.name.rpartition(".")[0] for layer in layers if layer.kind == "mlp_out"]:
         mlp = model.get_submodule(name)
-        if can_be_fused(mlp, chain):
-            _replace(model, name, BlockFeedForward(mlp, chain))
+        if can_be_fused(mlp, chain, is_gated):
+            _replace(model, name, BlockFeedForward(mlp, chain, is_gated))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

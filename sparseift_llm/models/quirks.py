@@ -18,6 +18,11 @@ FEED_FORWARD_CHAINS = {
     "gpt_neox": ("dense_h_to_4h", "act", "dense_4h_to_h"),
 }
 
+# The same for an MLP that computes down(activation(gate(x)) * up(x)): gate, activation, up, down.
+GATED_FEED_FORWARD_CHAINS = dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma"), ("gate_proj", "act_fn", "up_proj", "down_proj")
+)
+
 # How a fused QKV matrix orders its output rows:
 #   blocks      all queries, then all keys, then all values
 #   per_head    query, key and value of the first head, then those of the second, ...

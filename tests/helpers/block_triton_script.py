@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from sparseift_llm.ops.kernels import triton_code, triton_tuning
+from sparseift_llm.ops.activations import ACTIVATIONS
+from sparseift_llm.ops.kernels import triton_code, triton_launch, triton_tuning
 from sparseift_llm.ops.kernels.triton import TRITON
+from sparseift_llm.ops.kernels.triton_launch import Epilogue, Operand
 from sparseift_llm.topology.blocks import ByColumn
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -132,19 +135,32 @@ CALLED: list[str] = [""]  # the product that is being computed
 
 
 def products(tile: int, dtype: torch.dtype, tokens: int) -> dict[str, Callable[[], Any]]:
+    """Calls by name: the three products, and those of a feed-forward block with each activation, gated or not."""
     columns, starts = torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
     weight, x = torch.zeros(3, tile, tile, dtype=dtype), torch.zeros(tokens, 2 * tile, dtype=dtype)
     by_column = ByColumn(torch.arange(3, dtype=torch.int32), columns, starts, starts[:2])
-    return {
-        "forward": lambda: TRITON.forward(x, weight, x[0], columns, 2 * tile),
-        "input_gradient": lambda: TRITON.input_gradient(x, weight, by_column, 2 * tile, 2 * tile),
+    straight, transposed = Operand(x, weight, columns), Operand.transposed(x, weight, by_column)
+    width, sums = 2 * tile, triton_launch.empty_token_sums(tokens, 2 * tile, x.device)
+    found: dict[str, Callable[[], Any]] = {
+        "forward": lambda: TRITON.forward(x, weight, x[0], columns, width),
+        "input_gradient": lambda: TRITON.input_gradient(x, weight, by_column, width, width),
+        "two_input_gradients": lambda: triton_launch.product(transposed, None, width, width, second=transposed),
         "weight_gradient": lambda: TRITON.weight_gradient(x, x, columns, tile),
     }
+    for name in ACTIVATIONS:
+        for gate, suffix in ((None, ""), (x, "_gated")):
+            up = Epilogue(name, x, gate)
+            down = Epilogue(name, x, gate, gate, x, sums, None if gate is None else sums)
+            found[f"up_{name}{suffix}"] = partial(triton_launch.product, straight, x[0], width, width, up)
+            found[f"down_gradient_{name}{suffix}"] = partial(
+                triton_launch.product, transposed, None, width, width, down
+            )
+    return found
 
 
 def main() -> None:
     folder, *cases = sys.argv[1:]
-    TRITON.is_available = lambda: True  # type: ignore[method-assign]
+    triton_launch.is_available = lambda: True
     every = {kernel: list(kernel.configs) for kernel in TUNED}
     found: list[tuple[str, str, Any]] = []
     for kernel in (*TUNED, triton_code.add_pieces_kernel):

@@ -13,13 +13,13 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
-from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, ReLUSquaredActivation
 
 from sparseift_llm import SparseIFTConfig, sparsify, to_dense
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.block_ffn import BlockFeedForward, can_be_fused
-from sparseift_llm.models.quirks import FEED_FORWARD_CHAINS
+from sparseift_llm.models.quirks import FEED_FORWARD_CHAINS, GATED_FEED_FORWARD_CHAINS
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from tests.helpers.models import gradients_of, logits_of, tiny_config, tiny_model
 from tests.layers.test_block_layer import KINDS, backward, inputs, make
@@ -147,6 +147,87 @@ def test_it_gives_back_the_stock_module_with_its_attributes_and_present_children
     assert repr(module).startswith("BlockFeedForward(\n  up, act, down computed one by one\n  (up): BlockSparseLinear(")
 
 
+# ---- with a gate, and other activations
+
+
+class GatedMLP(nn.Module):
+    """As in Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            make("linear", 6, 3, 7),
+            make("linear", 6, 3, 8),
+            make("linear", 2, 6, 5),
+        )
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+GATED_CHAIN = ("gate_proj", "act_fn", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockFeedForward, "_pays_on", lambda self, device: True)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("armed", [False, True])
+def test_a_gated_one_equals_its_children_one_by_one(armed: bool) -> None:
+    torch.manual_seed(0)
+    plain = GatedMLP()
+    fused = BlockFeedForward(copy.deepcopy(plain), GATED_CHAIN, is_gated=True)
+    assert fused.is_fused
+    assert "gate_proj, act_fn, up_proj, down_proj computed as one" in repr(fused)
+    x = inputs(plain.up_proj)
+    if armed:
+        for module in (fused, plain):
+            module.gate_proj.dense_gradient = DenseGradient()
+    runs = [fused] if armed else [fused, torch.compile(fused, fullgraph=True, backend="aot_eager")]
+    for run in runs:
+        for found, expected in zip(backward(fused, x, run), backward(plain, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    if armed:
+        one, other = fused.gate_proj.dense_gradient.total, plain.gate_proj.dense_gradient.total
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert calls_of(fused, x) == ([*GATED_CHAIN] if armed else [])
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.ReLU(), GELUActivation(), ReLUSquaredActivation()])
+def test_every_activation_of_the_operator_is_fused(activation: nn.Module) -> None:
+    mlp = stock_mlp()
+    mlp.act = activation
+    fused = BlockFeedForward(copy.deepcopy(mlp), CHAIN)
+    assert fused.is_fused
+    x = inputs(fused.up)
+    for found, expected in zip(backward(fused, x), backward(mlp, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("arch", GATED_FEED_FORWARD_CHAINS)
+def test_gated_chains_are_what_stock_mlps_compute(arch: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(arch))
+    mlp = model.get_submodule("model.layers.0.mlp").double()
+    gate, activation, up, down = (mlp.get_submodule(name) for name in GATED_FEED_FORWARD_CHAINS[arch])
+    assert set(GATED_FEED_FORWARD_CHAINS[arch]) == set(dict(mlp.named_children()))
+    x = torch.randn(3, model.config.hidden_size, dtype=torch.float64)
+    assert torch.equal(down(activation(gate(x)) * up(x)), mlp(x))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_llama_is_fused_and_computes_what_its_dense_twin_does() -> None:
+    model = sparsify(tiny_model("llama"), BLOCK)
+    assert all(layer.mlp.is_fused for layer in model.model.layers)
+    torch.testing.assert_close(logits_of(model), logits_of(to_dense(model)), rtol=1e-9, atol=1e-9)
+    assert not any(isinstance(module, BlockFeedForward) for module in to_dense(model).modules())
+
+
 # ---- when children are called one by one
 
 
@@ -213,7 +294,7 @@ def test_a_hook_that_is_taken_off_lets_it_compute_as_one_again() -> None:
     ("mlp", "chain", "named"),
     [
         (StockMLP(make(rows=4), make(columns=5)), CHAIN, "cannot feed"),
-        (StockMLP(make(rows=4), make(columns=4), nn.GELU()), CHAIN, "leave it as it is"),
+        (StockMLP(make(rows=4), make(columns=4), nn.Tanh()), CHAIN, "leave it as it is"),
         (StockMLP(nn.Linear(8, 32), make(columns=4)), CHAIN, "leave it as it is"),
         (
             StockMLP(make(rows=4), make(columns=4)),
@@ -254,13 +335,14 @@ def test_chains_are_what_stock_mlps_compute(arch: str) -> None:
     assert bool((y == 0).any()) == (arch == "gpt2")  # dropped
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"])
-def test_a_model_is_fused_where_its_activation_is_the_tanh_gelu(activation: str) -> None:
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "mish"])
+def test_a_model_is_fused_where_its_activation_is_known_and_on_a_cpu_where_that_pays(activation: str) -> None:
     model = sparsify(tiny_model("gpt2", activation_function=activation), BLOCK)
-    fused = activation in ("gelu_new", "gelu_pytorch_tanh")
     for block in model.transformer.h:
-        assert isinstance(block.mlp, BlockFeedForward) == fused
-        assert can_be_fused(block.mlp, FEED_FORWARD_CHAINS["gpt2"]) == fused
+        assert isinstance(block.mlp, BlockFeedForward) == (activation != "mish")
+        assert can_be_fused(block.mlp, FEED_FORWARD_CHAINS["gpt2"]) == (activation != "mish")
+        if activation != "mish":
+            assert block.mlp.is_fused == (activation in ("gelu_new", "gelu_pytorch_tanh"))
     dense = to_dense(model)
     stock = tiny_model("gpt2", activation_function=activation)
     assert [type(module) for module in dense.modules()] == [type(module) for module in stock.modules()]

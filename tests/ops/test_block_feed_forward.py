@@ -1,4 +1,4 @@
-"""gelu(x U^T + b) D^T + b in tiles, as one operator: against a float64 dense reference, with faults it must catch."""
+"""A feed-forward block in tiles, as one operator: against a float64 dense reference, with faults it must catch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from sparseift_llm.ops import block_feed_forward
-from sparseift_llm.ops.block_feed_forward import block_feed_forward_op
+from sparseift_llm.ops.activations import ACTIVATIONS
+from sparseift_llm.ops.block_feed_forward import KEEP, block_feed_forward_op, keep_activations, kept_on
 from sparseift_llm.ops.kernels.choice import use_block_kernel
 from sparseift_llm.ops.kernels.native import NATIVE
 from tests.helpers.block_cases import LAYOUTS, NEEDS_COMPILER, num_threads
@@ -43,32 +43,43 @@ def cases(draw: st.DrawFn) -> Case:
         bias=draw(st.booleans()),
         layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**20)),
+        activation=draw(st.sampled_from(["gelu_tanh", *ACTIVATIONS])),
+        gated=draw(st.booleans()),
     )
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @settings(max_examples=40)
-@given(case=cases(), keep_hidden=st.booleans())
-def test_equals_the_dense_one(name: str, case: Case, keep_hidden: bool) -> None:
+@given(case=cases(), keep=st.sampled_from(KEEP))
+def test_equals_the_dense_one(name: str, case: Case, keep: str) -> None:
     use_block_kernel(name)
     try:
-        check(case, keep_hidden)
+        check(case, keep)
     finally:
         use_block_kernel(None)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("keep_hidden", [False, True])
-def test_equals_the_dense_one_on_triton(dtype: torch.dtype, keep_hidden: bool) -> None:
-    use_block_kernel("triton")
+def test_what_is_kept_is_said_once_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [kept_on(device) for device in ("cpu", "cuda")] == ["nothing", "hidden"]
+    keep_activations("all")
     try:
-        for bias, layout in ((True, "contiguous"), (False, "strided")):
-            check(make_case(dtype=dtype, bias=bias, layout=layout), keep_hidden)
-        if dtype == torch.float32:
-            torch.library.opcheck(block_feed_forward_op, (*leaves(make_case(tokens=5))[:-1], keep_hidden))
+        assert kept_on("cpu") == "all"
+        with pytest.raises(ValueError, match=r"keep.*'hiden'.*hidden"):
+            keep_activations("hiden")
     finally:
-        use_block_kernel(None)
+        keep_activations(None)
+    monkeypatch.setattr(block_feed_forward, "_keep", "everything")  # as it comes from the environment
+    with pytest.raises(ValueError, match="SPARSEIFT_BLOCK_KEEP"):
+        kept_on("cpu")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("keep", KEEP)
+def test_memory_between_the_passes_is_what_the_setting_says(kernel: str, keep: str, gated: bool) -> None:
+    case = make_case(gated=gated)
+    _, *kept = block_feed_forward_op(*case.arguments(keep))
+    size = 37 * 80 * 4  # tokens, hidden features, bytes
+    assert sum(tensor.nbytes for tensor in kept) == size * {"nothing": 0, "hidden": 1 + gated, "all": 2 + gated}[keep]
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
@@ -83,15 +94,24 @@ def test_output_memory_may_hold_anything_before(
 ) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
-    check(make_case(dtype=dtype, tiles=(2, 2)))  # fewer tiles than block-rows: some outputs have none
+    for gated in (False, True):
+        check(make_case(dtype=dtype, tiles=(2, 2), gated=gated))  # fewer tiles than block-rows: some outputs have none
 
 
-@pytest.mark.parametrize("fault", ["up column", "down slot", "bias", "gelu", "last token", "bfloat16 weights"])
+FAULTS = ["up column", "gate column", "gate and up", "down slot", "bias", "gelu", "last token", "bfloat16 weights"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_caught(kernel: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case()
+    case = make_case(gated=fault.startswith("gate"))
     computed = case.computed()
     if fault == "up column":
         computed = replace(case, up_columns=1 - case.up_columns).computed()
+    elif fault == "gate column":
+        assert case.gate_columns is not None
+        computed = replace(case, gate_columns=1 - case.gate_columns).computed()
+    elif fault == "gate and up":
+        computed["up"], computed["gate"] = computed["gate"], computed["up"]
     elif fault == "down slot":
         computed = replace(case, down=case.down.roll(1, 0)).computed()
     elif fault == "bias":
@@ -100,9 +120,7 @@ def test_faults_are_caught(kernel: str, fault: str, monkeypatch: pytest.MonkeyPa
     elif fault == "bfloat16 weights":
         computed = replace(case, up=case.up.bfloat16().float()).computed()
     elif fault == "gelu":
-        monkeypatch.setattr(F, "gelu", lambda x, approximate: torch.relu(x))
-        wrong = case.expected()
-        monkeypatch.undo()
+        wrong = replace(case, activation="gelu_erf").expected()
         computed = {name: value.float() for name, value in wrong.items()}
     else:
         computed["x"][-1] = 0
@@ -149,12 +167,13 @@ def test_special_values_stay_with_their_token(kernel: str, value: float) -> None
 def leaves(case: Case) -> tuple[Any, ...]:
     return tuple(
         argument.clone().requires_grad_() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
-        for argument in case.arguments(keep_hidden=False)
+        for argument in case.arguments("nothing")
     )
 
 
-def test_gradcheck(kernel: str) -> None:
-    arguments = leaves(make_case(tokens=5, size=4, dtype=torch.float64))
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradcheck(kernel: str, gated: bool) -> None:
+    arguments = leaves(make_case(tokens=5, size=4, dtype=torch.float64, gated=gated))
     assert torch.autograd.gradcheck(lambda *given: block_feed_forward_op(*given)[0], arguments)
 
 
@@ -162,25 +181,27 @@ def test_gradcheck_notices_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     arguments = leaves(make_case(tokens=5, size=4, dtype=torch.float64))
     monkeypatch.setattr(
         block_feed_forward, "block_feed_forward_gradient_op",
-        lambda grad, x, hidden, up, up_bias, *rest: [torch.ones_like(v) for v in (x, up, up_bias, rest[2])],
+        lambda grad, x, *rest: [torch.ones_like(v) for v in (x, rest[3], rest[4], x, x, rest[11])],
     )  # fmt: skip
     with pytest.raises(GradcheckError):
         torch.autograd.gradcheck(lambda *given: block_feed_forward_op(*given)[0], arguments)
 
 
-@pytest.mark.parametrize("keep_hidden", [False, True])
-def test_opcheck(kernel: str, keep_hidden: bool) -> None:
-    torch.library.opcheck(block_feed_forward_op, (*leaves(make_case(tokens=5, size=4))[:-1], keep_hidden))
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("keep", KEEP)
+def test_opcheck(kernel: str, keep: str, gated: bool) -> None:
+    torch.library.opcheck(block_feed_forward_op, (*leaves(make_case(tokens=5, size=4, gated=gated))[:-1], keep))
 
 
-def test_only_the_gradients_asked_for_are_computed(kernel: str) -> None:
-    expected = make_case().expected()
-    for wanted in GRADIENTS:
-        case = make_case()
+@pytest.mark.parametrize("gated", [False, True])
+def test_only_the_gradients_asked_for_are_computed(kernel: str, gated: bool) -> None:
+    expected = make_case(gated=gated).expected()
+    for wanted in expected.keys() - {"y"}:
+        case = make_case(gated=gated)
         getattr(case, wanted).requires_grad_()
-        block_feed_forward_op(*case.arguments(keep_hidden=False))[0].backward(case.grad)
+        block_feed_forward_op(*case.arguments("nothing"))[0].backward(case.grad)
         for name in GRADIENTS:
-            found = getattr(case, name).grad
+            found = None if getattr(case, name) is None else getattr(case, name).grad
             assert (found is not None) == (name == wanted)
             if found is not None:
                 assert float((found - expected[name]).abs().max() / expected[name].abs().max()) < 5e-6
@@ -189,4 +210,4 @@ def test_only_the_gradients_asked_for_are_computed(kernel: str) -> None:
 def test_mixed_dtypes_are_refused() -> None:
     case = make_case()
     with pytest.raises(ValueError, match="must have one dtype"):
-        block_feed_forward_op(*replace(case, down=case.down.double()).arguments(keep_hidden=False))
+        block_feed_forward_op(*replace(case, down=case.down.double()).arguments("nothing"))

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparseift_llm.ops.kernels import triton as block_triton
-from sparseift_llm.ops.kernels import triton_tuning
+from sparseift_llm.ops.kernels import triton_code, triton_launch, triton_tuning
+from sparseift_llm.ops.kernels.triton import TRITON
 from sparseift_llm.topology.blocks import by_column
 from tests.helpers.block_triton_cases import CHECKS, DEVICE, DTYPES, Problem, check, check_forward, problem, run
 
@@ -32,7 +32,7 @@ def one_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernels_run_here() -> None:
-    assert block_triton.TRITON.is_available(), "no GPU: TRITON_INTERPRET must be set before triton is imported"
+    assert TRITON.is_available(), "no GPU: TRITON_INTERPRET must be set before triton is imported"
 
 
 @st.composite
@@ -89,12 +89,12 @@ def test_thin_products(tile: int, tokens: int, monkeypatch: pytest.MonkeyPatch) 
 def test_weight_gradients_summed_in_pieces_of_the_tokens(
     tokens: int, pieces: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_triton, "token_pieces", lambda programs, tokens: pieces)
+    monkeypatch.setattr(triton_launch, "token_pieces", lambda programs, tokens: pieces)
     given = problem(32, 2, 3, 5, tokens, dtype)
     gradient = run(given)["weight_gradient"]
     CHECKS["weight_gradient"](given, gradient)
     assert torch.equal(gradient, run(given)["weight_gradient"])
-    monkeypatch.setattr(block_triton.triton_code, "add_pieces_kernel", OnlyTheFirstPiece())
+    monkeypatch.setattr(triton_code, "add_pieces_kernel", OnlyTheFirstPiece())
     with pytest.raises(AssertionError, match="error"):
         CHECKS["weight_gradient"](given, run(given)["weight_gradient"])
 
@@ -202,7 +202,7 @@ def test_every_number_of_the_results_is_written_and_none_beside_them(
         return buffers[-1][10000 : 10000 + size].view(shape)
 
     given = problem(16, 3, 4, 2, tokens, first_column=2)
-    monkeypatch.setattr(block_triton.torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned)
     results = run(given)
     assert [result.data_ptr() for result in results.values()] == [buffer[10000:].data_ptr() for buffer in buffers]
     for result, buffer in zip(results.values(), buffers, strict=True):

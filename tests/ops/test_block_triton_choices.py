@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sparseift_llm.ops.kernels import triton as block_triton
-from sparseift_llm.ops.kernels import triton_tuning
-from sparseift_llm.ops.kernels.triton import token_pieces
+from sparseift_llm.ops.kernels import triton_launch, triton_tuning
+from sparseift_llm.ops.kernels.triton_launch import token_pieces
 from sparseift_llm.ops.kernels.triton_tuning import bucket_of, own_bucket
 from tests.helpers.block_triton_cases import problem
 
@@ -24,11 +24,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 def test_float32_uses_tf32_only_where_torch_does(name: str, value: bool | str) -> None:
     matmul = torch.backends.cuda.matmul
     before = getattr(matmul, name)
-    assert block_triton._precision(torch.float32) == "ieee"
+    assert triton_launch.precision_of(torch.float32) == "ieee"
     setattr(matmul, name, value)
     try:
-        assert block_triton._precision(torch.float32) == "tf32"
-        assert block_triton._precision(torch.bfloat16) == "ieee"
+        assert triton_launch.precision_of(torch.float32) == "tf32"
+        assert triton_launch.precision_of(torch.bfloat16) == "ieee"
     finally:
         setattr(matmul, name, before)
 
@@ -75,7 +75,7 @@ def test_without_triton_the_module_imports_and_the_functions_say_what_to_install
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     package = importlib.import_module("sparseift_llm.ops.kernels")
-    for name in ("triton_code", "triton_tuning", "triton"):
+    for name in [name for name in vars(package) if name.startswith("triton")]:
         monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
         monkeypatch.delattr(package, name)  # the end of the test puts both back
     module: Any = importlib.import_module(f"{package.__name__}.triton")

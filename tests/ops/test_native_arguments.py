@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseift_llm.ops.kernels import native
+from sparseift_llm.ops.kernels.base import FeedForwardShape, Projection
 from sparseift_llm.ops.kernels.native import NATIVE
 from sparseift_llm.topology.blocks import by_column
 from tests.helpers.block_cases import NEEDS_COMPILER, check, make_case
@@ -29,11 +30,11 @@ def linear() -> None:
 def feed_forward() -> None:
     # all sides, numbers of tiles and numbers of blocks differ, so that no two arguments look alike by chance
     case = make_feed_forward(block_counts=(2, 5, 3), tiles=(9, 7))
-    columns = [case.up_columns, case.down_columns]
-    tables = by_column(case.up_columns, 5, 2), by_column(case.down_columns, 3, 5)
-    NATIVE.fused.forward(case.x, case.up, case.up_bias, columns[0], 80, case.down, case.down_bias, columns[1], 48)
-    tiles = (case.up, columns[0], tables[0]), (case.down, columns[1], tables[1])
-    NATIVE.fused.gradient(case.grad, case.x, tiles[0], case.up_bias, 80, tiles[1], [True] * 4)
+    up = Projection(case.up, case.up_bias, case.up_columns, by_column(case.up_columns, 5, 2))
+    down = Projection(case.down, case.down_bias, case.down_columns, by_column(case.down_columns, 3, 5))
+    shape = FeedForwardShape(80, 48, "gelu_tanh", False, "nothing")
+    _, kept = NATIVE.fused.forward(case.x, up, None, down, shape)
+    NATIVE.fused.gradient(case.grad, case.x, kept, up, None, down, shape, [True] * 6)
 
 
 def calls_of(run: Callable[[], None]) -> dict[str, tuple[Argument, ...]]:

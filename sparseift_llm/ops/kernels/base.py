@@ -7,75 +7,104 @@ stored tiles ("slots"), which are grouped by block-row (see topology/blocks.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-Tiles = tuple[Tensor, Tensor, Sequence[Tensor]]  # weight, columns and the tables of `topology.blocks.ByColumn`
+
+class Projection(NamedTuple):
+    """A block-sparse linear map.
+
+    Attributes:
+        weight: the tiles (N, b, b), each (out, in).
+        bias: (out,) or None.
+        columns: the block-column of every tile, int32 (N,).
+        by_column: the four tables of `topology.blocks.ByColumn`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    columns: Tensor
+    by_column: Sequence[Tensor]
+
+
+class FeedForwardShape(NamedTuple):
+    """What a feed-forward block is, but for its weights.
+
+    Attributes:
+        hidden_features: rows of up and gate, columns of down.
+        out_features: rows of down.
+        activation: a name of `ops.activations.ACTIVATIONS`.
+        is_gated: whether there is a gate.
+        keep: what stays in memory until the backward pass, see `Kept`: `nothing`, `hidden` (all but the activation) or
+            `all`.
+    """
+
+    hidden_features: int
+    out_features: int
+    activation: str
+    is_gated: bool
+    keep: str
+
+
+class Kept(NamedTuple):
+    """What a forward pass keeps for the backward pass, each (T, hidden); what is None is computed again there.
+
+    Attributes:
+        hidden: what up gave.
+        gate: what gate gave.
+        active: the activation that entered down.
+    """
+
+    hidden: Tensor | None
+    gate: Tensor | None
+    active: Tensor | None
 
 
 class FusedFeedForward(Protocol):
-    """Two block-sparse products with a GELU (tanh formula) between them, in one pass over the tokens.
+    """down(f(up(x))), or with a gate down(f(gate(x)) * up(x)), computed as one.
 
-    A kernel offers this when it can keep the activation between the products in cache: the activation of a widened
-    FFN is its largest tensor, and is then never written to memory. Without it, the operator calls the kernel's three
-    products and torch's GELU one after the other.
+    The activation of a widened FFN is its largest tensor. A kernel offers this when it can do without the passes over
+    memory that separate operators make: without the activation itself, if it stays in cache, or without the passes
+    between the products. Otherwise `ComposedFeedForward` calls the kernel's products and torch's activation.
     """
 
+    def supports(self, shape: FeedForwardShape) -> bool:
+        """Whether there is code for such a block."""
+        ...
+
     def forward(
-        self,
-        x: Tensor,
-        up: Tensor,
-        up_bias: Tensor | None,
-        up_columns: Tensor,
-        hidden_features: int,
-        down: Tensor,
-        down_bias: Tensor | None,
-        down_columns: Tensor,
-        out_features: int,
-    ) -> Tensor:
-        """gelu(x @ U.T + up_bias) @ D.T + down_bias.
-
-        Args:
-            x: (T, in).
-            up: the tiles (N, b, b) of U (hidden, in), each (out, in).
-            up_bias: (hidden,) or None.
-            up_columns: the block-column of every tile of U, int32 (N,).
-            hidden_features: rows of U and columns of D.
-            down: the tiles (M, b, b) of D (out, hidden).
-            down_bias: (out,) or None.
-            down_columns: the block-column of every tile of D, int32 (M,).
-            out_features: rows of D.
-
-        Returns:
-            (T, out).
-        """
+        self, x: Tensor, up: Projection, gate: Projection | None, down: Projection, shape: FeedForwardShape
+    ) -> tuple[Tensor, Kept]:
+        """The block for x (T, in): y (T, out), and what `shape.keep` asks for."""
         ...
 
     def gradient(
         self,
         grad: Tensor,
         x: Tensor,
-        up_tiles: Tiles,
-        up_bias: Tensor | None,
-        hidden_features: int,
-        down_tiles: Tiles,
+        kept: Kept,
+        up: Projection,
+        gate: Projection | None,
+        down: Projection,
+        shape: FeedForwardShape,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """The gradients of x, up, up_bias and down; the activation is computed again.
+        """The gradients of x and of the weights and biases of up and gate, and of the weight of down.
 
         Args:
-            grad: (T, out), the gradient of what `forward` returned.
+            grad: (T, out), the gradient of y.
             x: (T, in), as in `forward`.
-            up_tiles: (weight, columns, by_column) of U, see `Kernel`.
-            up_bias: (hidden,) or None.
-            hidden_features: rows of U and columns of D.
-            down_tiles: the same three of D.
-            needed: which of the four gradients are wanted.
+            kept: what `forward` returned.
+            up: as in `forward`, and so are the others.
+            gate: as in `forward`.
+            down: as in `forward`.
+            shape: as in `forward`.
+            needed: which of the six are wanted: x, up's weight and bias, gate's weight and bias, down's weight.
 
         Returns:
-            The four gradients, with None for those that are not wanted.
+            The six gradients, with None for those that are not wanted.
         """
         ...
 

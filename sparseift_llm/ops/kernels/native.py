@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparseift_llm.ops.kernels.base import Tiles
+from sparseift_llm.ops.kernels.base import FeedForwardShape, Kept, Projection
 from sparseift_llm.ops.native_library import native_library
 from sparseift_llm.topology.blocks import rows_of_slots
 from sparseift_llm.topology.groups import row_starts
@@ -63,50 +63,49 @@ _ENTRY_POINTS: dict[str, tuple[Any, ...]] = {
 class _NativeFeedForward:
     """A feed-forward block in one pass; the activation lives in cache, a few hundred tokens at a time."""
 
+    def supports(self, shape: FeedForwardShape) -> bool:
+        """Whether it is a GELU (tanh formula) without a gate, of which nothing is kept."""
+        return (shape.activation, shape.is_gated, shape.keep) == ("gelu_tanh", False, "nothing")
+
     def forward(
-        self,
-        x: Tensor,
-        up: Tensor,
-        up_bias: Tensor | None,
-        up_columns: Tensor,
-        hidden_features: int,
-        down: Tensor,
-        down_bias: Tensor | None,
-        down_columns: Tensor,
-        out_features: int,
-    ) -> Tensor:
+        self, x: Tensor, up: Projection, gate: Projection | None, down: Projection, shape: FeedForwardShape
+    ) -> tuple[Tensor, Kept]:
         """As `FusedFeedForward.forward`."""
         x = _unit_stride(x)
-        y = torch.empty(len(x), out_features, dtype=x.dtype)
+        y = torch.empty(len(x), shape.out_features, dtype=x.dtype)
+        up_map = _row_map(up.weight, up.columns, shape.hidden_features)
+        down_map = _row_map(down.weight, down.columns, shape.out_features)
         _call(
-            "feed_forward", x, up.contiguous(), _contiguous(up_bias), *_row_map(up, up_columns, hidden_features),
-            down.contiguous(), _contiguous(down_bias), *_row_map(down, down_columns, out_features), y,
+            "feed_forward", x, up.weight.contiguous(), _contiguous(up.bias), *up_map,
+            down.weight.contiguous(), _contiguous(down.bias), *down_map, y,
         )  # fmt: skip
-        return y
+        return y, Kept(None, None, None)
 
     def gradient(
         self,
         grad: Tensor,
         x: Tensor,
-        up_tiles: Tiles,
-        up_bias: Tensor | None,
-        hidden_features: int,
-        down_tiles: Tiles,
+        kept: Kept,
+        up: Projection,
+        gate: Projection | None,
+        down: Projection,
+        shape: FeedForwardShape,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """As `FusedFeedForward.gradient`."""
-        (up, up_columns, up_by_column), (down, _, down_by_column) = up_tiles, down_tiles
+        """As `FusedFeedForward.gradient`; the activation is computed again."""
         grad, x = _unit_stride(grad), _unit_stride(x)
-        shapes = (x.shape, up.shape, (hidden_features,), down.shape)
-        results = [
-            torch.empty(shape, dtype=x.dtype) if want else None for shape, want in zip(shapes, needed, strict=True)
-        ]
+        needs_x, needs_up, needs_bias, _, _, needs_down = needed
+        shapes = (x.shape, up.weight.shape, (shape.hidden_features,), down.weight.shape)
+        grad_x, grad_up, grad_bias, grad_down = (
+            torch.empty(of, dtype=x.dtype) if want else None
+            for of, want in zip(shapes, (needs_x, needs_up, needs_bias, needs_down), strict=True)
+        )
         _call(
-            "feed_forward_gradient", grad, x, up.contiguous(), _contiguous(up_bias),
-            *_row_map(up, up_columns, hidden_features), *_column_map(up_by_column),
-            down.contiguous(), *_column_map(down_by_column), *results,
+            "feed_forward_gradient", grad, x, up.weight.contiguous(), _contiguous(up.bias),
+            *_row_map(up.weight, up.columns, shape.hidden_features), *_column_map(up.by_column),
+            down.weight.contiguous(), *_column_map(down.by_column), grad_x, grad_up, grad_bias, grad_down,
         )  # fmt: skip
-        return results
+        return [grad_x, grad_up, grad_bias, None, None, grad_down]
 
 
 class NativeKernel:

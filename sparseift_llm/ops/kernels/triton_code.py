@@ -17,7 +17,7 @@ if HAS_TRITON:
     INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
     @triton.jit
-    def _place(program, token_blocks, parts):  # type: ignore[no-untyped-def]
+    def place_of(program, token_blocks, parts):  # type: ignore[no-untyped-def]
         # Programs that run together should read the same memory. Eight token blocks pass through all parts of the
         # output before the next eight: a tile is read once for eight programs that follow each other, and the rows
         # of eight token blocks stay in the L2 cache while every block-row picks the columns it needs from them.
@@ -27,7 +27,7 @@ if HAS_TRITON:
         return group * 8 + inside % height, inside // height
 
     @triton.jit
-    def _first_slot(row, slots, rows):  # type: ignore[no-untyped-def]
+    def first_slot(row, slots, rows):  # type: ignore[no-untyped-def]
         return (row.to(tl.int64) * slots // rows).to(tl.int32)
 
     @triton.jit
@@ -42,7 +42,7 @@ if HAS_TRITON:
         return tl.dot(left, right, total, input_precision=precision)
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _add_tiles(  # type: ignore[no-untyped-def]
+    def add_tiles(  # type: ignore[no-untyped-def]
         total, source, source_stride, weight, others, order, first, count, slots, token, present, beside,
         tile: tl.constexpr, depth: tl.constexpr, transposed: tl.constexpr, precision: tl.constexpr,
     ):  # fmt: skip
@@ -59,8 +59,8 @@ if HAS_TRITON:
         ahead = tl.arange(0, depth)
         # a scalar takes fewer registers and copies than a vector of equal numbers, hence the second case
         entry = tl.minimum(first + ahead // tile if tile < depth else first, slots - 1)
-        other = tl.load(others + entry)
-        slot = tl.load(order + entry) if transposed else entry
+        other = tl.load(others + entry, mask=entry >= 0, other=0)  # without tiles there is nothing to look up
+        slot = tl.load(order + entry, mask=entry >= 0, other=0) if transposed else entry
         for start in range(0, count * tile, depth):
             inner = start + ahead
             along = inner % tile
@@ -86,37 +86,6 @@ if HAS_TRITON:
             slot = tl.load(order + entry) if transposed else entry
             total = _add_product(values, weights, total, precision)
         return total
-
-    @triton.jit(do_not_specialize=["tokens", "slots", "rows", "blocks", "token_bucket"])  # type: ignore[untyped-decorator]
-    def product_kernel(  # type: ignore[no-untyped-def]
-        source, source_stride, weight, bias, others, order, starts, heavy_first, result, tokens, slots, rows, blocks,
-        token_bucket, tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, transposed: tl.constexpr,
-        precision: tl.constexpr, token_block: tl.constexpr,
-    ):  # fmt: skip
-        """result (T, blocks * b) = source times the tiles, which are transposed if `order` and `starts` are given."""
-        parts = tile // part
-        where, position = _place(tl.program_id(0), tl.cdiv(tokens, token_block), blocks * parts)
-        block = position // parts
-        if transposed:
-            block = tl.load(heavy_first + block)
-            first = tl.load(starts + block)
-            count = tl.load(starts + block + 1) - first
-        else:
-            first = _first_slot(block, slots, rows)
-            count = _first_slot(block + 1, slots, rows) - first
-        token = where.to(tl.int64) * token_block + tl.arange(0, token_block)
-        present = token < tokens
-        beside = (position % parts) * part + tl.arange(0, part)
-        total = tl.zeros((token_block, part), tl.float32)
-        total = _add_tiles(
-            total, source, source_stride, weight, others, order, first, count, slots, token, present, beside,
-            tile, depth, transposed, precision,
-        )  # fmt: skip
-        column = block * tile + beside
-        if bias is not None:
-            total += tl.load(bias + column).to(tl.float32)[None, :]
-        target = result + token[:, None] * (blocks * tile) + column[None, :]
-        tl.store(target, total.to(result.dtype.element_ty), mask=present[:, None])
 
     @triton.jit(do_not_specialize=["tokens", "slots", "rows", "piece_tokens", "token_bucket"])  # type: ignore[untyped-decorator]
     def weight_gradient_kernel(  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparseift_llm.ops.kernels import triton_code
+from sparseift_llm.ops.kernels import triton_code, triton_product
 
 if triton_code.HAS_TRITON:
     import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -94,5 +94,7 @@ if triton_code.HAS_TRITON:
     ]
     THIN_CONFIGS = [({"token_block": THIN}, warps, stages) for warps, stages in ((4, 4), (2, 5), (4, 6))]
     WEIGHT_GRADIENT_CONFIGS: list[tuple[dict[str, int], int, int]] = [({}, 4, 3), ({}, 4, 4), ({}, 2, 4), ({}, 8, 3)]
-    product = _tuned(triton_code.product_kernel, ["transposed", "blocks"], [*PRODUCT_CONFIGS, *THIN_CONFIGS])
+    product = _tuned(
+        triton_product.product_kernel, ["transposed", "activation", "blocks"], [*PRODUCT_CONFIGS, *THIN_CONFIGS]
+    )
     weight_gradient = _tuned(triton_code.weight_gradient_kernel, [], WEIGHT_GRADIENT_CONFIGS)
