@@ -32,7 +32,7 @@ class FeedForward(nn.Module):
         return y
 
 
-def _feed_forwards(row: Row) -> dict[str, nn.Module]:
+def feed_forwards(row: Row) -> dict[str, nn.Module]:
     """The dense FFN with sides (hidden, 4 hidden), and its two Wide 75% twins with sides twice as long.
 
     Both twins have the same active weights: the mask of the masked one covers the tiles of the other.
@@ -63,7 +63,7 @@ def measure_layer(row: Row, repeats: int) -> dict[str, Any]:
         See `row_result`, and the medians of the two passes of the dense and the block-sparse FFN.
     """
     torch.manual_seed(0)
-    layers = {name: layer.to(row.device, row.dtype) for name, layer in _feed_forwards(row).items()}
+    layers = {name: layer.to(row.device, row.dtype) for name, layer in feed_forwards(row).items()}
     width = {"dense": row.hidden, "masked": 2 * row.hidden, "block": 2 * row.hidden}
     x = {
         name: torch.randn(row.tokens, width[name], device=row.device, dtype=row.dtype, requires_grad=True)

@@ -24,14 +24,19 @@ def floor_seconds(row: Row, flops: float, traffic: float) -> float:
         flops: multiply-adds of the contestant, counted as two each.
         traffic: bytes that it has to read or write at least.
     """
-    gemm = min(_gemm_seconds(row, dtype) for dtype in {row.dtype, torch.float32})
+    gemm = min(gemm_seconds(row, dtype) for dtype in {row.dtype, torch.float32})
     source = torch.zeros(32 << 20, device=row.device)
     target = torch.zeros_like(source)
     copying = statistics.median(seconds_of(lambda: target.copy_(source), row.device) for _ in range(7))
-    return max(flops * gemm / (2 * row.tokens * 768 * 3072), traffic * copying / (2 * source.nbytes))
+    return max(flops * gemm / gemm_flops(row), traffic * copying / (2 * source.nbytes))
 
 
-def _gemm_seconds(row: Row, dtype: torch.dtype) -> float:
+def gemm_flops(row: Row) -> float:
+    """FLOPs of the product that `gemm_seconds` times."""
+    return 2.0 * row.tokens * 768 * 3072
+
+
+def gemm_seconds(row: Row, dtype: torch.dtype) -> float:
     """Median seconds of a product of (tokens, 768) and (768, 3072)."""
     left = torch.randn(row.tokens, 768, device=row.device, dtype=dtype)
     right = torch.randn(768, 3072, device=row.device, dtype=dtype)
@@ -61,6 +66,7 @@ def row_result(
         **{f"{name}_s": total[name] for name in VARIANTS},
         "ratio_masked": total["masked"] / total["dense"],
         "ratio_block": total["block"] / total["dense"],
+        "gemm_flops_per_s": gemm_flops(row) / gemm_seconds(row, row.dtype),
         "floor_s": floor,
         "ratio_floor": total["block"] / floor,
         "state_bytes_ratio": states["block"] / states["dense"],

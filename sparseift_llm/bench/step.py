@@ -35,7 +35,7 @@ def measure_step(row: Row, repeats: int) -> dict[str, Any]:
         See `row_result`, and the seconds and peak bytes of steps with a mask update.
     """
     torch.manual_seed(0)
-    models = _models(row)
+    models = models_of(row)
     optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
     vocab, batch = models["dense"].config.vocab_size, row.tokens // row.seq_len
     tokens = torch.randint(vocab, (batch, row.seq_len), device=row.device)
@@ -72,7 +72,7 @@ def measure_step(row: Row, repeats: int) -> dict[str, Any]:
     }
 
 
-def _models(row: Row) -> dict[str, PreTrainedModel]:
+def models_of(row: Row) -> dict[str, PreTrainedModel]:
     """The dense model, and its twins with FFNs made Wide 75%. With a controller, their masks change on every step."""
     fields: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     # One kernel instead of eight elementwise ones, so that the dense model is as fast as it can be.

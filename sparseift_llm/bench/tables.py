@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparseift_llm.utils.tables import markdown_table
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """One line per row: times of the dense contestant, and those of the others and the floor in ratio to it."""
-    header = ("what", "device, dtype", "tile", "tokens", "dense", "masked", "block", "floor")
+    """One line per row: times of the dense contestant, and those of the others and the floor in ratio to it.
+
+    Beside them stands the rate of dense products in the same run, if the result has it: where they are slow, so is the
+    dense contestant, and ratios are small.
+    """
+    header = ("what", "device, dtype", "tile", "tokens", "dense", "masked", "block", "floor", "dense products")
     cells = [
         (
             row["name"],
@@ -22,10 +26,17 @@ def render(result: Mapping[str, Any]) -> str:
             f"{row['ratio_masked']:.2f}x",
             f"{row['ratio_block']:.2f}x",
             f"{row['floor_s'] / row['dense_s']:.2f}x",
+            f"{row['gemm_flops_per_s'] / 1e9:,.0f} GFLOP/s" if "gemm_flops_per_s" in row else "",
         )
         for row in result["rows"]
     ]
-    return markdown_table(header, cells, "llrrrrrr")
+    return _without_empty(header, cells)
+
+
+def _without_empty(header: Sequence[str], cells: Sequence[Sequence[object]]) -> str:
+    """A table without the last column if all of its cells are empty, as in results of older versions."""
+    size = len(header) if any(row[-1] for row in cells) else len(header) - 1
+    return markdown_table(header[:size], [row[:size] for row in cells], "llrrrrrrr"[:size])
 
 
 def render_crossover(result: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparseift_llm.bench.measure import peak_bytes, take_turns
+from sparseift_llm.bench.measure import peak_bytes, queued_seconds, take_turns
 from sparseift_llm.bench.rows import CROSSOVER, ROWS, Row
 from sparseift_llm.bench.run import bench
 from sparseift_llm.bench.tables import render
@@ -48,6 +48,7 @@ def test_a_row_is_complete_and_consistent(name: str, results: dict[str, dict[str
     for variant in ("masked", "block"):
         assert found[f"ratio_{variant}"] == found[f"{variant}_s"] / found["dense_s"] > 0
     assert found["ratio_floor"] == found["block_s"] / found["floor_s"] > 0
+    assert f"{found['gemm_flops_per_s'] / 1e9:,.0f} GFLOP/s |" in render({"rows": [found]})
     assert all(found[f"{variant}_peak_bytes"] > 0 for variant in ("dense", "masked", "block"))
     json.dumps(found)
 
@@ -74,6 +75,26 @@ def test_contestants_take_turns() -> None:
     times = take_turns(parts, "cpu", repeats=1)  # and two rounds of warm-up
     assert order == ["xf", "xb", "yf", "yb"] * 3
     assert [len(times[name][part]) for name in "xy" for part in "fb"] == [1, 1, 1, 1]
+
+
+def test_on_a_gpu_calls_are_queued_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 3.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    seconds = queued_seconds([lambda: order.append("one"), lambda: order.append("two")], "cuda")
+    assert seconds == [0.003, 0.003]
+    assert order == ["wait", "event", "one", "event", "event", "two", "event", "wait"]
 
 
 def test_peak_bytes_by_hand() -> None:
