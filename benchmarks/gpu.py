@@ -300,9 +300,12 @@ def measure_steps(results: Results) -> None:
         results.time(f"step {name}, eager", step)
         results.rows[-1]["note"] = f"peak {peak_bytes(step, row.device) / 1e9:,.2f} GB"
         results.time(f"passes {name}, eager", passes)
-        results.time(f"passes {name}, CUDA graph", captured(passes))
-        del model, optimizer, passes, step
-        torch.cuda.empty_cache()
+        try:
+            replay = captured(passes)
+        except RuntimeError as problem:  # what a model of transformers does on the host may not be captured
+            print(f"passes {name}: no CUDA graph, {problem}", file=sys.stderr)
+        else:
+            results.time(f"passes {name}, CUDA graph", replay)
 
 
 def main(words: Sequence[str]) -> int:

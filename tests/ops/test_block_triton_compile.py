@@ -1,7 +1,7 @@
 """What the compiler makes of the Triton kernels, in a subprocess without the interpreter; no GPU is needed.
 
-The suite compiles the configurations that stand for all, in about half a minute. All of them, in six minutes:
-`SPARSEIFT_COMPILE_ALL=1 python -m pytest tests/ops/test_block_triton_compile.py`. The same command in an environment
+The suite compiles the configurations that stand for all, in about half a minute. All of a tile, in four minutes:
+`SPARSEIFT_COMPILE_ALL=128 python -m pytest tests/ops/test_block_triton_compile.py`. The same command in an environment
 with `pip install triton==3.6.0` shows the compiler of an older torch.
 """
 
@@ -21,7 +21,7 @@ from tests.helpers.paths import ROOT
 pytest.importorskip("triton", reason="triton is not installed")
 
 pytestmark = pytest.mark.timeout(1000)
-ALL = bool(os.environ.get("SPARSEIFT_COMPILE_ALL"))
+ALL = os.environ.get("SPARSEIFT_COMPILE_ALL")  # a tile
 REGISTERS = 65536  # of a multiprocessor of a Hopper GPU
 SHARED_BYTES = 227 * 1024  # the same
 # Of each product on an H100 or H200: the most tokens, warps and stages, and two programs on a multiprocessor
@@ -40,7 +40,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("compiled")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    cases = [f"90:bfloat16:{case}" for case in (("128", "64", *THIN) if ALL else CHOSEN)]
+    cases = [f"90:bfloat16:{case}" for case in ((ALL, *THIN) if ALL else CHOSEN)]
     cases += [f"{capability}:{dtype}:64:forward:64/4/3" for capability, dtype in OTHER_GPUS]
     command = [sys.executable, "-W", "error", "-m", "tests.helpers.block_triton_script", str(folder), *cases]
     finished = subprocess.run(
@@ -58,7 +58,7 @@ def hopper(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_the_chosen_configurations_are_compiled(hopper: list[dict[str, Any]]) -> None:
     found = {f"{kernel['tile']}:{kernel['product']}:{kernel['config']}" for kernel in hopper}
-    assert set(CHOSEN) <= found
+    assert {case for case in CHOSEN if not ALL or case.startswith(f"{ALL}:")} <= found
     if ALL:
         assert len({kernel["product"] for kernel in hopper}) == 5 + 4 * len(ACTIVATIONS)
 

@@ -58,7 +58,7 @@ if HAS_TRITON:
         if sums is not None:
             _store_sums(total, sums, where, width, column, tokens)
 
-    @triton.jit  # type: ignore[untyped-decorator]
+    @triton.jit
     def _store_sums(values, sums, where, width, column, tokens):  # type: ignore[no-untyped-def]
         """Sums over tokens of values (token block, part), which are 0 after the last token, to sums (., width)."""
         token_block: tl.constexpr = values.shape[0]
