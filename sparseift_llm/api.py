@@ -15,11 +15,12 @@ from sparseift_llm.checkpoints.export import check_options, check_run, save_pack
 from sparseift_llm.checkpoints.loading import load_pretrained
 from sparseift_llm.checkpoints.saving import GATHER, install_saving, restore_saving
 from sparseift_llm.config.transform import SparseIFTConfig
-from sparseift_llm.conversion.from_trained import check_has_weights
+from sparseift_llm.conversion.from_trained import check_has_weights, check_start_is_chosen
 from sparseift_llm.conversion.install import remove_sparse_layers
 from sparseift_llm.conversion.twin import build_twin
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.sharding import is_sharded
+from sparseift_llm.models.wrappers import pretrained_model, remove_compiled_parts
 from sparseift_llm.planning.planner import plan
 from sparseift_llm.record.model_record import has_record, missing_layers
 from sparseift_llm.utils.files import written_whole
@@ -37,7 +38,9 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
     active tiles only, and so does its checkpoint: `load_pretrained` reads it, `to_dense` makes it stock. It is randomly
     initialised (set torch's seed before), except that parameters whose shape did not change keep the values of `model`,
     when a model is given: of a trained model the new projections know nothing, unless `init="pretrained"` starts them
-    from its weights. The argument itself is not changed.
+    from its weights. For a model that was loaded, `init` has to say which of both is meant. What was changed on a model
+    beyond its config is taken over: untied embeddings, activations and other modules without weights, settings such as
+    dropout, frozen parameters, activation checkpointing, its loss function. The argument itself is not changed.
 
     Args:
         model: a dense model, or its config. Under `torch.device("meta")` nothing is allocated.
@@ -47,13 +50,17 @@ def sparsify(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig)
         A new model of the same class, dtype and device; `print` shows each layer's sparsity.
 
     Raises:
-        ValueError: as `plan` does; `init="pretrained"` without a model that has weights.
+        ValueError: as `plan` does; `model` has been changed in a way that no other model can take over, by name;
+            `init="pretrained"` without a model that has weights; or no `init` and a model that
+            was loaded, whose projections would lose what they have learned.
 
     Source: arXiv 2303.11525.
     """
     if isinstance(config, SparseIFTConfig) and config.init == "pretrained":  # `plan` refuses anything else
         check_has_weights(model)
     result = plan(model, config)
+    if isinstance(model, PreTrainedModel):
+        check_start_is_chosen(model, config, result.layers)
     sparse = build_twin(model, result)
     install_saving(sparse, result.record)
     return sparse
@@ -63,15 +70,16 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """A stock transformers model with the same logits: to the bit if unstructured, to rounding if block-sparse.
 
     Args:
-        model: a Sparse-IFT model; it is not changed.
+        model: a Sparse-IFT model, compiled or not; it is not changed.
 
     Returns:
-        A copy with plain layers (zeros stay in the weights) and without the `sparse_ift` record.
+        A copy, not compiled, with plain layers (zeros stay in the weights) and without the `sparse_ift` record.
 
     Raises:
         ValueError: `model` has no sparse layers, its weights are sharded, or it is not a stock model because of a
             family's non-linearity.
     """
+    model = pretrained_model(model)
     if not sparse_layers(model):
         if has_record(model.config):
             raise ValueError(missing_layers(model.config))
@@ -79,6 +87,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     if is_sharded(model):
         raise ValueError(f"to_dense needs whole weights; {GATHER}, then to_dense(load_pretrained(folder))")
     dense = copy.deepcopy(model)
+    remove_compiled_parts(dense)
     remove_sparse_layers(dense)
     restore_saving(dense)
     return dense
@@ -88,7 +97,7 @@ def save_export(model: PreTrainedModel, output: str | Path, format: str = "dense
     """Write a Sparse-IFT model to a new folder, which appears whole or not at all.
 
     Args:
-        model: a Sparse-IFT model; it is not changed.
+        model: a Sparse-IFT model, compiled or not; it is not changed.
         output: the folder; must not exist, or be empty.
         format: `dense` for a stock model with zeros filled in, which loads anywhere, without this package;
             `sparse` for active weights and masks alone, which `load_pretrained`, and after `import sparseift_llm`
@@ -103,6 +112,7 @@ def save_export(model: PreTrainedModel, output: str | Path, format: str = "dense
     """
     output = user_path(output)
     check_options(output, format)
+    model = pretrained_model(model)
     if not sparse_layers(model):
         raise ValueError("the model has no sparse layers, so there is nothing to export")
     if is_sharded(model):

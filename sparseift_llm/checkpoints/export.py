@@ -22,6 +22,7 @@ from sparseift_llm.checkpoints.trainer_folder import INCOMPLETE_PREFIX, is_compl
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.ends import tied_logits
 from sparseift_llm.layers.masked import MaskedProjection
+from sparseift_llm.models.wrappers import plain_state
 from sparseift_llm.record.quantization_mark import mark
 from sparseift_llm.utils.words import check_choice
 
@@ -51,7 +52,7 @@ def check_run(run: Path) -> None:
 def save_packed(model: PreTrainedModel, folder: Path) -> None:
     """Write a Sparse-IFT model with the active values of its masked matrices alone."""
     layers = {name: layer for name, layer in sparse_layers(model).items() if isinstance(layer, MaskedProjection)}
-    state: dict[str, Any] = model.state_dict()
+    state: dict[str, Any] = plain_state(model.state_dict())
     for name, layer in layers.items():
         weight: Tensor = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight[layer.mask]

@@ -6,21 +6,25 @@ Its record says which layers it has; nothing is planned again.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, read_masks
 from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.checkpoints.saving import install_saving
+from sparseift_llm.checkpoints.trainer_folder import numbered_checkpoints
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.record.quantization_mark import is_marked, mark
 from sparseift_llm.utils.outputs import user_path
 
+# the names of what `save_pretrained(variant=...)` writes
+_VARIANT = re.compile(r"model\.([^.]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -44,7 +48,7 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if str(folder).startswith("~"):  # transformers does not know home folders
         folder = user_path(folder)
     source = {key: kwargs[key] for key in _SOURCE_OPTIONS if key in kwargs}
-    hf_config = AutoConfig.from_pretrained(folder, **source)
+    hf_config = _config(folder, source)
     record = read_record(hf_config)
     local = Path(folder, kwargs.get("subfolder", "")) if Path(folder).is_dir() else None
     if local is not None and not kwargs.get("variant"):  # whose files have names of their own
@@ -61,6 +65,26 @@ def load_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     install_saving(model, record)
     apply_masks(model, masks, folder, check_weights=True)
     return model
+
+
+def _config(folder: str | Path, source: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a folder or a hub model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    where = Path(folder, source.get("subfolder", ""))
+    if Path(folder).is_dir() and not (where / CONFIG_NAME).is_file():
+        checkpoints = ", ".join(path.name for path in numbered_checkpoints(where).values())
+        inside = f"; it has {checkpoints}" if checkpoints else ""
+        raise ValueError(f"{where} holds no model (no {CONFIG_NAME}){inside}; give the folder of a model")
+    if not Path(folder).is_dir() and (Path(folder).is_absolute() or str(folder).startswith(".")):
+        raise ValueError(f"{folder} is not there; give the folder of a saved model, or its id on the hub")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **source)
+    except OSError as error:
+        raise ValueError(f"{folder} is no folder of a saved model, nor one that the hub gives: {error}") from error
+    return config
 
 
 def _fetched_masks(repo_id: str | Path, source: dict[str, Any]) -> Path:
@@ -105,4 +129,7 @@ def _check_weight_files(folder: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder} are missing or damaged: {error}") from error
+        found = (_VARIANT.fullmatch(path.name) for path in sorted(folder.glob("*.safetensors")))
+        variants = dict.fromkeys(match[1] for match in found if match)
+        advice = "".join(f"; there are weights of a variant: load it with variant={name!r}" for name in variants)
+        raise ValueError(f"the weights in {folder} are missing or damaged: {error}{advice}") from error

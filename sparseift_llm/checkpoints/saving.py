@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import stock_weights
 from sparseift_llm.layers.masked import MaskedProjection, has_surplus
 from sparseift_llm.layers.sharding import is_sharded
+from sparseift_llm.models.wrappers import plain_state
 from sparseift_llm.record.model_record import RECORD_KEY, ModelRecord
 from sparseift_llm.record.quantization_mark import mark, unmark
 
@@ -106,7 +108,7 @@ def save_pretrained(
         ValueError: the weights are sharded, not by transformers, and no `state_dict` is given; or weights are not 0
             where their mask is, so that the folder could not be loaded.
     """
-    _check_weights(model, state_dict or {})
+    _check_weights(model, plain_state(state_dict or {}))
     if (listener := _listeners.get(model)) is not None and (tell := listener()) is not None:
         tell(Path(save_directory))
     if is_sharded(model) and state_dict is None:
@@ -114,6 +116,7 @@ def save_pretrained(
             raise ValueError(f"the model's weights are sharded; {GATHER}")
         _save_gathered(model, save_directory, is_main_process, push_to_hub, *args, **kwargs)
         return
+    state_dict = _with_plain_names(model, state_dict)
     folder = Path(save_directory)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs} if push_to_hub else {}
     if refused := stock_weights(model):
@@ -125,6 +128,13 @@ def save_pretrained(
     _remove_stale_weights(folder)
     if push_to_hub:
         _upload(model, folder, token=kwargs.get("token"), **hub)
+
+
+def _with_plain_names(model: PreTrainedModel, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The state dict without what `torch.compile` and other wrappers add to names; None if the model's own will do."""
+    if state_dict is None and not any(isinstance(module, OptimizedModule) for module in model.modules()):
+        return None
+    return plain_state(model.state_dict() if state_dict is None else state_dict)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparseift_llm.utils.files import write_text
 from sparseift_llm.utils.outputs import refuse_foreign, user_path
 
 _EXAMPLES = """\
@@ -73,8 +74,7 @@ def _compare_runs(arguments: argparse.Namespace) -> str:
     path, picture = output / COMPARISON_NAME, output / PICTURE_NAME
     refuse_foreign([path, picture], COMPARISON_BEGINNING, "sparseift compare")
     table = comparison_table(arguments.given)
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(table, encoding="utf-8")
+    write_text(path, table)
     loss_picture(arguments.given, picture)
     return f"{table}\nwrote {path} and {picture}"
 

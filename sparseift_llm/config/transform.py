@@ -57,10 +57,11 @@ class SparseIFTConfig:
     attention and logits, at `seq_len`, equal the dense model's."""
     seq_len: Annotated[int, Field(ge=1)] | None = None
     """Tokens per sequence, needed by accounting `whole_model` only."""
-    init: Literal["paper", "preserve", "supar", "pretrained"] = "preserve"
+    init: Literal["paper", "preserve", "supar", "pretrained"] | None = None
     """`paper` (stock init), `preserve` (output variance of the dense layer), `supar` (sparse maximal update; train with
     `optimizer_param_groups`) or `pretrained` (the weights of a trained dense model; `wide` with scope `ffn` only, and
-    not with a non-linearity)."""
+    not with a non-linearity). Null means `preserve`, and is refused for a model that was loaded with its weights,
+    which would be lost."""
     targets: Kinds | None = None
     """Projection kinds to make sparse, any of q, k, v, o, mlp_in, mlp_out; null means all that the scope widens."""
     exclude: Kinds = ()

@@ -5,7 +5,7 @@ What each family makes of a weight is the family's `start`, in families/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -44,6 +44,30 @@ def check_has_weights(model: PreTrainedModel | PreTrainedConfig) -> None:
         raise ValueError("init='pretrained' needs a model with weights, got one on the meta device; load it first")
     if is_sharded(model):
         raise ValueError("init='pretrained' needs whole weights, got sharded ones; sparsify before fully_shard")
+
+
+def check_start_is_chosen(model: PreTrainedModel, config: SparseIFTConfig, layers: Iterable[LayerSpec]) -> None:
+    """Raise ValueError if `model` was loaded, and nobody said that its trained projections are to start afresh.
+
+    Args:
+        model: the dense model.
+        config: the transformation as it was given; `init` is None if it does not say.
+        layers: what the projections become.
+    """
+    source = model.name_or_path
+    lost = [layer.name for layer in layers if layer.is_replaced or layer.sparse_shape != layer.dense_shape]
+    if config.init is not None or not source or not lost or any(value.is_meta for value in model.parameters()):
+        return
+    try:
+        replace(config, init="pretrained")
+        keeping = "init='pretrained' starts them from their trained weights"
+    except ValueError as error:
+        keeping = f"their trained weights cannot be kept with these options ({error})"
+    raise ValueError(
+        f"the model comes from {source}, and {len(lost)} of its projections, first {lost[0]}, would get random weights "
+        f"in place of what they have learned; say which start is meant: "
+        f"{keeping}; init='preserve' (or 'paper', 'supar') starts them afresh"
+    )
 
 
 @torch.no_grad()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sparseift_llm.conversion.carry_over import carry_over, carry_over_modes
 from sparseift_llm.conversion.from_trained import start_from
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.conversion.scaling import scale_initial_weights
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.models.architectures import build_model
+from sparseift_llm.models.beyond_config import changes_of
 from sparseift_llm.planning.planner import Plan
 from sparseift_llm.record.model_record import ModelRecord
 from sparseift_llm.topology.blocks import random_columns
@@ -29,8 +29,8 @@ def build_twin(model: PreTrainedModel | PreTrainedConfig, plan: Plan) -> PreTrai
         plan: what to build.
 
     Raises:
-        ValueError: `model` is not of the class that transformers has for causal language models of its type, or its
-            weights cannot start the twin as `init` asks.
+        ValueError: `model` is not of the class that transformers has for causal language models of its type, has what
+            no twin can take over (see `changes_of`), or its weights cannot start the twin as `init` asks.
     """
     if isinstance(model, PreTrainedConfig):
         sparse = build_model(plan.hf_config)
@@ -45,15 +45,16 @@ def build_twin(model: PreTrainedModel | PreTrainedConfig, plan: Plan) -> PreTrai
     record = plan.record
     scale_initial_weights(sparse, record)
     if isinstance(model, PreTrainedModel):
+        carry_over(model, changes_of(model), sparse)
         _copy_unchanged(model, sparse)
-        sparse.generation_config = copy.deepcopy(model.generation_config)
-        sparse.train(model.training)
     columns = {} if sparse.device.type == "meta" else _initial_columns(record)
     install_sparse_layers(sparse, plan.layers, columns, preserve=plan.config.init == "preserve")
     if plan.config.init == "pretrained" and isinstance(model, PreTrainedModel):
         start_from(model, sparse, record)
     else:
         _set_initial_masks(sparse, record)
+    if isinstance(model, PreTrainedModel):
+        carry_over_modes(model, sparse)
     return sparse
 
 
@@ -91,4 +92,3 @@ def _copy_unchanged(source: nn.Module, target: nn.Module) -> None:
     for name, parameter in target.named_parameters():
         if parameter.shape == values[name].shape:
             parameter.copy_(values[name])
-            parameter.requires_grad_(values[name].requires_grad)

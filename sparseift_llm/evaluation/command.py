@@ -32,12 +32,14 @@ from sparseift_llm.evaluation.results import read_items, table
 from sparseift_llm.evaluation.suites import select, without
 from sparseift_llm.evaluation.task_loading import LoadedSuite, load_suite, named_suite, only_tasks
 from sparseift_llm.utils.outputs import in_words, user_path
+from sparseift_llm.utils.words import check_choice
 
 logger = logging.getLogger("leaderboard")
+_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """Evaluate a run, a checkpoint or a hub model on the Open LLM Leaderboard's tasks or the built-in suite.
 
-    python eval/leaderboard.py --model runs/demo/sparse --suite builtin
+    sparseift evaluate --model runs/demo/sparse --suite builtin
     accelerate launch eval/leaderboard.py --model openai-community/gpt2 --suite v1 --data-dir DIR
 
 Several processes split the work; without a GPU start them with `accelerate launch --multi_gpu --num_processes 2`,
@@ -141,6 +143,8 @@ def run(args: argparse.Namespace, command: str, state: PartialState) -> dict[str
     Raises:
         ValueError: a mistake of the user's.
     """
+    if args.dtype is not None:
+        check_choice("--dtype", args.dtype, _DTYPES)
     batch_size = args.batch_size if args.batch_size == "auto" else positive("--batch-size", args.batch_size)
     options = options_of(args)
     suite = named_suite(args.suite, args.num_fewshot)
@@ -244,7 +248,7 @@ def output_path(args: argparse.Namespace) -> Path:
 
 
 def _samples(text: str) -> dict[str, list[int]]:
-    content = Path(text).read_text(encoding="utf-8") if text.endswith(".json") else text
+    content = user_path(text).read_text(encoding="utf-8") if text.endswith(".json") else text
     try:
         values = json.loads(content)
     except ValueError as error:

@@ -76,7 +76,7 @@ def read_arm(text: str) -> Arm:
         except FileNotFoundError as error:
             raise ValueError(f"{path} is missing: the evaluation has not finished, or the name is wrong") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a result file of eval/leaderboard.py ({error!r})") from error
+            raise ValueError(f"{path} is not a result file of `sparseift evaluate` ({error!r})") from error
         results.append(result)
     if not results:
         raise ValueError(f"{text!r} names no result file")

@@ -13,8 +13,8 @@ from sparseift_llm.utils.outputs import in_words, refuse_foreign, user_path
 
 DESCRIPTION = """Compare evaluations of several models, dense against sparse, with intervals over items and seeds.
 
-    python eval/compare.py dense/eval_v1.json sparse/eval_v1.json
-    python eval/compare.py dense=d0.json,d1.json,d2.json sparse=s0.json,s1.json,s2.json --output runs/comparison
+    sparseift compare dense/eval_v1.json sparse/eval_v1.json
+    sparseift compare dense=d0.json,d1.json,d2.json sparse=s0.json,s1.json,s2.json --output runs/comparison
 
 A comma joins the files of several training seeds. The first model is what the others are compared to.
 """
@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> None:
     args = parser.parse_args(list(words))
     outputs = [user_path(args.output).with_suffix(suffix) for suffix in (".json", ".md")] if args.output else []
     try:
-        refuse_foreign(outputs, COMPARISON_BEGINNING, "eval/compare.py")
+        refuse_foreign(outputs, COMPARISON_BEGINNING, "sparseift compare")
         found = compare([read_arm(text) for text in args.files], args.samples, args.confidence)
         text = markdown(found)
         print(text)

@@ -75,7 +75,7 @@ def check_folder(data_dir: str | Path, requirements: Iterable[Requirement]) -> d
         names = " ".join(sorted(broken))
         raise DataError(
             "the data folder is not complete:\n  " + "\n  ".join(faults) + "\n"
-            f"fetch anew, where there is a network: python eval/fetch_data.py --data-dir {root} --datasets {names}"
+            f"fetch anew, where there is a network: sparseift fetch-data --data-dir {root} --datasets {names}"
         )
     return found
 

@@ -13,9 +13,9 @@ from sparseift_llm.utils.outputs import in_words, user_path
 
 logger = logging.getLogger("fetch_data")
 
-DESCRIPTION = """Download the data sets of a suite into a folder for `leaderboard.py --data-dir`.
+DESCRIPTION = """Download the data sets of a suite into a folder for `sparseift evaluate --data-dir`.
 
-    python eval/fetch_data.py --data-dir DIR --suite v1
+    sparseift fetch-data --data-dir DIR --suite v1
 """
 
 
@@ -40,8 +40,9 @@ def main(words: Sequence[str], program: str = "eval/fetch_data.py") -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         data_dir = user_path(args.data_dir)
+        include_path = None if args.include_path is None else user_path(args.include_path)
         suites = [named_suite(name) for name in ([args.suite] if args.suite else ["v1", "v2"])]
-        needed = [item for suite in suites for item in requirements_of(suite, args.include_path)]
+        needed = [item for suite in suites for item in requirements_of(suite, include_path)]
         unknown = sorted(set(args.datasets or ()) - {item.dataset for item in needed})
         if unknown:
             raise ValueError(f"no task of the suite reads {unknown[0]}; give --suite with the task that does")

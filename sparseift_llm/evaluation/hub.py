@@ -66,7 +66,7 @@ def use_sentence_splitter(data_dir: str | Path | None) -> None:
     except LookupError as error:
         raise DataError(
             f"IFEval needs nltk's {_SENTENCE_SPLITTER}; where there is a network: "
-            f"python eval/fetch_data.py --data-dir {data_dir or 'DIR'} --suite v2"
+            f"sparseift fetch-data --data-dir {data_dir or 'DIR'} --suite v2"
         ) from error
 
 

@@ -16,6 +16,7 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from sparseift_llm.evaluation.data_files import place_of
+from sparseift_llm.evaluation.own_answers import unmet_answers
 
 # Gold answers of published data that are none of the choices; all models got these items wrong on the leaderboard, too.
 PUBLISHED_WRONG = {
@@ -100,6 +101,7 @@ def inspect(name: str, task: Any, source: Source, allow_wrong_labels: bool = Fal
     for rows in _splits(task):
         problems = [(index, p) for index, doc in enumerate(rows.documents) if (p := rows.problem_of(doc)) is not None]
         if rows.are_scored:
+            problems = sorted({**_unmet(task, rows.documents), **dict(problems)}.items())
             passed = [
                 index
                 for index, problem in problems
@@ -116,6 +118,19 @@ def inspect(name: str, task: Any, source: Source, allow_wrong_labels: bool = Fal
     if too_few is not None:
         faults.append(f"{source.name}: {too_few} (task {name})")
     return Inspection(faults, None if faults else _chance(task), wrong_labels)
+
+
+def _unmet(task: Any, documents: Sequence[Any]) -> dict[int, str]:
+    """The problem of items whose gold answer no text can meet, by their numbers."""
+    examples = task.sampler.df if task.config.num_fewshot else ()
+    unmet, other = unmet_answers(task, documents, examples)
+    return {
+        index: _WrongLabel(
+            f"its gold answer {_shown(task.doc_to_target(documents[index]))} scores 0 even if a model gives it word "
+            f"for word, because the task finds no answer in it; those of other rows end like {_shown_end(other)}"
+        )
+        for index in unmet
+    }
 
 
 def _is_published(name: str, task: Any, doc: Any) -> bool:
@@ -492,3 +507,8 @@ def _in_words(error: Exception, doc: Any) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _shown_end(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"

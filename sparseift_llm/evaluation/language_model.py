@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sparseift_llm.checkpoints.loading import load_pretrained
 from sparseift_llm.evaluation.hub import hub_fault
+from sparseift_llm.utils.outputs import user_path
 
 T = TypeVar("T")
 _LOGIT_BYTES = 2**28  # of one batch on a CPU, where running out of memory would not raise an error
@@ -38,6 +39,7 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTok
     Raises:
         ValueError: no such model, no tokenizer beside it, or damaged weights.
     """
+    name = str(user_path(name)) if name.startswith("~") else name  # transformers does not know home folders
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

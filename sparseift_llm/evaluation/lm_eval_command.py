@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from unittest import mock
 
 from lm_eval.__main__ import cli_evaluate
 
@@ -22,8 +21,11 @@ def main(words: Sequence[str]) -> None:
     Args:
         words: its arguments, e.g. `["--model_args", "pretrained=runs/wide75", "--tasks", "arc_easy"]`.
     """
-    with mock.patch.object(sys, "argv", ["sparseift lm-eval", *with_model(words)]):
+    given, sys.argv = sys.argv, ["sparseift lm-eval", *with_model(words)]  # lm-eval takes words from nowhere else
+    try:
         cli_evaluate()
+    finally:
+        sys.argv = given
 
 
 def with_model(words: Sequence[str]) -> list[str]:

@@ -14,7 +14,6 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
 from lm_eval.loggers import EvaluationTracker
@@ -57,8 +56,7 @@ class LMEvalFiles:
         chat_template: str | None = None,
         hub_args: Mapping[str, Any] | None = None,
     ) -> None:
-        self.started = datetime.fromisoformat(started)
-        self.tracker: Any = EvaluationTracker(output_path=str(folder), **(hub_args or {}))
+        self.tracker: Any = _DatedTracker(started.replace(":", "-"), output_path=str(folder), **(hub_args or {}))
         self.tracker.general_config_tracker.log_experiment_args(
             model_source=MODEL_SOURCE,
             model_args={"pretrained": model},
@@ -66,7 +64,6 @@ class LMEvalFiles:
             chat_template=chat_template,
             fewshot_as_multiturn=options.is_multiturn if options.apply_chat_template else options.fewshot_as_multiturn,
         )
-        self.tracker.date_id = started.replace(":", "-")
         self.folder = folder / str(self.tracker.general_config_tracker.model_name_sanitized)
         self.folder.mkdir(parents=True, exist_ok=True)  # lm-eval would go on if it could not
 
@@ -105,14 +102,35 @@ class LMEvalFiles:
         }
         path = self.folder / f"results_{self.tracker.date_id}.json"
         path.unlink(missing_ok=True)
-        with mock.patch.object(tracker_module, "datetime") as clock, _heard():
-            clock.now.return_value = self.started  # samples of all processes and results have one date
+        with _heard():
             self.tracker.save_results_aggregated(results=results, samples=hashed)
         _refuse_missing(path)
         if self.tracker.push_results_to_hub or self.tracker.push_samples_to_hub:
             with _heard():
                 self.tracker.recreate_metadata_card()
         return path
+
+
+class _DatedTracker(EvaluationTracker):  # type: ignore[misc, unused-ignore]
+    """lm-eval's writer of files, with one date in all of their names, however often the evaluation was resumed.
+
+    Args:
+        date_id: as it stands in the names.
+        kwargs: lm-eval's own.
+    """
+
+    def __init__(self, date_id: str, **kwargs: Any) -> None:
+        self._date_id = date_id
+        super().__init__(**kwargs)
+
+    @property
+    def date_id(self) -> str:
+        """The date of the evaluation."""
+        return self._date_id
+
+    @date_id.setter
+    def date_id(self, value: str) -> None:
+        """lm-eval sets the time of writing, which is not wanted."""
 
 
 def assemble(

@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
 
 from sparseift_llm.checkpoints.loading import load_pretrained
+from sparseift_llm.utils.outputs import user_path
 
 MODEL_TYPE = "sparseift"
 _UNSUPPORTED = ("parallelize", "tp_plan", "peft", "delta", "autogptq", "gptqmodel", "gguf_file")
@@ -30,6 +31,11 @@ class SparseIFTLM(HFLM):  # type: ignore[misc, unused-ignore]
     Raises:
         ValueError: an option that changes the weights of the layers is given for a Sparse-IFT checkpoint.
     """
+
+    def __init__(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(pretrained, str) and pretrained.startswith("~"):  # transformers does not know home folders
+            pretrained = str(user_path(pretrained))
+        super().__init__(pretrained, *args, **kwargs)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         if not getattr(self.config, "sparse_ift", None):

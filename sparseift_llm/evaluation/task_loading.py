@@ -26,6 +26,7 @@ from sparseift_llm.evaluation.hub import hub_fault, use_sentence_splitter
 from sparseift_llm.evaluation.item_checks import Inspection, Source, explain_failure, inspect
 from sparseift_llm.evaluation.quiet import quiet, seeded, templates_compiled_once
 from sparseift_llm.evaluation.suites import SUITES, Headline, Score, Suite, expand, is_ratio
+from sparseift_llm.utils.outputs import user_path
 
 _OWN_TASKS = Path(__file__).parent / "tasks"
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -113,6 +114,7 @@ def load_suite(
         ValueError: lm-eval has no such task, a package that a task needs is missing, or a number of shots is asked
             for that a task does not take.
     """
+    data_dir = None if data_dir is None else user_path(data_dir)
     manager = _task_manager(suite.folders, include_path)
     leaves = _leaves_by_root(suite, manager)
     configs = {name: config for found in leaves.values() for name, config in found.items()}
@@ -155,7 +157,8 @@ def _task_manager(folders: tuple[str, ...] | None, include_path: str | Path | No
     """lm-eval's index of these folders below its tasks, or of everything, which takes seconds; and of further tasks."""
     if include_path is None:
         return _own_task_manager(folders)
-    if not Path(include_path).is_dir():
+    include_path = user_path(include_path)
+    if not include_path.is_dir():
         raise ValueError(f"--include-path {include_path} is not a folder; give one with lm-eval task files (YAML)")
     return _new_task_manager(folders, [str(_OWN_TASKS), str(include_path)])  # the user's files may change
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseift_llm.layers.base import SparseProjection
+from sparseift_llm.layers.base import SparseProjection, plain_name
 from sparseift_llm.layers.stock import is_conv1d, stock_layer_of, stock_matrix
 
 
@@ -96,7 +96,7 @@ def stock_weights(model: nn.Module) -> dict[str, Tensor]:
     where it would draw a random weight if it found none.
     """
     composites = [name for name, module in model.named_modules() if isinstance(module, CompositeProjection)]
-    return {f"{name}.weight": torch.zeros(1) for name in composites}
+    return {f"{plain_name(name)}.weight": torch.zeros(1) for name in composites}
 
 
 def matrix_of(layer: nn.Module) -> Tensor:

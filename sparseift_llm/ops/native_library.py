@@ -22,6 +22,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparseift_llm.utils.files import written_whole
+
 logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "native"
 _SOURCES = [_FOLDER / name for name in ("arguments.h", "scratch.h", "kernels.h", "linear.cpp", "feed_forward.cpp")]
@@ -66,7 +68,8 @@ def _compiled(compiler: list[str]) -> Path:
         sources = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
         subprocess.run([*compiler, *_FLAGS, *sources, "-o", str(built)], capture_output=True, check=True, text=True)
         target = cache / f"{name}_{_checksum(built)}.so"
-        os.replace(built, target)  # other processes that compile at the same time see a whole file or none
+        with written_whole(target) as temporary:  # other processes that compile at the same time see all of it or none
+            built.rename(temporary)
     return target
 
 

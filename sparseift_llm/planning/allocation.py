@@ -100,7 +100,7 @@ def _check_sides(projection: Projection, block_size: int) -> None:
             raise ValueError(
                 f"{projection.name} is {projection.out_features} x {projection.in_features}, and {side} is not a "
                 f"multiple of block_size={block_size}; choose a block_size that divides it, another scope, or leave "
-                f"{', '.join(projection.kinds)} dense with exclude"
+                f"{', '.join(projection.kinds)} dense with exclude and accounting='whole_model'"
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -23,11 +24,13 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.layers.stock import is_conv1d
 from sparseift_llm.models.architectures import build_model, check_config, sizes_of
+from sparseift_llm.models.beyond_config import config_of
 from sparseift_llm.models.fused_rows import RowPattern
 from sparseift_llm.models.projections import Projection, find_projections
 from sparseift_llm.planning.allocation import active_counts, head_groups
 from sparseift_llm.planning.cost import ModelCost, cost_of, model_flops
 from sparseift_llm.planning.ends import end_layers, num_logit_weights
+from sparseift_llm.planning.equal_cost import check_equal_cost
 from sparseift_llm.planning.kinds_apart import parts_of, patterns_of, row_groups, split_evenly
 from sparseift_llm.record.model_record import DenseSizes, ModelRecord, has_record, missing_layers
 from sparseift_llm.record.specs import LayerSpec, MatrixSpec, RowGroup
@@ -38,7 +41,7 @@ class Plan:
     """The result of `plan`: every layer before and after, and the costs of both models.
 
     Args:
-        config: the transformation, with the tile size that was chosen.
+        config: the transformation, with the tile size and the start that were chosen.
         hf_config: stock config of the model to build.
         seq_len: tokens per sequence, for FLOPs.
         dense_model: sizes of the dense model.
@@ -128,7 +131,8 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
 
     Raises:
         ValueError: unsupported model, already surgered, no projection matches `targets`/`exclude`,
-            a fused projection matched in part, or no sparsity meets `accounting="whole_model"`.
+            a fused projection matched in part, a projection that grows but stays dense under
+            `accounting="linears"`, or no sparsity meets `accounting="whole_model"`.
 
     Source: arXiv 2303.11525, section 3.
     """
@@ -154,7 +158,12 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
             f"seq_len={seq_len} differs from the config's seq_len={config.seq_len}, at which "
             "accounting='whole_model' solves the sparsity; give one of them"
         )
-    return plan_of_dense(dense_config, config, seq_len)
+    check_config(dense_config)
+    if isinstance(model, PreTrainedModel):
+        dense_config = config_of(model)
+    result = plan_of_dense(dense_config, config, seq_len)
+    check_equal_cost(result, partial(plan_of_dense, dense_config))
+    return result
 
 
 def plan_of_dense(
@@ -168,7 +177,7 @@ def plan_of_dense(
     """
     seq_len = seq_len or default_seq_len(dense_config, config)
     check_config(dense_config)
-    config = resolve_block_size(dense_config, config)
+    config = resolve_block_size(dense_config, dataclasses.replace(config, init=config.init or "preserve"))
     dense_model = build_model(dense_config, meta=True)
     dense_projections = find_projections(dense_model)
     widened_config = family_of(config.family).sparse_config(dense_config, config)

@@ -171,7 +171,7 @@ def read_summary(run: str | Path) -> dict[str, Any]:
     """
     path = Path(run) / SUMMARY_NAME
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {run} is not a finished run of recipes/pretrain.py")
+        raise ValueError(f"{path} is missing: {run} is not a finished run of `sparseift pretrain`")
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -287,7 +287,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Values], list[str], list[str]]
         if file.problem:
             problems.append(f"{name}: {file.problem}")
         elif not mapping(file.values.get("results")):
-            problems.append(f"{name} is not a result file of eval/leaderboard.py: it has no results")
+            problems.append(f"{name} is not a result file of `sparseift evaluate`: it has no results")
         else:
             found[name] = file.values
     return found, problems, interrupted

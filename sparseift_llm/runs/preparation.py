@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_checkpoint
@@ -18,44 +17,59 @@ from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.data.loading import LoadedData
 from sparseift_llm.runs.formats import METRICS_NAME, RECIPE_NAME
 from sparseift_llm.runs.recipe import Recipe, recorded_recipe
-from sparseift_llm.runs.recipe_training import LearningRateFactors, trainer_fields
+from sparseift_llm.runs.recipe_training import trainer_fields
+from sparseift_llm.runs.resuming import SIZE_KEY, changes
+from sparseift_llm.runs.trainer import sequences_per_step
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import versions
+from sparseift_llm.utils.words import check_choice
 
 logger = logging.getLogger("pretrain")
-
-# Training settings that stand in the optimizer's or the scheduler's state, from which a resumed run restores them.
-# Those of the schedule's shape (warmup, its type, the number of steps) do not: they are read anew from the recipe.
-IN_OPTIMIZER_STATE = (
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "optim",
-    "optim_args",
-    "embedding_lr_factor",
-    "head_lr_factor",
-)
-_FIELDS = {
-    field.name: field for config in (TrainingArguments, LearningRateFactors) for field in dataclasses.fields(config)
-}
-_DEFAULTS = {key: _FIELDS[key].default for key in IN_OPTIMIZER_STATE}
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's training section as TrainingArguments, without `resume_from_checkpoint` (see `prepare_output`).
 
     Raises:
-        ValueError: transformers does not know an argument, or refuses its value.
+        ValueError: transformers does not know an argument, or refuses its value; a tracker is not installed; or the
+            number of tokens of an optimizer step would not be known.
     """
     values = trainer_fields(recipe.training)
     values.pop("resume_from_checkpoint", None)
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     try:
-        return TrainingArguments(**values)
+        args = TrainingArguments(**values)
     except TypeError as error:
         raise ValueError(f"training: {error}") from error
+    _check_trackers(args)
+    _check_batches(args)
+    return args
+
+
+def _check_trackers(args: TrainingArguments) -> None:
+    """The Trainer would look for the packages of its trackers only when text and model are there."""
+    installed = get_available_reporting_integrations()
+    for name in args.report_to or ():
+        check_choice("training.report_to", name, INTEGRATION_TO_CALLBACK)
+        if name not in (*installed, "flyte"):  # which transformers leaves out of its list
+            raise ValueError(
+                f"training.report_to={name!r} needs a package that is not installed; install it (pip install {name}), "
+                "or leave report_to out: metrics.jsonl is written without"
+            )
+
+
+def _check_batches(args: TrainingArguments) -> None:
+    """Tokens are counted by optimizer steps of one size, which has to be known beforehand."""
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "training.auto_find_batch_size=True changes the batch while the run goes on, so that its tokens could not "
+            "be counted; find the size first, and give it as per_device_train_batch_size"
+        )
+    if args.accelerator_config.split_batches:  # type: ignore[union-attr]
+        raise ValueError(
+            "training.accelerator_config.split_batches=True makes per_device_train_batch_size that of all processes "
+            "together, so that tokens would be counted wrongly; leave it out, and divide the size by their number"
+        )
 
 
 def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) -> Path | None:
@@ -110,58 +124,32 @@ def as_it_was_begun(recipe: Recipe, output_dir: Path) -> Recipe:
     return dataclasses.replace(recipe, sparse_ift=SparseIFTConfig.from_dict(values))
 
 
-def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments, resume_from: Path | None = None) -> None:
+def check_recipe(recipe: Recipe, data: LoadedData, args: TrainingArguments) -> None:
     """Write `recipe.json`, and refuse to go on with another model, data or sparsity than the run began with.
 
     Args:
         recipe: what is going to be trained.
         data: its text.
         args: its training section.
-        resume_from: the checkpoint that training goes on from, None if it starts at step 0.
 
     Raises:
-        ValueError: one of these sections, the text itself, or a setting that the checkpoint's optimizer has in its
-            state has changed since; or `recipe.json` is damaged.
+        ValueError: one of these sections or the text itself has changed since, or `recipe.json` is damaged.
     """
     path = Path(recipe.training["output_dir"]) / RECIPE_NAME
-    if resume_from is not None:
-        _check_optimizer_settings(recipe.training, resume_from)
-    now = {**recipe.to_dict(), "data_fingerprint": data.fingerprint, "versions": versions()}
+    now = {
+        **recipe.to_dict(),
+        SIZE_KEY: sequences_per_step(args),
+        "data_fingerprint": data.fingerprint,
+        "versions": versions(),
+    }
     before = recorded_recipe(path) if path.is_file() else now
     before["data"]["cache_dir"] = now["data"]["cache_dir"]  # where tokens are kept does not matter
     for key in ("model", "data", "sparse_ift", "data_fingerprint"):
         if before.get(key) != now[key]:
-            changes = ", ".join(_changes(before.get(key), now[key], key))
+            changed = ", ".join(changes(before.get(key), now[key], key))
             raise ValueError(
-                f"{path.parent} was begun with another {key}: {changes}; resume with the same recipe and text, or "
+                f"{path.parent} was begun with another {key}: {changed}; resume with the same recipe and text, or "
                 "choose another --output_dir"
             )
     if args.process_index == 0:
         write_json(path, now)
-
-
-def _changes(before: Any, now: Any, key: str) -> Iterator[str]:
-    """In words, the options of a section that are not what they were."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        yield f"{key} was {before!r}, now {now!r}"
-        return
-    for name in dict.fromkeys((*before, *now)):
-        if before.get(name) != now.get(name):
-            yield from _changes(before.get(name), now.get(name), f"{key}.{name}")
-
-
-def _check_optimizer_settings(training: Mapping[str, Any], resume_from: Path) -> None:
-    """Refuse to change settings that a resumed run takes from its checkpoint, whatever its recipe says."""
-    path = resume_from.parent / RECIPE_NAME
-    if not path.is_file():  # a checkpoint without the recipe of its run: nothing can be compared
-        return
-    before = recorded_recipe(path)["training"]
-    for key in IN_OPTIMIZER_STATE:
-        default = _DEFAULTS[key]
-        was, now = before.get(key, default), training.get(key, default)
-        if was != now:
-            raise ValueError(
-                f"training.{key} was {was!r} when {path.parent} was begun, and is now {now!r}; a resumed run takes it "
-                f"from the optimizer's state in {resume_from.name}, so that the new value would be ignored. Resume "
-                f"with {key}={was!r}, or start a new run in another --output_dir"
-            )

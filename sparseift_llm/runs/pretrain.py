@@ -26,6 +26,7 @@ from sparseift_llm.runs.model import make_model
 from sparseift_llm.runs.preparation import as_it_was_begun, check_recipe, prepare_output, training_arguments
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.runs.recipe_training import LearningRateFactors
+from sparseift_llm.runs.resuming import check_resumed
 from sparseift_llm.runs.trainer import AlreadyFinished, StopBeforeExtraStep, make_trainer, sequences_per_step
 from sparseift_llm.trainer.callback import SparseTrainingCallback
 from sparseift_llm.training.learning_rates import group_factors
@@ -92,7 +93,9 @@ def prepare_run(words: Sequence[str]) -> PreparedRun:
     """
     recipe, args, resume_from, data = prepare(words)
     model = checked_model(recipe, data)
-    check_recipe(recipe, data, args, resume_from)
+    if resume_from is not None:
+        check_resumed(recipe, args, model, resume_from)
+    check_recipe(recipe, data, args)
     if args.process_index == 0:
         logger.info(describe(recipe, model))
     return PreparedRun(recipe, args, model, data, resume_from)
@@ -135,7 +138,7 @@ def read_recipe(words: Sequence[str]) -> Recipe:
         ValueError: there is no recipe among the words, it is refused, or its text covers the output folder.
     """
     if not words or words[0].startswith("-"):
-        raise ValueError("usage: accelerate launch recipes/pretrain.py RECIPE.yaml [--dry-run] [--field value ...]")
+        raise ValueError("usage: sparseift pretrain RECIPE.yaml [--dry-run] [--field value ...]")
     recipe = load_recipe(words[0], words[1:])
     check_not_read(recipe.data, Path(recipe.training["output_dir"]), WRITTEN_NAMES, "training.output_dir")
     return recipe

@@ -167,8 +167,8 @@ def _with_inherited(sparse_ift: Any, given: dict[str, Any]) -> dict[str, Any]:
     inherited = {"seed": given["training"].get("seed", 42)}
     if isinstance(given["data"], dict):
         inherited["seq_len"] = given["data"].get("seq_len", DataConfig().seq_len)
-    if isinstance(given["model"], dict) and given["model"].get("from_pretrained") is not None:
-        inherited["init"] = "pretrained"
+    starts_trained = isinstance(given["model"], dict) and given["model"].get("from_pretrained") is not None
+    inherited["init"] = "pretrained" if starts_trained else "preserve"
     return {**inherited, **sparse_ift}
 
 

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from sparseift_llm.config.yaml_files import parse_yaml
 from sparseift_llm.runs.folder import read_folder
-from sparseift_llm.runs.formats import RECIPE_NAME, SUMMARY_NAME
+from sparseift_llm.runs.formats import DATA_NAME, RECIPE_NAME, SUMMARY_NAME
 from sparseift_llm.runs.reading import number
 from sparseift_llm.runs.recipe import Recipe, load_recipe, option_path, recorded_recipe, split_overrides
 from sparseift_llm.utils.files import set_aside
@@ -252,6 +252,9 @@ def _runs(
             "--training.resume_from_checkpoint=true",
         )
         recipe = load_recipe(all_words[0], all_words[1:])
+        if recipe.data.cache_dir is None:  # the runs of a sweep share their tokens
+            all_words = (*all_words, f"--data.cache_dir={_as_yaml(str(output / DATA_NAME))}")
+            recipe = load_recipe(all_words[0], all_words[1:])
         runs.append(SweepRun(name, arm, settings, seed, folder, output / f"{name}.log", all_words, recipe))
     return runs
 

@@ -53,7 +53,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: an argument out of range. At the start of training: the model has no sparse layers, DeepSpeed,
-            FSDP1 or DataParallel is in use, or the resumed checkpoint's masks are missing, damaged or another model's.
+            FSDP1 or DataParallel is in use, the resumed checkpoint's masks are missing, damaged or another model's, or
+            it was written with another `tokens_per_step` or `seq_len`.
         RuntimeError: after a step that the controller has not seen.
     """
 
@@ -155,6 +156,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
                 f"the checkpoint at step {state.global_step} was not written with {name}, so it holds no masks; "
                 "start a new run from its weights instead of resuming"
             )
+        _check_same_tokens(exported[name].get("args", {}), self.options)
         folder = find_resumed_checkpoint(
             (
                 args.resume_from_checkpoint,
@@ -281,6 +283,18 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         for part in (self.controller, self.report):
             if part is not None:
                 part.close()
+
+
+def _check_same_tokens(before: dict[str, Any], now: ReportOptions) -> None:
+    """Refuse steps of another size: `train_flops` of all steps so far are counted by the one that is given now."""
+    for option in ("tokens_per_step", "seq_len"):
+        was, value = before.get(option), getattr(now, option)
+        if None not in (was, value) and was != value:
+            raise ValueError(
+                f"the checkpoint was written with {option}={was}, and the callback has {option}={value}, so that the "
+                f"run's FLOPs would be counted wrongly; resume with {option}={was} and batches of that size, or start "
+                "a new run"
+            )
 
 
 def _warn_of_changes(folder: Path, model: PreTrainedModel) -> None:

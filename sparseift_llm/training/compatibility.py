@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sparseift_llm.layers.base import SparseProjection, plain_name
+from sparseift_llm.models.wrappers import pretrained_model as pretrained_model
 from sparseift_llm.training.learning_rates import embedding_parameters, head_parameters, learning_rate_factors
 
 logger = logging.getLogger(__name__)
@@ -24,18 +25,6 @@ NO_ZERO = (
     f'"zero_optimization" config; or use {DISTRIBUTED}'
 )
 _QUANTISING = ("bitsandbytes", "torchao")
-
-
-def pretrained_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside one that may be wrapped (DistributedDataParallel, torch.compile).
-
-    Raises:
-        ValueError: there is none.
-    """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no transformers model, so its sparse_ift record cannot be read")
 
 
 def check_model(model: nn.Module, is_zero: bool = False) -> None:

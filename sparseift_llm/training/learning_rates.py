@@ -18,6 +18,7 @@ from sparseift_llm.conversion.scaling import fan_in_multipliers, logit_multiplie
 from sparseift_llm.layers.base import plain_name
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.norms import final_norm
+from sparseift_llm.models.wrappers import pretrained_model
 from sparseift_llm.record.model_record import has_record
 
 
@@ -40,7 +41,7 @@ def optimizer_param_groups(
     shows it.
 
     Args:
-        model: dense or Sparse-IFT model.
+        model: dense or Sparse-IFT model, compiled or not.
         lr: peak learning rate of the dense base model.
         weight_decay: decoupled decay for matrices.
         embedding_lr_factor: times the rate of input embeddings and learned positions. A matrix that is both embedding
@@ -56,6 +57,7 @@ def optimizer_param_groups(
 
     Source: SµPar, arXiv 2405.15743, table 1.
     """
+    model = pretrained_model(model)  # names in one that is compiled are others
     own_factors = group_factors(model, embedding_lr_factor, head_lr_factor)
     factors = learning_rate_factors(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)

@@ -169,6 +169,32 @@ def test_a_variant(layout: str | None, tmp_path: Path) -> None:
     check_equal(load_pretrained(tmp_path, variant="bf16"), model)
 
 
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+@pytest.mark.parametrize("layout", ["wide, tiles", "doped", None])
+def test_a_variant_that_was_not_asked_for_is_named(layout: str | None, size: str, tmp_path: Path) -> None:
+    model = own_model(layout) if layout else sparsify(tiny_model("gpt2"), SparseIFTConfig())
+    model.save_pretrained(tmp_path, variant="bf16", max_shard_size=size)
+    with pytest.raises(ValueError, match=r"missing or damaged.*load it with variant='bf16'$"):
+        load_pretrained(tmp_path)
+    check_equal(load_pretrained(tmp_path, variant="bf16"), model)
+
+
+def test_folders_without_a_model_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}/none is not there; give the folder of a saved model"):
+        load_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"\./none is not there"):
+        load_pretrained("./none")
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no model .no config.json.; give"):
+        load_pretrained(tmp_path)
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match=r"holds no model .*; it has checkpoint-4; give"):
+        load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}/inner holds no model"):
+        load_pretrained(tmp_path, subfolder="inner")
+    with pytest.raises(ValueError, match="no-such-model is no folder of a saved model, nor one that the hub gives"):
+        load_pretrained("no-such-model")
+
+
 @pytest.mark.parametrize("layout", ["wide, tiles", "doped", None])
 def test_in_a_subfolder(layout: str | None, tmp_path: Path) -> None:
     model = own_model(layout) if layout else sparsify(tiny_model("gpt2"), SparseIFTConfig())

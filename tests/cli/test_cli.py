@@ -92,7 +92,8 @@ def test_every_preset(capsys: pytest.CaptureFixture[str], preset: str) -> None:
 
 
 def test_all_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--targets", "q", "k", "mlp_in", "mlp_out", "--exclude", "q", "--width-multiple", "64", "--distribution"]
+    words = ["--targets", "q", "k", "mlp_in", "mlp_out", "--exclude", "q", "--accounting", "whole_model"]
+    words += ["--width-multiple", "64", "--distribution"]
     values = plan(capsys, "plan", "--model", "llama-160m", "--sparsity", "0.6", "--seq-len", "64", *words, "erk")
     config = values["config"]
     assert config["targets"] == ["q", "k", "mlp_in", "mlp_out"]
@@ -111,13 +112,13 @@ def test_a_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 
 def test_the_table_has_every_kind_and_the_totals(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line.split() for line in output(capsys, *SMALL, "--targets", "mlp_in", "mlp_out").splitlines()]
+    lines = [line.split() for line in output(capsys, *SMALL, "--scope", "ffn").splitlines()]
     rows = {line[0]: line[1:] for line in lines if line}
-    assert rows["qkv"] == ["12", "2304", "x", "768", "4608", "x", "1536", "dense", "4.0000"]
-    assert rows["o"] == ["12", "768", "x", "768", "1536", "x", "1536", "dense", "4.0000"]
-    assert rows["mlp_in"] == ["12", "3072", "x", "768", "6144", "x", "1536", "0.75000", "1.0000"]
-    assert rows["mlp_out"] == ["12", "768", "x", "3072", "1536", "x", "6144", "0.75000", "1.0000"]
-    assert rows["attention_flops_per_token"] == ["37.75", "MFLOP", "75.50", "MFLOP", "2.0000"]
+    assert rows["qkv"] == ["12", "2304", "x", "768", "2304", "x", "768", "dense", "1.0000"]
+    assert rows["o"] == ["12", "768", "x", "768", "768", "x", "768", "dense", "1.0000"]
+    assert rows["mlp_in"] == ["12", "3072", "x", "768", "12288", "x", "768", "0.75000", "1.0000"]
+    assert rows["mlp_out"] == ["12", "768", "x", "3072", "768", "x", "12288", "0.75000", "1.0000"]
+    assert rows["attention_flops_per_token"] == ["37.75", "MFLOP", "37.75", "MFLOP", "1.0000"]
     assert rows["stored_params"][1] == "M"
     assert rows["train_state_bytes"][1] == "MB"
 
@@ -270,7 +271,7 @@ def test_compare_overwrites_its_own_files_only(capsys: pytest.CaptureFixture[str
 def test_compare_of_a_missing_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = str(write_run(tmp_path / "dense", DENSE))
     assert main(["compare", run, str(tmp_path / "nowhere"), "--output", str(tmp_path / "comparison")]) == 2
-    assert "nowhere is not a finished run of recipes/pretrain.py" in capsys.readouterr().err
+    assert "nowhere is not a finished run of `sparseift pretrain`" in capsys.readouterr().err
     assert not (tmp_path / "comparison").exists()
 
 

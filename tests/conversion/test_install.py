@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from sparseift_llm import SparseIFTConfig, plan
+from sparseift_llm import SparseIFTConfig
 from sparseift_llm.conversion.install import install_sparse_layers, remove_sparse_layers
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.architectures import build_model
+from sparseift_llm.planning.planner import plan_of_dense
 from sparseift_llm.record.specs import LayerSpec
 from tests.helpers.models import tiny_config
 
@@ -20,7 +21,7 @@ FC = "transformer.h.0.mlp.c_fc"
 
 def stock_and_layers(family: str = "wide", **options: Any) -> tuple[PreTrainedModel, tuple[LayerSpec, ...]]:
     """A stock model of the planned widths on the meta device, and its specifications."""
-    result = plan(tiny_config("gpt2"), SparseIFTConfig(family=family, **options))
+    result = plan_of_dense(tiny_config("gpt2"), SparseIFTConfig(family=family, **options))
     return build_model(result.hf_config, meta=True), result.layers
 
 

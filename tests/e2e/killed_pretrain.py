@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerState
 
-from sparseift_llm.runs import record
+from sparseift_llm.runs import metrics_log
 from sparseift_llm.runs.metrics_log import MetricsLog
 from tests.helpers.scripts import load_script
 
@@ -103,7 +103,7 @@ def in_trainer_state(step: int) -> None:
 
 def in_metrics(step: int) -> None:
     """Die when half of a metrics line of `step` is on disk."""
-    original = record.append_line
+    original = metrics_log.append_line
 
     def append(path: Path, values: Mapping[str, Any]) -> None:
         original(path, values)
@@ -111,7 +111,7 @@ def in_metrics(step: int) -> None:
             os.truncate(path, path.stat().st_size - len(json.dumps(values)) // 2)
             _die()
 
-    record.append_line = append
+    metrics_log.append_line = append
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,15 +17,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from sparseift_llm import load_pretrained
 from sparseift_llm.data.loading import load_data
 from sparseift_llm.data.options import DataConfig
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.runs import pretrain
-from sparseift_llm.runs.preparation import IN_OPTIMIZER_STATE
+from sparseift_llm.runs.preparation import training_arguments
 from sparseift_llm.runs.recipe import load_recipe
 from sparseift_llm.runs.recipe_training import LearningRateFactors
+from sparseift_llm.runs.resuming import IN_OPTIMIZER_STATE
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain_runs import (
     ENVIRONMENT,
@@ -257,6 +261,72 @@ def test_settings_of_another_folder_s_checkpoint_count_too(dense_run: Path, tmp_
     assert "training.weight_decay was 0.0 when" in refusal(*words, "--weight_decay", "0.1")
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_with_a_state_cannot_be_changed_to(schedule: str, dense_run: Path) -> None:
+    words = ["--resume_from_checkpoint", "true", "--lr_scheduler_type", schedule]
+    assert "training.lr_scheduler_type was 'cosine_with_min_lr' when" in refusal(str(dense_run), *words)
+
+
+# ---- resuming with steps of another size, or from another run's checkpoint
+
+BATCH, ACCUMULATION = "--per_device_train_batch_size", "--gradient_accumulation_steps"
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("words", [[BATCH, "2"], [ACCUMULATION, "4"], [BATCH, "1", ACCUMULATION, "4"]])
+def test_steps_keep_their_size_on_resume(words: list[str], is_old: bool, dense_run: Path, tmp_path: Path) -> None:
+    """Otherwise `train_tokens` would count the earlier steps by the size of the later ones."""
+    run = tmp_path / "run"
+    shutil.copytree(dense_run.parent / "run", run)
+    record = read_json(run / "recipe.json")
+    assert record.pop("sequences_per_step") == 8
+    if is_old:  # version 0.1 did not write it down, but the tokens so far
+        (run / "recipe.json").write_text(json.dumps(record))
+    resume = [str(dense_run), "--output_dir", str(run), "--resume_from_checkpoint", "true"]
+    message = refusal(*resume, *words)
+    assert f"an optimizer step of {run} had 8 sequences, and would now have " in message
+    pretrain.prepare_run([*resume, BATCH, "2", ACCUMULATION, "4"])  # as many in all
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--auto_find_batch_size", "true"], "training.auto_find_batch_size=True changes the batch"),
+        (["--accelerator_config", "{split_batches: true}"], "split_batches=True makes per_device_train_batch_size"),
+    ],
+)
+def test_steps_of_no_fixed_size_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    assert message in refusal(str(tiny_recipe(tmp_path)), *words)
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_checkpoint_of_another_model_is_refused(
+    has_record: bool, dense_run: Path, launched: tuple[Path, str], tmp_path: Path
+) -> None:
+    sparse_recipe = str(launched[0].parent / dense_run.name)
+    checkpoints = {}
+    for name, run in (("dense", dense_run.parent / "run"), ("sparse", launched[0])):
+        shutil.copytree(run, tmp_path / name)
+        checkpoints[name] = str(next((tmp_path / name).glob("checkpoint-*")))
+        if not has_record:
+            (tmp_path / name / "recipe.json").unlink()
+    new = ["--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint"]
+    sparse = [sparse_recipe, *new, checkpoints["sparse"]]
+    dense = [sparse_recipe, *new, checkpoints["dense"]]
+    for words in (dense, [*sparse, "--sparse_ift.sparsity", "0.5"], [*sparse, "--sparse_ift", "null"]):
+        assert re.search("is a checkpoint of another (sparse_ift|model)", refusal(*words)), words
+    assert not (tmp_path / "new" / "recipe.json").exists()
+    pretrain.prepare_run(sparse)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_text_is_read(tmp_path: Path) -> None:
+    missing = next(iter(INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations(), "flyte"}))
+    message = refusal(str(tiny_recipe(tmp_path)), "--report_to", f"[tensorboard, {missing}]")
+    assert f"training.report_to={missing!r} needs a package that is not installed" in message
+    assert "training.report_to='wandbe' is not one of" in refusal(str(tiny_recipe(tmp_path)), "--report_to", "wandbe")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_without_a_checkpoint_may_change_its_optimizer(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     pretrain.prepare_run([str(recipe)])  # killed before its first checkpoint
@@ -297,8 +367,8 @@ def check_record(recipe: Path, record: dict[str, Any] | str) -> None:
     path = recipe.parent / "run" / "recipe.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(record if isinstance(record, str) else json.dumps(record))
-    args, data = SimpleNamespace(process_index=0), SimpleNamespace(fingerprint="f00")
-    pretrain.check_recipe(load_recipe(recipe), data, args)
+    loaded = load_recipe(recipe)
+    pretrain.check_recipe(loaded, SimpleNamespace(fingerprint="f00"), training_arguments(loaded))
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
@@ -359,7 +429,7 @@ def _offline(name: str, **_: Any) -> Any:
 
 @pytest.mark.parametrize("words", [[], ["--learning_rate", "1"]])
 def test_a_recipe_must_come_first(words: list[str]) -> None:
-    assert "usage: accelerate launch recipes/pretrain.py RECIPE.yaml" in refusal(*words)
+    assert "usage: sparseift pretrain RECIPE.yaml" in refusal(*words)
 
 
 def test_a_missing_recipe_file(tmp_path: Path) -> None:

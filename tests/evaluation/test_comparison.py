@@ -322,7 +322,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none.json is missing: the evaluation has not finished"):
         read_arm(str(tmp_path / "none.json"))
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"x.json is not a result file of eval/leaderboard.py"):
+    with pytest.raises(ValueError, match=r"x.json is not a result file of `sparseift evaluate`"):
         read_arm(str(tmp_path / "x.json"))
     with pytest.raises(ValueError, match="names no result file"):
         read_arm("name=")
@@ -353,7 +353,7 @@ def test_the_script_keeps_files_of_others(name: str, tmp_path: Path) -> None:
     a = write(tmp_path / "a.json", values_of(0.3, 0.5))
     (tmp_path / "notes.md").write_text("| task | metric |")
     before = (tmp_path / name).read_bytes()
-    with pytest.raises(SystemExit, match=rf"compare: .*{name} is there already, and not from eval/compare.py; "):
+    with pytest.raises(SystemExit, match=rf"compare: .*{name} is there already, and not from sparseift compare; "):
         load_script("eval/compare.py").main([str(a), str(a), "--output", str(tmp_path / name)])
     assert (tmp_path / name).read_bytes() == before
     assert not (tmp_path / "a.md").exists()

@@ -64,7 +64,7 @@ def test_damage_to_a_file_is_named(folder: Path, damage: str) -> None:
     change(folder / "cais/mmlu/anatomy/test.jsonl")
     with pytest.raises(DataError, match=message) as raised:
         check_folder(folder, [ANATOMY, ARC])
-    assert f"python eval/fetch_data.py --data-dir {folder} --datasets cais/mmlu" in str(raised.value)
+    assert f"sparseift fetch-data --data-dir {folder} --datasets cais/mmlu" in str(raised.value)
     assert "ai2_arc" not in str(raised.value)
 
 

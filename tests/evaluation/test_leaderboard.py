@@ -222,6 +222,8 @@ def test_batches_are_dealt_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> No
         (["--model", "{empty}"], "holds no model .no config.json.; in it: checkpoint-5"),
         (["--model", "{model}", "--limit", "0"], "--limit must be a whole number of at least 1, .*, got 0"),
         (["--model", "{model}", "--batch-size", "many"], "--batch-size must be a whole number .*got 'many'"),
+        (["--model", "{model}", "--dtype", "float99"], "--dtype='float99' is not one of .*; did you mean 'float"),
+        (["--model", "{model}", "--dtype", "int8"], "--dtype='int8' is not one of 'auto', 'float64'"),
         (["--model", "{model}", "--only", "arc"], "suite builtin has no task 'arc'"),
         (["--model", "{model}", "--output", "x.txt"], "--output must end in .json, got x.txt"),
         (["--model", "{model}", "--limit", "1", "--output", "{empty}/a/x.json"], "cannot read or write .*/a/x.lm_eval"),

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config
 
-from sparseift_llm import SparseIFTConfig, plan
+from sparseift_llm import SparseIFTConfig
 from sparseift_llm.checkpoints.mask_file import digest, pack
+from sparseift_llm.planning.planner import plan_of_dense
 from tests.reporting.test_comparison import DATA, SPARSE
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -36,7 +37,7 @@ TILES: dict[str, Any] = {"structure": "block", "block_size": 16}
 def model_config() -> str:
     """config.json of a model that has LAYERS."""
     dense = GPT2Config(n_embd=32, n_layer=2, n_head=2)
-    result = plan(dense, SparseIFTConfig(targets=("q", "k", "v", "mlp_in"), **TILES))
+    result = plan_of_dense(dense, SparseIFTConfig(targets=("q", "k", "v", "mlp_in"), **TILES))
     result.hf_config.sparse_ift = result.record.to_dict()
     return json.dumps(result.hf_config.to_dict())
 

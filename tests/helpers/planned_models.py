@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.models.architectures import build_model
-from sparseift_llm.planning.planner import Plan, plan
+from sparseift_llm.planning.planner import Plan, plan, plan_of_dense
 from sparseift_llm.record.specs import LayerSpec
 
 SEQ_LEN = 48
@@ -61,6 +61,11 @@ every_sparsity = pytest.mark.parametrize("sparsity", SPARSITIES)
 @functools.cache
 def planned(name: str, **options: Any) -> Plan:
     return plan(TINY[name], SparseIFTConfig(**options), seq_len=SEQ_LEN)
+
+
+def planned_at_any_cost(name: str, **options: Any) -> Plan:
+    """As `planned`, but projections that stay dense may grow, as version 0.1 had it."""
+    return plan_of_dense(TINY[name], SparseIFTConfig(**options), seq_len=SEQ_LEN)
 
 
 @functools.cache

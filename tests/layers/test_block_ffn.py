@@ -378,7 +378,8 @@ def test_module_paths_and_state_dict_are_those_of_the_stock_model() -> None:
 
 
 def test_only_pairs_of_tiles_are_fused() -> None:
-    config = SparseIFTConfig(structure="block", block_size=8, scope="ffn", exclude=("mlp_in",))
+    costs = {"accounting": "whole_model", "seq_len": 8, "sparsity": 0.25}
+    config = SparseIFTConfig(structure="block", block_size=8, scope="ffn", exclude=("mlp_in",), **costs)
     model = sparsify(tiny_config("gpt2", activation_function="gelu_new"), config)
     assert isinstance(model.transformer.h[0].mlp.c_proj, BlockSparseLinear)
     assert not any(isinstance(module, BlockFeedForward) for module in model.modules())

@@ -14,7 +14,7 @@ from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.cli import main
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.presets import load_config
-from sparseift_llm.planning.planner import plan
+from sparseift_llm.planning.planner import plan, plan_of_dense
 from tests.helpers.planned_models import LLAMA, SEQ_LEN, TINY, every_architecture
 from tests.planning.test_block_planning import config, planned
 
@@ -63,7 +63,7 @@ def test_the_default_block_size_follows_the_narrowest_width(preset: str, options
             {"hidden_size": 40},
             {"scope": "ffn", "sparsity": 0.75, "size": 16},
             r"mlp\.gate_proj is 352 x 40, and 40 is not a multiple of block_size=16; choose a block_size that divides "
-            r"it, another scope, or leave mlp_in dense with exclude",
+            r"it, another scope, or leave mlp_in dense with exclude and accounting='whole_model'",
         ),
         ({"intermediate_size": 84}, {"sparsity": 0.0}, r"gate_proj is 84 x 32, and 84 is not a multiple"),
         ({}, {"sparsity": 0.95}, r"q_proj: \d+ active tiles for 18 block-rows .*; use a block_size below 8 or a lower"),
@@ -80,7 +80,7 @@ def test_a_side_of_an_excluded_projection_need_not_fit() -> None:
     """Scope `ffn` leaves the hidden size alone; nothing that stays dense is asked to hold tiles."""
     dense = LlamaConfig(**{**LLAMA, "hidden_size": 32, "num_key_value_heads": 1, "num_attention_heads": 8})
     assert plan(dense, config(8, scope="ffn", sparsity=0.75), SEQ_LEN).ratio_linear == 1.0
-    kept = plan(dense, config(8, sparsity=0.5, targets=("mlp_in", "mlp_out")), SEQ_LEN)
+    kept = plan_of_dense(dense, config(8, sparsity=0.5, targets=("mlp_in", "mlp_out")), SEQ_LEN)
     assert sizes_of(kept.hf_config).hidden == 48
     assert kept.layers[1].sparse_shape == (6, 48)  # one head of 6 for the keys, dense: no multiple of 8
     assert not kept.layers[1].is_sparse

@@ -27,6 +27,7 @@ from tests.helpers.planned_models import (
     TINY,
     TOKENS,
     planned,
+    planned_at_any_cost,
 )
 
 # ---- targets and exclude
@@ -43,7 +44,7 @@ from tests.helpers.planned_models import (
     ],
 )
 def test_targets_and_exclude(options: dict[str, Any], sparse_kinds: set[str]) -> None:
-    result = planned("llama", sparsity=0.75, **options)
+    result = planned_at_any_cost("llama", sparsity=0.75, **options)
     assert {layer.kind for layer in result.layers if layer.is_sparse} == sparse_kinds
     for layer in result.layers:
         rows, columns = layer.dense_shape if layer.is_sparse else layer.sparse_shape
@@ -62,9 +63,9 @@ def test_a_part_of_a_fused_projection_is_refused(name: str, layer: str, options:
 
 
 def test_a_whole_fused_projection_can_be_chosen_or_left_dense() -> None:
-    chosen = planned("gpt2", sparsity=0.75, targets=("q", "k", "v"))
+    chosen = planned_at_any_cost("gpt2", sparsity=0.75, targets=("q", "k", "v"))
     assert {layer.kind for layer in chosen.layers if layer.is_sparse} == {"qkv"}
-    left = planned("gpt2", sparsity=0.75, exclude=("q", "k", "v"))
+    left = planned_at_any_cost("gpt2", sparsity=0.75, exclude=("q", "k", "v"))
     assert {layer.kind for layer in left.layers if not layer.is_sparse} == {"qkv"}
 
 

@@ -11,6 +11,7 @@ from transformers import GPT2Config
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, plan
 from sparseift_llm.config.transform import FamilyRule
+from sparseift_llm.planning.planner import plan_of_dense
 from sparseift_llm.record.model_record import (
     DenseSizes,
     ModelRecord,
@@ -80,7 +81,7 @@ def test_what_goes_in_comes_out(arch: str, options: dict[str, Any]) -> None:
 
 def test_a_record_by_hand() -> None:
     """One projection of GPT-2, as the text of model_record.py shows it."""
-    record = plan(TINY["gpt2"], SparseIFTConfig(targets=("mlp_in",))).record
+    record = plan_of_dense(TINY["gpt2"], SparseIFTConfig(targets=("mlp_in",))).record
     values = record.to_dict()
     assert {key: values[key] for key in ("format", "dense_model")} == {
         "format": 2,

@@ -132,7 +132,7 @@ def test_no_run_that_can_be_read(run: Path, tmp_path: Path, capsys: pytest.Captu
     page = tmp_path / "report.html"
     assert main(["report", *map(str, folders), "-o", str(page)]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert "output folders of recipes/pretrain.py, which hold summary.json, recipe.json or metrics.jsonl, or of" in said
+    assert "output folders of `sparseift pretrain`, which hold summary.json, recipe.json or metrics.jsonl, or" in said
     assert f"{folders[0]}: none of summary.json, recipe.json and metrics.jsonl is there" in said
     assert f"{folders[1]}: summary.json is truncated or damaged: " in said
     assert not page.exists()

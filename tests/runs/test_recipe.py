@@ -51,7 +51,7 @@ lr_decay_steps: 90
     assert recipe.model == ModelConfig("llama-160m", {"num_hidden_layers": 2}, 2.0)
     assert recipe.data == DataConfig("text/", vocab_size=300, seq_len=64)
     assert recipe.sparse_ift == SparseIFTConfig(
-        sparsity=0.5, exclude=("q",), seed=3, seq_len=64, dst=DSTConfig(algorithm="gmp")
+        sparsity=0.5, exclude=("q",), seed=3, seq_len=64, dst=DSTConfig(algorithm="gmp"), init="preserve"
     )
     assert recipe.training["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
     assert recipe.training["save_steps"] == 50
@@ -177,6 +177,7 @@ def test_section_overrides(tmp_path: Path, words: list[str], section: str, chang
     ],
 )
 def test_sparse_overrides(tmp_path: Path, words: list[str], expected: SparseIFTConfig | None) -> None:
+    expected = expected and dataclasses.replace(expected, init="preserve")
     assert load(tmp_path, MINIMAL + "sparse_ift: {sparsity: 0.5, seed: 1}\n", *words).sparse_ift == expected
 
 

@@ -58,6 +58,13 @@ def test_grid_and_names_by_hand(recipe: Path) -> None:
     assert not (recipe.parent / "sweep").exists()
 
 
+def test_the_runs_share_their_tokens_unless_the_recipe_says_where_they_are(recipe: Path) -> None:
+    shared = plan(recipe, *RATES, seeds=[0, 1]).runs
+    assert {run.recipe.data.cache_dir for run in shared} == {str(recipe.parent / "sweep" / "data")}
+    own = plan(recipe, *RATES, "--cache_dir", str(recipe.parent / "tokens")).runs
+    assert {run.recipe.data.cache_dir for run in own} == {str(recipe.parent / "tokens")}
+
+
 def test_without_axes_there_is_one_run_with_the_recipes_seed(recipe: Path) -> None:
     assert [run.name for run in plan(recipe).runs] == ["dense_seed-0"]
 
@@ -285,8 +292,11 @@ def test_two_real_runs_and_one_that_crashes(recipe: Path, capsys: pytest.Capture
     assert (output / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     result = read_json(output / "sweep.json")
     assert [run["state"] for run in result["runs"]] == ["finished", "finished", "failed"]
+    assert len(list((output / "data").glob("tokenizer-*"))) == 1
+    assert len(list((output / "data").glob("tokens-*"))) == 2, "of the training and of the held-out text"
     losses = []
     for run in result["runs"][:2]:
+        assert not (output / run["folder"] / "data").exists()
         summary = read_json(output / run["folder"] / "summary.json")
         assert summary["command"].startswith("sparseift pretrain ")
         assert run["eval_loss"] == summary["eval_loss"]

@@ -1,4 +1,4 @@
-"""Checkpoints in other places than `output_dir/checkpoint-N`, or gone, and folders that only look like one."""
+"""Checkpoints in other places than `output_dir/checkpoint-N`, or gone, of other steps, and folders like one."""
 
 from __future__ import annotations
 
@@ -179,3 +179,15 @@ def test_a_resume_with_other_updates_names_what_differs(tmp_path: Path, caplog: 
     sparse_trainer(sparse_gpt2("set", every=3), tmp_path).train(resume_from_checkpoint=True)
     assert "algorithm: 'rigl' -> 'set', update_every_steps: 2 -> 3" in caplog.text
     assert "stop_fraction" not in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{"tokens_per_step": 64}, {"seq_len": 4}])
+def test_a_resume_with_steps_of_another_size_is_refused(changes: dict[str, int], tmp_path: Path) -> None:
+    """`train_flops` would count the steps before by the tokens of those after."""
+    sizes = {"tokens_per_step": 32, "seq_len": 8}
+    make_trainer(sparse_gpt2("rigl"), tmp_path, SparseTrainingCallback(**sizes), steps=4, **SAVING).train()
+    callback = SparseTrainingCallback(**{**sizes, **changes})
+    with pytest.raises(ValueError, match="the run's FLOPs would be counted wrongly; resume with "):
+        make_trainer(sparse_gpt2("rigl"), tmp_path, callback, **SAVING).train(resume_from_checkpoint=True)
+    for again in (SparseTrainingCallback(**sizes), SparseTrainingCallback()):
+        make_trainer(sparse_gpt2("rigl"), tmp_path, again, **SAVING).train(resume_from_checkpoint=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, optimizer_param_groups, sparsify
@@ -109,3 +111,25 @@ def test_factors_are_positive_finite_numbers(value: object) -> None:
 def test_a_tied_head_has_no_rate_of_its_own(arch: str, factor: float) -> None:
     with pytest.raises(ValueError, match=f"head_lr_factor={factor} is given, but .* tied to its embedding; leave"):
         optimizer_param_groups(tiny_model(arch), 0.5, head_lr_factor=factor)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("wrap", ["compiled", "compiled layers", "DataParallel"])
+def test_a_wrapped_model_has_the_same_groups(wrap: str, arch: str) -> None:
+    """A compiled model has other names, by which the rate of the final norm was not found."""
+    model = sparsify(tiny_model(arch, tie_word_embeddings=True), SparseIFTConfig(init="supar"))
+    expected = optimizer_param_groups(model, 0.5, 0.1, embedding_lr_factor=4.0)
+    wrapped: Any = model
+    if wrap == "compiled layers":
+        layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+        for index, layer in enumerate(layers):
+            layers[index] = torch.compile(layer, backend="eager")
+    else:
+        wrapped = torch.compile(model, backend="eager") if wrap == "compiled" else nn.DataParallel(model)
+    found = optimizer_param_groups(wrapped, 0.5, 0.1, embedding_lr_factor=4.0)
+    assert len({group["lr"] for group in expected}) > 2
+
+    def by_parameter(groups: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
+        return {id(value): (group["lr"], group["weight_decay"]) for group in groups for value in group["params"]}
+
+    assert by_parameter(found) == by_parameter(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from sparseift_llm import load_pretrained, save_export
 from sparseift_llm.analysis.across_runs import analyze
 from sparseift_llm.api import export_run
 from sparseift_llm.cli import main
+from sparseift_llm.evaluation import command, fetch_command
+from sparseift_llm.evaluation.lm_eval_model import SparseIFTLM
+from sparseift_llm.evaluation.task_loading import load_suite
 from sparseift_llm.models.presets import load_config
 from sparseift_llm.reporting.comparison import comparison_table, loss_picture
 from sparseift_llm.reporting.page.page import write_report
+from tests.helpers.evaluation import own_tasks_only, save_model, write_quiz
 from tests.helpers.html_pages import write_full_run
 from tests.helpers.tiny_runs import sparse_gpt2
 
@@ -30,6 +35,44 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     write_full_run(home / "run")
     yield home
     assert list(work.iterdir()) == []
+
+
+@pytest.fixture
+def quiz(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the home folder a model with a tokenizer, tasks with their data, and the numbers of the items to evaluate."""
+    monkeypatch.setattr(command, "named_suite", own_tasks_only)
+    monkeypatch.setattr(fetch_command, "named_suite", own_tasks_only)
+    save_model(home / "scored")
+    write_quiz(home)
+    (home / "samples.json").write_text('{"quiz_words": [0, 3]}')
+
+
+def evaluate(*words: str) -> int:
+    data = ["--data-dir", "~/data", "--include-path", "~/tasks", "--samples", "~/samples.json"]
+    return main(["evaluate", "--model", "~/scored", "--suite", "quiz_words", *data, *words])
+
+
+def evaluate_and_compare() -> int:
+    evaluate("--output", "~/a.json")
+    (Path.home() / "b.json").write_text((Path.home() / "a.json").read_text().replace('"sha256": "', '"sha256": "b'))
+    shutil.copytree(Path.home() / "a.items", Path.home() / "b.items")
+    return main(["compare", "first=~/a.json", "~/b.json", "--output", "~/c"])
+
+
+def refused_fetching() -> None:
+    words = ["--data-dir", "~/data", "--include-path", "~/tasks", "--suite", "quiz_words"]
+    with pytest.raises(SystemExit, match="nothing was fetched: HF_HUB_OFFLINE"):
+        fetch_command.main(words)
+
+
+EVALUATIONS: dict[str, tuple[Callable[[], Any], str | None]] = {
+    "sparseift evaluate": (evaluate, "scored/eval_quiz_words.json"),
+    "sparseift evaluate with an output": (lambda: evaluate("--output", "~/f.json"), "f.json"),
+    "sparseift compare of evaluations": (evaluate_and_compare, "c.md"),
+    "sparseift fetch-data": (refused_fetching, None),
+    "load_suite": (lambda: load_suite(own_tasks_only("quiz_words"), "~/data", "~/tasks"), None),
+    "lm-eval's model type": (lambda: SparseIFTLM(pretrained="~/scored", device="cpu"), None),
+}
 
 
 def refused_analysis() -> None:
@@ -59,6 +102,15 @@ CASES: dict[str, tuple[Callable[[], Any], str | None]] = {  # what is done, and 
 @pytest.mark.parametrize("case", CASES)
 def test_a_tilde_is_the_home_folder(case: str, home: Path) -> None:
     act, made = CASES[case]
+    result = act()
+    assert result != 2, "the command failed"
+    assert made is None or (home / made).exists()
+
+
+@pytest.mark.usefixtures("quiz")
+@pytest.mark.parametrize("case", EVALUATIONS)
+def test_a_tilde_is_the_home_folder_in_evaluations(case: str, home: Path) -> None:
+    act, made = EVALUATIONS[case]
     result = act()
     assert result != 2, "the command failed"
     assert made is None or (home / made).exists()

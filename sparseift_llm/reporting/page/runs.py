@@ -132,7 +132,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """
     paths = [user_path(folder) for folder in folders]
     if not paths:
-        raise ValueError("give at least one run: an output folder of recipes/pretrain.py or of a Trainer")
+        raise ValueError("give at least one run: an output folder of `sparseift pretrain` or of a Trainer")
     read = [read_folder(path) for path in paths]
     resolved = [path.resolve() for path in paths]
     for index, path in enumerate(resolved):
@@ -142,9 +142,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     if not any(run.is_readable for run in runs):
         found = " | ".join(f"{run.folder}: {'; '.join(run.reasons)}" for run in runs)
         raise ValueError(
-            f"no run to report on; a report is about output folders of recipes/pretrain.py, which hold {SUMMARY_NAME}, "
-            f"{RECIPE_NAME} or {METRICS_NAME}, or of a Trainer, which hold {TRAINER_STATE_NAME} or {LAYERS_NAME}. "
-            f"Found: {found}"
+            "no run to report on; a report is about output folders of `sparseift pretrain`, which hold "
+            f"{SUMMARY_NAME}, {RECIPE_NAME} or {METRICS_NAME}, or of a Trainer, which hold {TRAINER_STATE_NAME} or "
+            f"{LAYERS_NAME}. Found: {found}"
         )
     return runs
 
