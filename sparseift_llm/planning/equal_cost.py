@@ -26,7 +26,7 @@ def check_equal_cost(result: Plan, plan_with: Callable[[SparseIFTConfig], Plan])
         ValueError: there is such a projection; with the ratio of the costs and what to change.
     """
     config = result.config
-    dense = [layer for layer in result.layers if layer.family == "dense"]
+    dense = [layer for layer in result.layers if layer.family == "dense" and layer.layer_index is not None]
     grown = sorted({layer.kind for layer in dense if layer.sparse_shape != layer.dense_shape})
     if not grown or config.accounting != "linears":
         return
