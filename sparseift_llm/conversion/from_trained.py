@@ -54,9 +54,8 @@ def check_start_is_chosen(model: PreTrainedModel, config: SparseIFTConfig, layer
         config: the transformation as it was given; `init` is None if it does not say.
         layers: what the projections become.
     """
-    source = model.name_or_path
     lost = [layer.name for layer in layers if layer.is_replaced or layer.sparse_shape != layer.dense_shape]
-    if config.init is not None or not source or not lost or any(value.is_meta for value in model.parameters()):
+    if config.init is not None or not lost or not _was_loaded(model):
         return
     try:
         replace(config, init="pretrained")
@@ -64,10 +63,21 @@ def check_start_is_chosen(model: PreTrainedModel, config: SparseIFTConfig, layer
     except ValueError as error:
         keeping = f"their trained weights cannot be kept with these options ({error})"
     raise ValueError(
-        f"the model comes from {source}, and {len(lost)} of its projections, first {lost[0]}, would get random weights "
-        f"in place of what they have learned; say which start is meant: "
+        f"the model comes from {model.name_or_path}, and {len(lost)} of its projections, first {lost[0]}, would get "
+        "random weights in place of what they have learned; say which start is meant: "
         f"{keeping}; init='preserve' (or 'paper', 'supar') starts them afresh"
     )
+
+
+def _was_loaded(model: PreTrainedModel) -> bool:
+    """Whether a model holds weights that `from_pretrained` has read.
+
+    Its name alone does not tell: a fresh model has that of the config it was built from. But transformers marks the
+    parameters that it has loaded, and returns the model in evaluation mode, which a copy still is in.
+    """
+    is_marked = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
+    has_values = not any(parameter.is_meta for parameter in model.parameters())
+    return bool(model.name_or_path) and has_values and (is_marked or not model.training)
 
 
 @torch.no_grad()

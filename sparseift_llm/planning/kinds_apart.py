@@ -53,7 +53,8 @@ def _pattern(projection: Projection, hf_config: PreTrainedConfig, config: Sparse
             f"{error}, so that each of them cannot keep its number of active weights under "
             f"algorithm={config.dst.algorithm!r} and distribution={config.distribution!r}. With kinds_apart=False they "
             f"share one number, and {config.dst.algorithm} may move density between them; or use algorithm='static', "
-            f"structure='block', or exclude {', '.join(projection.kinds)}"
+            f"structure='block', or exclude {', '.join(projection.kinds)} with "
+            "accounting='whole_model'"
         ) from error
     size = config.block_size or 1
     if pattern is None or any(_num_rows(pattern, kind) % size for kind in pattern.kinds):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseift_llm import SparseIFTConfig, load_pretrained, sparsify, to_dense
 from sparseift_llm.config.rules import FamilyRule
@@ -50,6 +51,9 @@ def test_what_has_no_trained_weights_or_loses_none_needs_no_word(tmp_path: Path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sparsify(loaded.config, SparseIFTConfig()).config.sparse_ift["transformation"]["init"] == "preserve"
     sparsify(tiny_model("llama"), SparseIFTConfig())
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert fresh.name_or_path == str(tmp_path), "which says nothing about its weights"
+    sparsify(fresh, SparseIFTConfig())
     same = sparsify(loaded, SparseIFTConfig(sparsity=0.0))
     assert torch.equal(logits_of(same), logits_of(loaded))
     with torch.device("meta"):
@@ -59,5 +63,8 @@ def test_what_has_no_trained_weights_or_loses_none_needs_no_word(tmp_path: Path)
 def test_dense_copies_and_exports_count_as_trained(tmp_path: Path) -> None:
     sparsify(tiny_model("gpt2"), SparseIFTConfig()).save_pretrained(tmp_path / "sparse")
     dense = to_dense(load_pretrained(tmp_path / "sparse"))
-    with pytest.raises(ValueError, match="the model comes from "):
-        sparsify(dense, SparseIFTConfig())
+    dense.save_pretrained(tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for model in (dense, loaded, copy.deepcopy(loaded), loaded.to(torch.bfloat16).train()):
+        with pytest.raises(ValueError, match="the model comes from "):
+            sparsify(model, SparseIFTConfig())

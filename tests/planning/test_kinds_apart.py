@@ -113,7 +113,8 @@ def test_an_unknown_order_is_refused_with_the_way_out(unknown: PreTrainedConfig,
     with pytest.raises(ValueError, match=r"c_attn holds .* not known, so that .*kinds_apart=False.*exclude q, k, v"):
         plan(unknown, SparseIFTConfig(**options))
     assert plan(unknown, SparseIFTConfig(**options, kinds_apart=False)).ratio_linear == 1.0
-    assert plan(unknown, SparseIFTConfig(**options, exclude=("q", "k", "v"))).layers
+    whole_model: dict[str, Any] = {"accounting": "whole_model", "seq_len": 8, "sparsity": 0.5}
+    assert plan(unknown, SparseIFTConfig(**options, exclude=("q", "k", "v"), **whole_model)).layers
 
 
 def test_static_masks_do_not_need_to_know(unknown: PreTrainedConfig) -> None:
