@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sparseift_llm.config.transform import SparseIFTConfig
@@ -41,9 +41,8 @@ def _way_out(result: Plan, plan_with: Callable[[SparseIFTConfig], Plan]) -> str:
     """What to change, by trying it out: the highest sparsity, in hundredths, at which the costs can be made equal."""
 
     def is_possible(sparsity: float) -> bool:
-        options = {"sparsity": sparsity, "accounting": "whole_model", "seq_len": result.seq_len}
         try:
-            plan_with(dataclasses.replace(result.config, **options))
+            plan_with(replace(result.config, sparsity=sparsity, accounting="whole_model", seq_len=result.seq_len))
         except ValueError:
             return False
         return True

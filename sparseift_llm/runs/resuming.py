@@ -91,7 +91,7 @@ def _check_sections(recipe: Recipe, before: Mapping[str, Any], checkpoint: Path)
 
 
 def _check_optimizer_settings(training: Mapping[str, Any], before: Mapping[str, Any], checkpoint: Path) -> None:
-    keys = IN_OPTIMIZER_STATE
+    keys: tuple[str, ...] = IN_OPTIMIZER_STATE
     if any(section.get("lr_scheduler_type") in WITH_A_STATE for section in (before, training)):
         keys += _OF_THEIRS
     for key in keys:
