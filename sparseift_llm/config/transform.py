@@ -11,10 +11,12 @@ from pydantic_core import ArgsKwargs, to_jsonable_python
 
 from sparseift_llm.config.dst import DSTConfig
 from sparseift_llm.config.families import Family, Wide, with_family_mapping
+from sparseift_llm.config.goals import GOALS
 from sparseift_llm.config.parsing import config_class, from_dict, keyword_arguments
 from sparseift_llm.config.rules import KINDS, FamilyRule, Kinds
 from sparseift_llm.config.yaml_files import load_yaml
 from sparseift_llm.isoflop import BLOCK_SIZES
+from sparseift_llm.utils.words import check_choice
 
 __all__ = ["KINDS", "DSTConfig", "FamilyRule", "SparseIFTConfig"]
 
@@ -196,6 +198,25 @@ class SparseIFTConfig:
     def from_yaml(cls, path: str | Path) -> SparseIFTConfig:
         """The config from a YAML file. Raises ValueError as `from_dict` does."""
         return cls.from_dict(load_yaml(path))
+
+    @classmethod
+    def recommended(cls, goal: str, **changes: Any) -> SparseIFTConfig:
+        """The config that is recommended for a goal; docs/guides/choose.md says what to expect of it.
+
+        Args:
+            goal: `dense_cost` (about the dense model's time and memory), `balanced` (most of the gain per token, in
+                tiles), `lowest_loss` (per token, whatever it costs), `from_trained` (a trained dense model's weights)
+                or `paper` (the authors' recipe for GPT).
+            changes: options that differ, e.g. `sparsity=0.5`.
+
+        Raises:
+            ValueError: an unknown goal, or options that contradict it.
+
+        >>> SparseIFTConfig.recommended("balanced").structure
+        'block'
+        """
+        check_choice("goal", goal, tuple(GOALS))
+        return cls(**{**GOALS[goal], **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable mapping from which `from_dict` gives back an equal config.

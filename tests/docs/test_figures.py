@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 
+import torch
+
+from sparseift_llm import SparseIFTConfig, plan
 from sparseift_llm.bench.tables import render, render_crossover
+from sparseift_llm.models.architectures import build_model
+from sparseift_llm.models.presets import load_config
 from sparseift_llm.reporting.comparison import comparison_table
+from tests.docs.does_it_pay import table
 from tests.helpers.pages import ALL_TEXT, PAGES
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -98,3 +104,38 @@ def test_the_cost_of_metrics_is_the_committed_one() -> None:
     assert result["machine"]
     assert result["versions"]
     assert not result["commit"].endswith("-dirty")
+
+
+def test_the_sizes_of_dense_exports_are_those_of_the_models() -> None:
+    page, dense = PAGES["docs/guides/serving.md"], load_config("gpt3-small")
+    configs = {
+        "nothing (the dense model)": dense,
+        "`wide`, `scope: ffn`": plan(dense, SparseIFTConfig(scope="ffn")).hf_config,
+        "`wide`, `scope: model`": plan(dense, SparseIFTConfig()).hf_config,
+    }
+    for made_with, config in configs.items():
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in build_model(config).parameters())
+        assert f"| {made_with} | {size / 1e6:.1f} M | {2 * size / 1e6:.0f} MB |" in page
+    linear = plan(dense, SparseIFTConfig(family="doped")).hf_config
+    assert (linear.n_embd, linear.n_inner) == (dense.n_embd, dense.n_inner)
+
+
+def test_what_choosing_promises_is_in_result_files() -> None:
+    path = ROOT / "benchmarks" / "results" / "bench" / "step_cpu.json"
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    promise = f"{row['ratio_block']:.2f}x the step time and {row['state_bytes_ratio']:.3f}x the training state"
+    assert promise in PAGES["docs/guides/choose.md"]
+    short = f"{row['ratio_block']:.1f}x the step time, {row['state_bytes_ratio']:.2f}x the training state"
+    assert short in PAGES["README.md"]
+    rows = {line.split("|")[1].strip(): line.split("|") for line in table().splitlines()}
+    for title, gain, time in (
+        ("`scope: model`, tiles, 8 per side", "0.05 nats", "1.4x"),
+        ("`scope: model`, single weights", "0.07 nats", "2.5x"),
+    ):
+        dense, sparse = (float(loss) for loss in rows[title][2].split("→"))
+        assert gain == f"{dense - sparse:.2f} nats"
+        assert time == f"{float(rows[title][4].strip(' x')):.1f}x"
+        for page in ("README.md", "docs/guides/choose.md"):
+            assert gain in PAGES[page]
+            assert f"{time} " in PAGES[page]
