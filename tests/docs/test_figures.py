@@ -8,7 +8,7 @@ import torch
 
 from sparseift_llm import SparseIFTConfig, plan
 from sparseift_llm.bench.tables import render, render_crossover
-from sparseift_llm.models.architectures import build_model
+from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.presets import load_config
 from sparseift_llm.reporting.comparison import comparison_table
 from tests.docs.does_it_pay import table
@@ -118,7 +118,7 @@ def test_the_sizes_of_dense_exports_are_those_of_the_models() -> None:
             size = sum(parameter.numel() for parameter in build_model(config).parameters())
         assert f"| {made_with} | {size / 1e6:.1f} M | {2 * size / 1e6:.0f} MB |" in page
     linear = plan(dense, SparseIFTConfig(family="doped")).hf_config
-    assert (linear.n_embd, linear.n_inner) == (dense.n_embd, dense.n_inner)
+    assert sizes_of(linear) == sizes_of(dense)
 
 
 def test_what_choosing_promises_is_in_result_files() -> None:
