@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -26,6 +27,7 @@ from sparseift_llm.record.model_record import has_record, missing_layers
 from sparseift_llm.utils.files import written_whole
 from sparseift_llm.utils.outputs import user_path
 
+logger = logging.getLogger(__name__)
 __all__ = ["export_run", "load_pretrained", "save_export", "sparsify", "to_dense"]
 _TOKENIZER_NAME = "tokenizer_config.json"
 
@@ -138,7 +140,10 @@ def export_run(run: str | Path, output: str | Path, format: str = "dense") -> Pa
     run, output = user_path(run), user_path(output)
     check_options(output, format)
     check_run(run)
-    result = save_export(load_pretrained(run, dtype="auto"), output, format)
+    logger.info("loading %s", run)
+    model = load_pretrained(run, dtype="auto")
+    logger.info("writing %s, %s", output, "a stock dense model" if format == "dense" else "active weights and masks")
+    result = save_export(model, output, format)
     if (run / _TOKENIZER_NAME).is_file():
         AutoTokenizer.from_pretrained(run).save_pretrained(result)
     return result

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparseift_llm.analysis.matrices import SparseMatrix, matrix_source
+from sparseift_llm.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-7  # largest error of a singular value, as a share of the largest one
@@ -131,9 +132,11 @@ def spectral_report(model_or_folder: PreTrainedModel | str | Path, every_nth_lay
     """
     source = matrix_source(model_or_folder, every_nth_layer)
     layers = []
-    for matrix in source.read():
-        layers.append(layer_spectrum(matrix))
-        logger.info("%d of %d: %s", len(layers), source.num_matrices, matrix.name)
+    with progress_bar("analysing", source.num_matrices, "matrix") as bar:
+        for matrix in source.read():
+            layers.append(layer_spectrum(matrix))
+            logger.info("%d of %d: %s", len(layers), source.num_matrices, matrix.name)
+            bar.update()
     return SpectralReport(source.masks_digest, tuple(layers))
 
 

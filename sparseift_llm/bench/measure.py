@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sparseift_llm.ops.kernels.native import NATIVE
+from sparseift_llm.utils.progress import progress_bar
 
 
 def take_turns(
@@ -21,11 +22,13 @@ def take_turns(
     times: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in parts} for name, parts in contestants.items()
     }
-    for turn in range(repeats + 2):
-        for name, parts in contestants.items():
-            for part, seconds in zip(parts, queued_seconds(list(parts.values()), device), strict=True):
-                if turn >= 2:
-                    times[name][part].append(seconds)
+    with progress_bar("timing", (repeats + 2) * len(contestants), "turn") as bar:
+        for turn in range(repeats + 2):
+            for name, parts in contestants.items():
+                for part, seconds in zip(parts, queued_seconds(list(parts.values()), device), strict=True):
+                    if turn >= 2:
+                        times[name][part].append(seconds)
+                bar.update()  # outside of what is timed
     return times
 
 

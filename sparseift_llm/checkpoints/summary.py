@@ -101,5 +101,5 @@ def _ratio(before: int, after: int) -> str:
 def _embedding_params(model: PreTrainedModel) -> int:
     """Parameters of the input embedding, and of the output head where it has a weight of its own."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights = {id(module.weight): module.weight.numel() for module in modules if module is not None}
-    return sum(weights.values())
+    weights = [getattr(module, "weight", None) for module in modules]
+    return sum({id(weight): weight.numel() for weight in weights if weight is not None}.values())

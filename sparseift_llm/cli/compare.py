@@ -1,6 +1,7 @@
 """Put models side by side: finished runs, or the results of evaluations.
 
-Folders are runs of `sparseift pretrain`. They give a table of their summaries and a picture of their loss curves.
+Folders are runs of `sparseift pretrain`, or output folders of a Trainer. They give a table of their summaries and a
+picture of their loss curves.
 Files are results of `sparseift evaluate`. They give a table of their scores, with intervals.
 """
 

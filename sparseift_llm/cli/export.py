@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from sparseift_llm.utils.outputs import user_path
 
@@ -20,6 +21,8 @@ def run(arguments: argparse.Namespace) -> str:
     """Write the export, and say how large it is."""
     from sparseift_llm.api import export_run
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sparseift_llm").setLevel(logging.INFO)
     folder = export_run(arguments.source, arguments.output, arguments.format)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return f"wrote {folder}: {size / 1e6:,.2f} MB of weights and masks"

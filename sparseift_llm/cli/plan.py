@@ -1,63 +1,137 @@
-"""Show what Sparse-IFT makes of a model: sizes, FLOPs and memory, before anything is built or trained."""
+"""Show what Sparse-IFT makes of a model: sizes, FLOPs, memory and time, before anything is built or trained.
+
+What to plan is a recipe, or a model with options of the transformation. Their defaults are those of `SparseIFTConfig`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparseift_llm.utils.tables import terminal_table
+from sparseift_llm.utils.units import readable_bytes, readable_count
 
 if TYPE_CHECKING:
     from sparseift_llm.planning.planner import Plan
     from sparseift_llm.record.specs import LayerSpec, MatrixSpec
+    from sparseift_llm.runs.planned import PlannedRun
 
-
-_OPTIONS = (
-    "family",
-    "scope",
-    "sparsity",
-    "structure",
-    "block_size",
-    "distribution",
-    "accounting",
-    "seq_len",
-    "exclude",
-    "width_multiple",
-)  # that `plan` takes over as they are
+_EXAMPLES = """\
+examples:
+  sparseift plan recipes/gpt3_small_wide75_rigl.yaml
+  sparseift plan --model gpt3-small --sparsity 0.75 --seq-len 1024
+  sparseift plan --model gpt3-small --compare "scope=ffn" "structure=block" "sparsity=0.5 structure=block"
+"""
+_OWN = ("seq_len",)  # of the config, with an argument of its own here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `sparseift plan`."""
-    parser.add_argument("--model", required=True, help="preset, config.json, model folder or hub id")
-    parser.add_argument("--family", default="wide")
-    parser.add_argument("--scope", default="model", help="model, ffn or residual")
-    parser.add_argument("--embedding", help="with --scope residual: sparse or dense")
-    parser.add_argument("--sparsity", type=float, required=True, help="zero fraction in [0, 1)")
-    parser.add_argument("--structure", default="unstructured", help="unstructured or block")
-    parser.add_argument("--block-size", type=int, help="side of a tile, with --structure block")
-    parser.add_argument("--distribution", default="uniform", help="uniform or erk")
-    parser.add_argument("--accounting", default="linears", help="linears or whole_model")
-    parser.add_argument("--seq-len", type=int, required=True, help="tokens per sequence, for attention FLOPs")
-    parser.add_argument("--targets", nargs="+", help="projection kinds to make sparse: q k v o mlp_in mlp_out")
-    parser.add_argument("--exclude", nargs="+", default=[], help="projection kinds to leave dense")
-    parser.add_argument("--width-multiple", type=int, default=1, help="round widths to multiples of this")
+    """Options of `sparseift plan`; those of the transformation are taken from its config."""
+    from sparseift_llm.config.describe import describe_options
+    from sparseift_llm.config.transform import SparseIFTConfig
+    from sparseift_llm.planning.devices import UTILIZATION
+
+    parser.usage = "sparseift plan [-h] (RECIPE.yaml | --model MODEL) [options]"
+    parser.epilog = _EXAMPLES
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="a recipe file")
+    parser.add_argument("--model", help="preset, config.json, model folder or hub id")
+    parser.add_argument(
+        "--seq-len", type=int, help="tokens per sequence (default: the recipe's, else the model's longest)"
+    )
+    parser.add_argument(
+        "--tokens", type=float, help="tokens of the training, e.g. 2e9 (default: the recipe's, else 1e9)"
+    )
+    parser.add_argument(
+        "--utilization", type=float, help=f"share of a GPU's peak that training reaches (default {UTILIZATION})"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="SETTINGS",
+        help="one table of several settings, each like 'scope=ffn sparsity=0.5'",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    group = parser.add_argument_group("the transformation")
+    for option in describe_options(SparseIFTConfig):
+        last = option.name.rpartition(".")[2]
+        if option.name not in _OWN:
+            group.add_argument(
+                *dict.fromkeys((f"--{last.replace('_', '-')}", f"--{last}")),
+                dest=f"config.{option.name}",
+                metavar="VALUE",
+                nargs="+" if option.type.startswith("a list of ") and "mappings" not in option.type else None,
+                help=f"{option.type}; default {option.default}".replace("%", "%%"),
+            )
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """The plan as a table, or as JSON."""
-    from sparseift_llm.config.transform import SparseIFTConfig
-    from sparseift_llm.models.presets import load_config
-    from sparseift_llm.planning.planner import plan
+    """The plan as tables, or as JSON.
 
-    values = {name: getattr(arguments, name) for name in _OPTIONS}
-    if arguments.embedding is not None:
-        values["embedding"] = arguments.embedding
-    config = SparseIFTConfig.from_dict({**values, "targets": arguments.targets or None})
-    result = plan(load_config(arguments.model), config, arguments.seq_len)
-    return json.dumps(result.to_dict(), indent=2) if arguments.json else render_plan(result)
+    Raises:
+        ValueError: neither a recipe nor a model is given, or one of them or an option is refused.
+    """
+    from sparseift_llm.reporting.plan_estimates import estimates_of, estimates_table, plans_table
+
+    options = _options(arguments)
+    settings = {words: {**options, **_settings(words)} for words in arguments.compare or [""]}
+    planned = {words: _plan(arguments, values) for words, values in settings.items()}
+    first = next(iter(planned.values()))
+    num_tokens = arguments.tokens or first.num_tokens or 1e9
+    if arguments.json:
+        whole = {
+            words: {**run.plan.to_dict(), **estimates_of(run.plan, num_tokens, arguments.utilization)}
+            for words, run in planned.items()
+        }
+        return json.dumps(whole if arguments.compare else whole[""], indent=2)
+    if arguments.compare:
+        table = plans_table({words: run.plan for words, run in planned.items()}, num_tokens, arguments.utilization)
+        return "\n".join([table, *first.notes])
+    estimates = estimates_table(estimates_of(first.plan, num_tokens, arguments.utilization))
+    return "\n".join([render_plan(first.plan), "", estimates, *first.notes])
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the transformation that were given, by dotted name."""
+    from sparseift_llm.config.yaml_files import parse_yaml
+
+    options: dict[str, Any] = {}
+    for name, value in vars(arguments).items():
+        if name.startswith("config.") and value is not None:
+            key = name.removeprefix("config.")
+            words = value if isinstance(value, list) else [value]
+            parsed = [parse_yaml(word, f"--{key}") for word in words]
+            options[key] = parsed if isinstance(value, list) else parsed[0]
+    return options
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """The options of one word after --compare, `scope=ffn sparsity=0.5`, by dotted name."""
+    from sparseift_llm.config.describe import describe_options
+    from sparseift_llm.config.transform import SparseIFTConfig
+    from sparseift_llm.config.yaml_files import parse_yaml
+    from sparseift_llm.utils.words import check_choice
+
+    names = {option.name.rpartition(".")[2]: option.name for option in describe_options(SparseIFTConfig)}
+    options = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--compare {text!r}: {word!r} is not of the form option=value")
+        check_choice("--compare", name, names)
+        options[names[name]] = parse_yaml(value, f"--compare {name}")
+    return options
+
+
+def _plan(arguments: argparse.Namespace, options: dict[str, Any]) -> PlannedRun:
+    from sparseift_llm.runs.planned import plan_model, plan_recipe
+
+    if arguments.recipe is not None:
+        return plan_recipe(arguments.recipe, options, arguments.model, arguments.seq_len)
+    if arguments.model is None:
+        raise ValueError("give a RECIPE.yaml, or a model with --model, e.g. --model gpt3-small")
+    return plan_model(arguments.model, options, arguments.seq_len)
 
 
 def render_plan(plan: Plan) -> str:
@@ -85,12 +159,18 @@ def render_plan(plan: Plan) -> str:
     totals = []
     dense, sparse = plan.dense.to_dict(), plan.sparse.to_dict()
     for key in dense:
-        unit, scale = ("MFLOP", 1e6) if "flops" in key else ("MB", 1e6) if "bytes" in key else ("M", 1e6)
-        values = (f"{dense[key] / scale:.2f} {unit}", f"{sparse[key] / scale:.2f} {unit}")
+        values = (_readable(key, dense[key]), _readable(key, sparse[key]))
         totals.append((key, *values, f"{sparse[key] / dense[key]:.4f}"))
     note = "FLOPs: multiply-adds of projections, attention and logits; norms and elementwise work are left out."
     totals_table = terminal_table((f"per token, T={plan.seq_len}", "dense", "sparse", "ratio"), totals)
     return "\n".join([terminal_table(header, rows), "", totals_table, "", note])
+
+
+def _readable(key: str, value: float) -> str:
+    """A total with its unit, which its key in `ModelCost.to_dict` tells."""
+    if "bytes" in key:
+        return readable_bytes(value)
+    return readable_count(value) + ("FLOP" if "flops" in key else "")
 
 
 def _matrices(layer: LayerSpec) -> str:

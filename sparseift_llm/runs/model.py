@@ -57,10 +57,24 @@ def model_config(recipe: Recipe) -> PreTrainedConfig:
     config = load_config(name)
     config.use_cache = False
     _change(config, recipe.model.config)
-    max_positions = getattr(config, "max_position_embeddings", None)
-    if max_positions is not None and recipe.data.seq_len > max_positions:
-        raise ValueError(f"data.seq_len={recipe.data.seq_len} is above the model's {max_positions} positions")
+    check_positions(config, recipe.data.seq_len, "data.seq_len")
     return config
+
+
+def check_positions(config: PreTrainedConfig, seq_len: int, option: str) -> None:
+    """Refuse sequences that are longer than a model's positions.
+
+    Args:
+        config: of the model.
+        seq_len: tokens per sequence.
+        option: the name of the option that says so, for the message.
+
+    Raises:
+        ValueError: the model has fewer positions.
+    """
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is not None and seq_len > max_positions:
+        raise ValueError(f"{option}={seq_len} is above the model's {max_positions} positions")
 
 
 def _change(config: PreTrainedConfig, changes: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from sparseift_llm.checkpoints.summary import dense_summary, sparsity_summary
 from sparseift_llm.data.loading import LoadedData, check_not_read, load_data
@@ -29,6 +29,7 @@ from sparseift_llm.runs.recipe_training import LearningRateFactors
 from sparseift_llm.runs.resuming import check_resumed
 from sparseift_llm.runs.trainer import AlreadyFinished, StopBeforeExtraStep, make_trainer, sequences_per_step
 from sparseift_llm.trainer.callback import SparseTrainingCallback
+from sparseift_llm.trainer.speed import SpeedCallback
 from sparseift_llm.training.learning_rates import group_factors
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
@@ -171,13 +172,17 @@ def train(
     """
     tokens_per_step, seq_len = sequences_per_step(args) * recipe.data.seq_len, recipe.data.seq_len
     sparse = None
-    if recipe.sparse_ift:
-        sparse = SparseTrainingCallback(
-            tokens_per_step=tokens_per_step, seq_len=seq_len, peak_flops_per_second="measure"
-        )
+    speed: list[TrainerCallback] = []
+    if recipe.sparse_ift:  # everything is logged, because the pages and comparisons of `sparseift report` need it
+        sparse = SparseTrainingCallback("all", tokens_per_step, seq_len, peak_flops_per_second="measure")
+    else:
+        speed = [SpeedCallback(tokens_per_step, seq_len, peak_flops_per_second="measure")]
     log = MetricsLog(recipe.training["output_dir"], tokens_per_step, seq_len, sparse)
-    callbacks = [*([sparse] if sparse else []), log, StopBeforeExtraStep()]
+    callbacks = [*([sparse] if sparse else speed), log, StopBeforeExtraStep()]
     trainer = make_trainer(recipe, args, model, data, callbacks)
+    for callback in speed:  # before trackers, so that they get what it adds
+        trainer.callback_handler.callbacks.remove(callback)
+        trainer.callback_handler.callbacks.insert(0, callback)
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except AlreadyFinished:

@@ -29,7 +29,8 @@ from sparseift_llm.checkpoints.trainer_folder import SAVING_NAME, find_resumed_c
 from sparseift_llm.config.as_begun import as_begun
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.record.model_record import transformation_values
-from sparseift_llm.trainer.log import MaskReport, ReportOptions, go_first
+from sparseift_llm.trainer.log import SUMMARY, MaskReport, chosen_metrics, go_first
+from sparseift_llm.trainer.speed import ReportOptions
 from sparseift_llm.training.checks import changed_keys, fits
 from sparseift_llm.training.controller import SparseTrainingController
 
@@ -46,7 +47,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     of the Trainer's callbacks, so that every tracker gets what it adds to the log.
 
     Args:
-        metrics: log the mask metrics of docs/metrics.md and write `layers.jsonl`; training is the same without.
+        metrics: which metrics of docs/metrics.md to log. `summary` logs at most six, of which none is constant; `all`
+            or True logs everything; False logs nothing and writes no `layers.jsonl`. Training is the same with each.
         tokens_per_step, seq_len, peak_flops_per_second: for metrics of speed, see `ReportOptions`.
         backward_passes: per optimizer step, if a `training_step` of your own makes others than
             `gradient_accumulation_steps`. One loss that uses the model several times takes one backward pass.
@@ -60,7 +62,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        metrics: bool = True,
+        metrics: str | bool = SUMMARY,
         tokens_per_step: int | None = None,
         seq_len: int | None = None,
         peak_flops_per_second: float | str | None = None,
@@ -70,7 +72,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             raise ValueError(f"backward_passes must be at least 1, got {backward_passes}")
         self.backward_passes = backward_passes
         self.options = ReportOptions(tokens_per_step, seq_len, peak_flops_per_second)
-        self.metrics = metrics
+        self.metrics = chosen_metrics(metrics)
         self.report: MaskReport | None = None
         self.controller: SparseTrainingController | None = None
         self.saved: dict[str, Any] = {}
@@ -138,7 +140,9 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             self.controller.accept_optimizer_steps()
         tell_before_saving(model, self._before_saving)
         scaler = getattr(optimizer, "scaler", None)
-        self.report = MaskReport(self.controller, model, args, scaler, self.options) if self.metrics else None
+        self.report = None
+        if self.metrics is not None:
+            self.report = MaskReport(self.controller, model, args, scaler, self.options, self.metrics)
         if state.global_step > 0:
             self._resume(args, state, model)
         if self.report is not None:
@@ -209,11 +213,12 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Add the cost of mask updates since the start of this process, and the mask metrics, to what is logged."""
+        """Add the mask metrics, and the cost of mask updates since the start of this process, to what is logged."""
         if self.controller is None or logs is None or "loss" not in logs:
             return
-        cost = self.controller.cost
-        logs.update(mask_update_seconds=cost.seconds, mask_update_bytes=cost.num_bytes)
+        if self.metrics != SUMMARY:
+            cost = self.controller.cost
+            logs.update(mask_update_seconds=cost.seconds, mask_update_bytes=cost.num_bytes)
         if self.report is not None:
             self.report.log(logs, state)
         state.log_history[-1].update(logs)
@@ -232,7 +237,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         A Trainer asks for it last, before it writes that file. So this is also the moment to write what only this
         callback knows how to write, and to take off the mark of a checkpoint that is not complete.
         """
-        arguments = {"metrics": self.metrics, **asdict(self.options), "backward_passes": self.backward_passes}
+        arguments = {"metrics": self.metrics or False, **asdict(self.options), "backward_passes": self.backward_passes}
         if self.controller is None:
             return {"args": arguments, "attributes": {"saved": {}}}
         # a search for hyperparameters and subclasses of the Trainer choose other folders

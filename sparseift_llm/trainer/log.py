@@ -9,59 +9,47 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from sparseift_llm.checkpoints.mask_file import digest, read_masks, write_masks
 from sparseift_llm.metrics.mask_history import MaskMetrics
 from sparseift_llm.metrics.step_probe import StepSample
-from sparseift_llm.metrics.throughput import WARM_UP_STEPS, Stopwatch, TrainingFlops, measured_peak
+from sparseift_llm.metrics.throughput import TrainingFlops
+from sparseift_llm.trainer.speed import ReportOptions, SpeedReport
 from sparseift_llm.training.controller import SparseTrainingController
 from sparseift_llm.utils.files import set_aside
 from sparseift_llm.utils.json_lines import append_line, keep_lines
+from sparseift_llm.utils.words import check_choice
 
 logger = logging.getLogger(__name__)
 HISTORY_NAME = "sparse_history.safetensors"
 LAYERS_NAME = "layers.jsonl"
 
 
-@dataclass(frozen=True)
-class ReportOptions:
-    """What a report cannot find out by itself. JSON can hold it.
+SUMMARY = "summary"
+ALL = "all"
+_ALWAYS = ("grad_norm_active", "tokens_per_second", "model_flops_utilization")
+_SUMMARY_KEYS = {  # of each update rule: only what changes while it trains
+    "static": _ALWAYS,
+    "gmp": ("sparsity", *_ALWAYS),
+}
+_SUMMARY_KEYS_OF_OTHERS = ("exploration", "mask_churn", "mask_survival", *_ALWAYS)
 
-    Args:
-        tokens_per_step: tokens of one optimizer step on all ranks; without it no FLOPs and no speed are reported.
-        seq_len: tokens per sequence, for attention FLOPs.
-        peak_flops_per_second: of one device; `"measure"` times a matrix product at the start of training; without
-            it `model_flops_utilization` is not reported.
+
+def chosen_metrics(metrics: str | bool) -> str | None:
+    """Which metrics a callback logs, by its argument `metrics`: `summary`, `all`, or None for none.
 
     Raises:
-        ValueError: a value out of range, or one of `tokens_per_step` and `seq_len` without the other.
+        ValueError: another word.
     """
-
-    tokens_per_step: int | None = None
-    seq_len: int | None = None
-    peak_flops_per_second: float | str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("tokens_per_step", "seq_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if (self.tokens_per_step is None) != (self.seq_len is None):
-            raise ValueError(
-                f"tokens_per_step={self.tokens_per_step} and seq_len={self.seq_len} go together; give both, or none"
-            )
-        peak = self.peak_flops_per_second
-        if peak is not None and (peak != "measure" if isinstance(peak, str) else not 0 < peak < math.inf):
-            raise ValueError(f"peak_flops_per_second must be above 0, 'measure' or None, got {peak!r}")
-        if peak is not None and self.tokens_per_step is None:
-            raise ValueError("peak_flops_per_second needs tokens_per_step and seq_len: FLOPs cannot be counted without")
+    if isinstance(metrics, bool):
+        return ALL if metrics else None
+    check_choice("metrics", metrics, (SUMMARY, ALL, True, False))
+    return metrics
 
 
 class MaskReport:
@@ -73,6 +61,7 @@ class MaskReport:
         args: the Trainer's.
         scaler: the gradient scaler or None.
         options: see there.
+        which: `summary` or `all`, see docs/metrics.md. `layers.jsonl` is the same with both.
     """
 
     def __init__(
@@ -82,6 +71,7 @@ class MaskReport:
         args: TrainingArguments,
         scaler: Any,
         options: ReportOptions,
+        which: str = ALL,
     ) -> None:
         self.metrics = MaskMetrics(controller, scaler)
         self._controller = controller
@@ -89,17 +79,14 @@ class MaskReport:
         self._is_sampling = False
         self._max_grad_norm = float(args.max_grad_norm or 0.0)
         self._layers_path = Path(args.output_dir or ".") / LAYERS_NAME
-        self._watch = Stopwatch(WARM_UP_STEPS)
-        self._flops: TrainingFlops | None = None
-        self._peak: float | None = None
-        self._tokens_per_step = options.tokens_per_step or 0
+        flops = None
         if options.tokens_per_step is not None and options.seq_len is not None:
-            self._flops = TrainingFlops(model, options.tokens_per_step, options.seq_len, controller)
-        if options.peak_flops_per_second is not None:
-            peak = options.peak_flops_per_second
-            self._peak = args.world_size * (_measured(model, args) if isinstance(peak, str) else peak)
-        self._flops_before: int | None = None
-        self._step_before = 0
+            flops = TrainingFlops(model, options.tokens_per_step, options.seq_len, controller).total
+        self._speed = SpeedReport(options, flops, model, args)
+        self._kept: tuple[str, ...] | None = None  # of all that is known; None keeps everything
+        if which == SUMMARY:
+            algorithm = controller.algorithm.config.algorithm
+            self._kept = _SUMMARY_KEYS.get(algorithm, _SUMMARY_KEYS_OF_OTHERS)
 
     def begin(self, state: TrainerState) -> None:
         """The first step comes; lines of steps that are run again are dropped, those of another run set aside."""
@@ -110,12 +97,11 @@ class MaskReport:
             elif self._layers_path.exists():
                 aside = set_aside(self._layers_path, "earlier-")
                 logger.warning("%s holds an earlier run's lines; they are now in %s", self._layers_path, aside.name)
-        self._flops_before = self._flops.total(state.global_step) if self._flops else None
-        self._step_before = state.global_step
+        self._speed.begin(state.global_step)
 
     def begin_step(self, args: TrainingArguments, state: TrainerState) -> None:
         """Before a step's first micro-batch."""
-        self._watch.begin_step()
+        self._speed.watch.begin_step()
         self._is_sampling = will_be_logged(state.global_step + 1, args, state)
         if self._is_sampling:
             self._sample.begin()
@@ -129,17 +115,16 @@ class MaskReport:
 
     def end_step(self) -> None:
         """After the optimizer."""
-        self._watch.end_step()
+        self._speed.watch.end_step()
 
     def interrupt(self) -> None:
         """After evaluation and saving, whose time does not count as training."""
-        self._watch.interrupt()
+        self._speed.watch.interrupt()
 
     def log(self, logs: dict[str, Any], state: TrainerState) -> None:
-        """Add all metrics to a training step's `logs`, and a line to `layers.jsonl`."""
-        logs.update(self.metrics.values())
-        logs.update(self._sampled(logs))
-        logs.update(self._speed(state.global_step))
+        """Add metrics to a training step's `logs`, and a line to `layers.jsonl`."""
+        values = {**self.metrics.values(), **self._sampled(logs), **self._speed.values(state.global_step)}
+        logs.update({key: value for key, value in values.items() if self._kept is None or key in self._kept})
         if state.is_world_process_zero:
             layers = {name: counts.to_dict() for name, counts in self.metrics.layers().items()}
             append_line(self._layers_path, {"step": state.global_step, "layers": layers})
@@ -191,20 +176,6 @@ class MaskReport:
             values["saturated_units"] = float(self._sample.saturated)
         return values
 
-    def _speed(self, step: int) -> dict[str, float]:
-        num_steps, seconds = self._watch.read()
-        if self._flops is None:
-            return {}
-        flops = self._flops.total(step)
-        values: dict[str, float] = {"train_flops": flops}
-        if num_steps > 0 and seconds > 0:
-            values["tokens_per_second"] = num_steps * self._tokens_per_step / seconds
-            if self._peak is not None and self._flops_before is not None:
-                flops_per_step = (flops - self._flops_before) / (step - self._step_before)  # with those not timed
-                values["model_flops_utilization"] = flops_per_step * num_steps / seconds / self._peak
-        self._flops_before, self._step_before = flops, step
-        return values
-
 
 def will_be_logged(step: int, args: TrainingArguments, state: TrainerState) -> bool:
     """Whether the Trainer's own schedule logs after `step`; with `logging_strategy="epoch"` that is not foreseen."""
@@ -236,11 +207,6 @@ def _handler_on_stack() -> CallbackHandler | None:
             return caller
         frame = frame.f_back
     return None
-
-
-def _measured(model: PreTrainedModel, args: TrainingArguments) -> float:
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-    return measured_peak(args.device, dtype)
 
 
 def _holds(checkpoint: Path, masks_digest: str) -> bool:

@@ -44,7 +44,7 @@ def trainer(rank: int, folder: Path) -> dict[str, Any]:
     results, files = [], []
     for resume in (None, str(folder / "out" / "checkpoint-5")):
         logs = Logs()
-        callback = SparseTrainingCallback(tokens_per_step=32, seq_len=8, peak_flops_per_second=1e9)
+        callback = SparseTrainingCallback("all", tokens_per_step=32, seq_len=8, peak_flops_per_second=1e9)
         run = make_trainer(sparse_gpt2("rigl"), folder / "out", callback, logs, **options)
         assert run.args.world_size == 2
         run.train(resume_from_checkpoint=resume)

@@ -43,7 +43,7 @@ def test_both_ranks_report_the_same(results: Results) -> None:
 
 def test_one_process_with_the_whole_batch_reports_the_same(results: Results, tmp_path: Path) -> None:
     logs = Logs()
-    callback = SparseTrainingCallback(tokens_per_step=32, seq_len=8, peak_flops_per_second=1e9)
+    callback = SparseTrainingCallback("all", tokens_per_step=32, seq_len=8, peak_flops_per_second=1e9)
     make_trainer(sparse_gpt2("rigl"), tmp_path, callback, logs).train()
     for alone, both in zip(shared(logs.logs), shared(results["trainer"][0]["logs"]), strict=True):
         assert alone.keys() == both.keys()

@@ -23,6 +23,7 @@ from sparseift_llm import load_pretrained
 from sparseift_llm.data.loading import load_data
 from sparseift_llm.data.options import DataConfig
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.reporting.comparison import comparison_table, loss_picture
 from sparseift_llm.runs import pretrain
 from sparseift_llm.runs.preparation import training_arguments
 from sparseift_llm.runs.recipe import load_recipe
@@ -491,3 +492,21 @@ def test_the_plain_accelerate_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["sparse_ift"]["transformation"]["sparsity"] == 0.75
     )
+
+
+def test_the_plain_trainer_script_and_its_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("recipes/trainer_script.py")
+    train_file, held_out = write_corpus(tmp_path)
+    tiny = DataConfig(str(train_file), eval_corpus=str(held_out), vocab_size=VOCAB, seq_len=16)
+    monkeypatch.setattr(script, "load_data", lambda _, folder: load_data(tiny, folder))
+    loss = script.main(str(tmp_path / "run"), steps=20)
+    assert 0 < loss < math.log(VOCAB)
+    assert "wide, scope model: hidden 64->128, FFN 256->512; 75% of" in capsys.readouterr().out
+    table = comparison_table([tmp_path / "run"])
+    assert f"| held-out loss (nats/token) | {loss:.4f} |" in table
+    assert "| linear sparsity | 0.7500 |" in table
+    assert "| active linear parameters | 98,304 |" in table  # 2 layers of 12 x 64 x 64, as in the dense model
+    loss_picture([tmp_path / "run"], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0

@@ -43,7 +43,7 @@ def recipe_of(name: str) -> Recipe:
 
 
 def test_all_recipes_are_known_here() -> None:
-    assert set(NAMES) == {"demo", *RESIDUAL} | {name for pair in PAIRS for name in pair}
+    assert set(NAMES) == {"demo", "wikitext2_cpu_wide75_static", *RESIDUAL} | {name for pair in PAIRS for name in pair}
     assert (len(WIKITEXT), len(PILE)) == (3, 2)
 
 

@@ -187,7 +187,7 @@ class BeforeClipping(Trainer):
 @pytest.mark.parametrize("micro", [1, 2])
 def test_the_norm_is_that_before_clipping(max_grad_norm: float, micro: int, tmp_path: Path) -> None:
     trainer = make_trainer(
-        sparse_gpt2(), tmp_path, SparseTrainingCallback(), steps=6, trainer_class=BeforeClipping, logging_steps=2,
+        sparse_gpt2(), tmp_path, SparseTrainingCallback("all"), steps=6, trainer_class=BeforeClipping, logging_steps=2,
         max_grad_norm=max_grad_norm, gradient_accumulation_steps=micro, per_device_train_batch_size=4 // micro,
     )  # fmt: skip
     assert isinstance(trainer, BeforeClipping)
@@ -214,7 +214,7 @@ class HooksPerStep(TrainerCallback):
 
 def test_only_logged_steps_are_sampled(tmp_path: Path) -> None:
     hooks = HooksPerStep()
-    callbacks = (SparseTrainingCallback(), hooks)
+    callbacks = (SparseTrainingCallback("all"), hooks)
     make_trainer(sparse_gpt2(), tmp_path, *callbacks, steps=8, logging_steps=3, logging_first_step=True).train()
     assert hooks.seen == [True, False, True, False, False, True, False, False]
     assert hooks.left == [1] * 8
@@ -233,7 +233,7 @@ def test_a_norm_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
             return loss
 
     trainer = make_trainer(
-        sparse_gpt2("static"), tmp_path, SparseTrainingCallback(), steps=3, trainer_class=Overflow, max_grad_norm=0
+        sparse_gpt2("static"), tmp_path, SparseTrainingCallback("all"), steps=3, trainer_class=Overflow, max_grad_norm=0
     )
     trainer.train()
     reported = ["grad_norm_active" in entry for entry in trainer.state.log_history if "loss" in entry]

@@ -89,7 +89,7 @@ def test_the_measured_peak_is_a_rate() -> None:
 
 
 def test_utilization_is_flops_over_seconds_over_peak(tmp_path: Path) -> None:
-    callback = SparseTrainingCallback(tokens_per_step=32, seq_len=8, peak_flops_per_second=2.5e9)
+    callback = SparseTrainingCallback("all", tokens_per_step=32, seq_len=8, peak_flops_per_second=2.5e9)
     trainer = make_trainer(sparse_gpt2("static"), tmp_path, callback, steps=4, logging_steps=2)
     trainer.train()
     first, second = (entry for entry in trainer.state.log_history if "loss" in entry)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparseift_llm.reporting.comparison import comparison_table, loss_picture, read_summary
 
@@ -165,6 +168,61 @@ def test_a_summary_of_something_else(tmp_path: Path, text: str) -> None:
     (run / "summary.json").write_text(text)
     with pytest.raises(ValueError, match=r"summary\.json"):
         comparison_table([run])
+
+
+# ---- folders of a plain Trainer
+
+
+def write_trainer_run(folder: Path, max_steps: int = 2, **config: Any) -> Path:
+    """What a Trainer leaves that was asked to save its state: its log, and a GPT-2 with its config."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=2)).save_pretrained(folder)
+    history = [
+        {"step": 1, "loss": 3.0, "tokens_per_second": 100.0, "train_flops": 5000},
+        {"step": 2, "loss": 2.5, "tokens_per_second": 300.0, "train_flops": 10_000},
+        {"step": 2, "eval_loss": 2.25},
+        {"step": 2, "train_runtime": 9.0, "train_loss": 2.75},
+    ]
+    state = {"global_step": 2, "max_steps": max_steps, "log_history": history}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_the_folder_of_a_trainer_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
+    own = write_run(tmp_path / "own", DENSE)
+    table = comparison_table([own, write_trainer_run(tmp_path / "plain")])
+    cells = rows(table)
+    assert cells["held-out loss (nats/token)"] == ["2.0000", "2.2500", "1.125"]
+    assert cells["held-out perplexity"][1] == f"{math.exp(2.25):.2f}"
+    assert cells["held-out bits per byte"][0] == "1.5000"
+    assert cells["active linear parameters"][1] == "768"  # 12 x 8 x 8
+    # 10 x 8 tied embeddings, 8 x 8 positions; 768 weights, 72 biases and 32 of norms in the layer; 16 of the last norm
+    assert cells["stored parameters"][1] == f"{80 + 64 + 768 + 72 + 32 + 16:,}"
+    assert cells["linear sparsity"] == ["0.0000", "0.0000", ""]
+    assert cells["training FLOPs, whole model"][1] == "1e+04"
+    assert cells["tokens/s"] == ["2,000", "200", "0.100"]
+    assert "| held-out bits per byte | 1.5000 |  |  |" in table
+    assert "Of plain only what a Trainer writes is known" in table
+
+
+def test_an_unfinished_trainer_run_is_refused(tmp_path: Path) -> None:
+    run = write_trainer_run(tmp_path / "plain", max_steps=3)
+    with pytest.raises(ValueError, match=r"plain is not a finished run: .* is of step 2 of 3"):
+        comparison_table([run])
+
+
+def test_runs_without_tokens_are_drawn_over_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr("sparseift_llm.reporting.comparison.written_whole", contextlib.nullcontext)
+    runs = [write_metrics(tmp_path / "own"), write_trainer_run(tmp_path / "plain")]
+    loss_picture(runs, tmp_path / "loss.png")
+    loss_picture(runs[:1], tmp_path / "loss.png")
+    assert [panel.get_xlabel() for panel in drawn[0].axes] == ["training FLOPs"]  # which both have
+    assert [panel.get_xlabel() for panel in drawn[1].axes] == ["training tokens", "training FLOPs"]
+    assert drawn[0].get_suptitle() == "Training and held-out loss: own, plain"
+    assert [text.get_text().strip() for text in drawn[1].axes[0].texts] == ["2.600"]  # the held-out loss at the end
 
 
 # ---- the picture

@@ -56,7 +56,7 @@ class Record(TrainerCallback):
 
 def new_trainer(folder: Path, *others: TrainerCallback, algorithm: str = "rigl", **options: Any) -> Trainer:
     """A run with dropout, so that random numbers matter."""
-    callback = SparseTrainingCallback(**SPEED)
+    callback = SparseTrainingCallback("all", **SPEED)
     return make_trainer(sparse_gpt2(algorithm, dropout=0.1), folder, callback, *others, **options)
 
 
@@ -101,7 +101,7 @@ def test_the_page_on_metrics_names_them_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["before", "after", "added later"])
 def test_a_tracker_anywhere_gets_them(place: str, tmp_path: Path) -> None:
-    tracker, sparse, record = TensorBoardCallback(), SparseTrainingCallback(), Record()
+    tracker, sparse, record = TensorBoardCallback(), SparseTrainingCallback("all"), Record()
     callbacks = {"before": [record, tracker, sparse], "after": [sparse, tracker, record], "added later": [sparse]}[
         place
     ]
@@ -130,7 +130,7 @@ def test_attached_it_needs_no_look_at_the_call_stack(
     is_in_the_list: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("sparseift_llm.trainer.log._handler_on_stack")
-    callback, record = SparseTrainingCallback(), Record()
+    callback, record = SparseTrainingCallback("all"), Record()
     trainer = make_trainer(sparse_gpt2(), tmp_path, record, TensorBoardCallback(), *[callback] * is_in_the_list)
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
@@ -142,13 +142,13 @@ def test_attached_it_needs_no_look_at_the_call_stack(
 def test_attaching_late_sets_half_written_checkpoints_aside(tmp_path: Path) -> None:
     trainer = make_trainer(sparse_gpt2(), tmp_path)
     (tmp_path / "checkpoint-3").mkdir()
-    SparseTrainingCallback().attach(trainer)
+    SparseTrainingCallback("all").attach(trainer)
     assert [path.name for path in tmp_path.iterdir()] == ["incomplete-checkpoint-3"]
 
 
 def test_without_a_trainer_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        report.go_first(SparseTrainingCallback())
+        report.go_first(SparseTrainingCallback("all"))
     assert "may be missing in trackers" in caplog.text
 
 
@@ -160,7 +160,7 @@ def test_metrics_change_no_bit_of_training(algorithm: str, tmp_path: Path) -> No
         trainer.train()
         return {**final_state(trainer), "random": torch.get_rng_state()}
 
-    callback = SparseTrainingCallback(**{**SPEED, "peak_flops_per_second": "measure"})
+    callback = SparseTrainingCallback("all", **{**SPEED, "peak_flops_per_second": "measure"})
     found = run(callback, tmp_path / "with")
     assert (tmp_path / "with" / "layers.jsonl").is_file()
     assert not differences(run(SparseTrainingCallback(metrics=False), tmp_path / "without"), found)
@@ -210,7 +210,7 @@ def test_accumulation_does_not_change_metrics(tmp_path: Path) -> None:
     def run(size: int) -> list[dict[str, Any]]:
         record = Record()
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        callbacks = (SparseTrainingCallback(**SPEED), record)
+        callbacks = (SparseTrainingCallback("all", **SPEED), record)
         make_trainer(sparse_gpt2(), tmp_path / str(size), *callbacks, **options).train()
         return record.logs
 
@@ -355,7 +355,7 @@ def test_a_state_that_is_asked_for_without_saving_leaves_older_folders_alone(
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(complete[0] / "checkpoint-3", folder)
     before = (folder / HISTORY_NAME).read_bytes()
-    trainer = make_trainer(sparse_gpt2(seed=1), tmp_path, SparseTrainingCallback(), steps=3)
+    trainer = make_trainer(sparse_gpt2(seed=1), tmp_path, SparseTrainingCallback("all"), steps=3)
     trainer.train()
     trainer.train()
     assert (folder / HISTORY_NAME).read_bytes() == before
@@ -390,7 +390,7 @@ def test_speed_is_only_reported_where_it_is_known(tmp_path: Path) -> None:
         ({"tokens_per_step": 32, "seq_len": 8, "peak_flops_per_second": "measure"}, speed),
     ):
         record = Record()
-        callbacks = (SparseTrainingCallback(**options), record)  # type: ignore[arg-type]
+        callbacks = (SparseTrainingCallback("all", **options), record)  # type: ignore[arg-type]
         make_trainer(sparse_gpt2(), tmp_path, *callbacks, steps=2).train()
         assert record.logs[0].keys() & speed == known & {"train_flops"}  # the first step is not timed
         assert record.logs[1].keys() & speed == known
