@@ -197,7 +197,7 @@ def test_the_folder_of_a_trainer_is_compared_as_far_as_it_goes(tmp_path: Path) -
     assert cells["active linear parameters"][1] == "768"  # 12 x 8 x 8
     # 10 x 8 tied embeddings, 8 x 8 positions; 768 weights, 72 biases and 32 of norms in the layer; 16 of the last norm
     assert cells["stored parameters"][1] == f"{80 + 64 + 768 + 72 + 32 + 16:,}"
-    assert cells["linear sparsity"] == ["0.0000", "0.0000", ""]
+    assert cells["linear sparsity"][:2] == ["0.0000", "0.0000"]
     assert cells["training FLOPs, whole model"][1] == "1e+04"
     assert cells["tokens/s"] == ["2,000", "200", "0.100"]
     assert "| held-out bits per byte | 1.5000 |  |  |" in table
