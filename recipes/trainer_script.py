@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from transformers import GPT2Config, Trainer, TrainingArguments, set_seed
+from transformers import GPT2Config, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingCallback, print_sparsity, sparsify
 from sparseift_llm.data.loading import load_data
@@ -36,6 +36,7 @@ def main(output_dir: str = "runs/trainer_script", steps: int = 300) -> float:
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=data.tokenizer,
+        data_collator=default_data_collator,  # all sequences have one length
         callbacks=[SparseTrainingCallback(tokens_per_step=16 * SEQ_LEN, seq_len=SEQ_LEN)],  # line 2
     )
     trainer.train()  # trainer.train(resume_from_checkpoint=True) goes on with a run that was killed
