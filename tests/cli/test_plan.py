@@ -29,7 +29,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str,
 
 def test_defaults_are_those_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     values = as_json(capsys, "--model", "gpt3-small")
-    assert values["config"] == SparseIFTConfig().to_dict()
+    assert values["config"] == plan(load_config("gpt3-small"), SparseIFTConfig()).config.to_dict()
     assert values["seq_len"] == 2048  # the model's longest
 
 
