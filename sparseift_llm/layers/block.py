@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparseift_llm.layers.stock import is_conv1d, stock_layer_of, stock_matrix
 from sparseift_llm.layers.tiled import TiledProjection
-from sparseift_llm.ops.block_linear import block_linear_op
+from sparseift_llm.ops.block_linear import block_linear
 from sparseift_llm.ops.dense_gradient import capture_dense_gradient
 from sparseift_llm.ops.operands import autocast_operands, call_operator, refuse_forward_mode
 
@@ -46,7 +46,7 @@ class BlockSparseLinear(TiledProjection):
         """(..., in) -> (..., out)."""
         refuse_forward_mode(input, self.weight, self.bias)
         x, weight, bias = autocast_operands(input.reshape(-1, self.in_features), self.weight, self.bias)
-        y: Tensor = call_operator(block_linear_op, x, weight, bias, *self.index, self.out_features)
+        y: Tensor = call_operator(block_linear, x, weight, bias, *self.index, self.out_features)
         if self.dense_gradient is not None and weight.requires_grad:
             y = capture_dense_gradient(y, x, self.dense_gradient)
         return y.view(*input.shape[:-1], self.out_features)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparseift_llm.layers.sharding import local, part_of
 from sparseift_llm.layers.stock import stock_layer, stock_matrix
 from sparseift_llm.layers.tiled import TiledProjection
-from sparseift_llm.ops.block_linear import block_linear_op
+from sparseift_llm.ops.block_linear import block_linear
 from sparseift_llm.ops.block_lookup import NO_PADDING, block_lookup_op
 from sparseift_llm.ops.dense_gradient import capture_dense_gradient, capture_lookup_gradient
 from sparseift_llm.ops.operands import autocast_operands, call_operator, refuse_forward_mode
@@ -65,7 +65,7 @@ class VocabularyTiles(TiledProjection):
         x, tiles, bias = autocast_operands(input.reshape(-1, self.in_features), weight, bias)
         if bias is not None and self.num_padded_rows:
             bias = F.pad(bias, (0, self.num_padded_rows))
-        y: Tensor = call_operator(block_linear_op, x, tiles, bias, *self.index, self.num_rows * self.block_size)
+        y: Tensor = call_operator(block_linear, x, tiles, bias, *self.index, self.num_rows * self.block_size)
         if self.dense_gradient is not None and weight.requires_grad:
             y = capture_dense_gradient(y, x, self.dense_gradient)
         if self.num_padded_rows:

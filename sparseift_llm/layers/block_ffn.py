@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, ReLUSquaredActivation, SiLUActivation
 
 from sparseift_llm.layers.block import BlockSparseLinear
-from sparseift_llm.ops.block_feed_forward import block_feed_forward_op, kept_on
+from sparseift_llm.ops.block_feed_forward import block_feed_forward, kept_on
 from sparseift_llm.ops.operands import autocast_operands, call_operator, refuse_forward_mode
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -163,7 +163,7 @@ class BlockFeedForward(nn.Module):
         up, activation, down, gate, _ = self.parts
         x, operands = _operands(input.reshape(-1, up.in_features), (up, gate, down))
         y, *_ = call_operator(
-            block_feed_forward_op, x, *operands, up.out_features, down.out_features, _name_of(activation),
+            block_feed_forward, x, *operands, up.out_features, down.out_features, _name_of(activation),
             kept_on(x.device.type),
         )  # fmt: skip
         result: Tensor = y.view(*input.shape[:-1], down.out_features)

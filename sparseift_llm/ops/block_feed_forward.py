@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseift_llm.ops.eager import Gradient, Operator
 from sparseift_llm.ops.kernels.base import FeedForwardShape, FusedFeedForward, Kept, Projection
 from sparseift_llm.ops.kernels.choice import kernel_for
 from sparseift_llm.ops.kernels.composed import ComposedFeedForward
@@ -54,8 +55,7 @@ def kept_on(device: str) -> str:
     return _keep
 
 
-@torch.library.custom_op("sparseift::block_feed_forward", mutates_args=())
-def block_feed_forward_op(
+def _block_feed_forward(
     x: Tensor,
     up: Tensor,
     up_bias: Tensor | None,
@@ -91,6 +91,9 @@ def block_feed_forward_op(
     return y, nothing[0], nothing[1], nothing[2]
 
 
+block_feed_forward_op = torch.library.custom_op("sparseift::block_feed_forward", _block_feed_forward, mutates_args=())
+
+
 @block_feed_forward_op.register_fake
 def _(
     x: Tensor,
@@ -122,8 +125,7 @@ def _(
     return x.new_empty(x.shape[0], out_features), hidden, gate_hidden, active
 
 
-@torch.library.custom_op("sparseift::block_feed_forward_gradient", mutates_args=())
-def block_feed_forward_gradient_op(
+def _block_feed_forward_gradient(
     grad: Tensor,
     x: Tensor,
     hidden: Tensor,
@@ -160,6 +162,11 @@ def block_feed_forward_gradient_op(
     shape = FeedForwardShape(hidden.shape[1], grad.shape[1], activation, gate is not None, keep)
     gradients = _implementation(x, up, shape).gradient(grad, x, kept, *projections, shape, needed)
     return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+block_feed_forward_gradient_op = torch.library.custom_op(
+    "sparseift::block_feed_forward_gradient", _block_feed_forward_gradient, mutates_args=()
+)
 
 
 @block_feed_forward_gradient_op.register_fake
@@ -226,7 +233,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
         x, hidden, gate_hidden, active, *rest = ctx.saved_tensors
         up, gate, down, tables = rest[:3], rest[3:6], rest[6:8], rest[8:]
         end = 2 * ctx.num_tables
-        found = block_feed_forward_gradient_op(
+        found = Gradient(block_feed_forward_gradient_op, _block_feed_forward_gradient)(
             grad, x, hidden, gate_hidden, active, *up, tables[: end // 2], *gate, tables[end:],
             *down, tables[end // 2 : end], ctx.activation, needed,
         )  # fmt: skip
@@ -242,3 +249,4 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
 
 torch.library.register_autograd("sparseift::block_feed_forward", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd("sparseift::block_feed_forward_gradient", refuse_second_derivatives)
+block_feed_forward = Operator(block_feed_forward_op, _block_feed_forward, _save_for_backward, _backward)
