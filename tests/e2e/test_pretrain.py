@@ -29,6 +29,7 @@ from sparseift_llm.runs.preparation import training_arguments
 from sparseift_llm.runs.recipe import load_recipe
 from sparseift_llm.runs.recipe_training import LearningRateFactors
 from sparseift_llm.runs.resuming import IN_OPTIMIZER_STATE
+from sparseift_llm.runs.trainer import Pretrainer
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain_runs import (
     ENVIRONMENT,
@@ -156,8 +157,8 @@ def test_training_tokens_are_those_the_model_has_seen(tmp_path: Path, monkeypatc
         seen.append(inputs["input_ids"].numel())
         return original(self, model, inputs, *args, **kwargs)
 
-    original = pretrain.Pretrainer.training_step
-    monkeypatch.setattr(pretrain.Pretrainer, "training_step", training_step)
+    original = Pretrainer.training_step
+    monkeypatch.setattr(Pretrainer, "training_step", training_step)
     pretrain.main([str(tiny_recipe(tmp_path, num_train_epochs=1, max_steps=12, save_strategy="no"))])
     assert len(set(seen)) == 1, "every step is of the same size, also across epochs"
     assert read_json(tmp_path / "run" / "summary.json")["train_tokens"] == sum(seen)
