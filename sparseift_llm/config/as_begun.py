@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 BEFORE: Mapping[str, Any] = {"kinds_apart": False}
-BEFORE_IN_DST: Mapping[str, Any] = {}
+BEFORE_IN_DST: Mapping[str, Any] = {"keep_connected": False}
 
 
 def as_begun(transformation: Any) -> Any:

@@ -106,8 +106,11 @@ class SparseIFTConfig:
                         "use scope='model' or leave it out"
                     )
         self._check_embedding()
-        if self.init == "supar" and self.dst.algorithm == "gmp":
-            raise ValueError("init='supar' assumes a constant sparsity, unlike algorithm='gmp'; use init='preserve'")
+        if self.init == "supar" and self.dst.starts_dense:
+            raise ValueError(
+                f"init='supar' assumes a constant sparsity, unlike algorithm={self.dst.algorithm!r}; "
+                "use init='preserve'"
+            )
         if self.accounting == "whole_model" and self.seq_len is None:
             raise ValueError("accounting='whole_model' needs seq_len: attention FLOPs depend on it")
 
@@ -116,10 +119,10 @@ class SparseIFTConfig:
             raise ValueError(f"block_size={self.block_size} needs structure='block'; set it or leave block_size out")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size}")
-        if self.structure == "block" and self.dst.algorithm == "gmp":
+        if self.structure == "block" and self.dst.starts_dense:
             raise ValueError(
-                "algorithm='gmp' starts dense, but structure='block' stores a fixed number of tiles; use "
-                "structure='unstructured', or static, set or rigl"
+                f"algorithm={self.dst.algorithm!r} starts dense, but structure='block' stores a fixed number of tiles; "
+                "use structure='unstructured', or static, set or rigl"
             )
 
     def _check_heads(self) -> None:
@@ -130,10 +133,10 @@ class SparseIFTConfig:
                 "balance_heads needs sparse attention projections: family='wide' with scope='model' or 'residual', and "
                 "any of q, k, v, o in targets; or leave it out"
             )
-        if self.dst.algorithm == "gmp":
+        if self.dst.starts_dense:
             raise ValueError(
-                "algorithm='gmp' prunes the smallest weights wherever they are, so balance_heads cannot hold; use "
-                "static, set or rigl"
+                f"algorithm={self.dst.algorithm!r} prunes the smallest weights wherever they are, so balance_heads "
+                "cannot hold; use static, set or rigl"
             )
 
     def _check_families(self) -> None:

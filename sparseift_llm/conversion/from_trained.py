@@ -119,7 +119,7 @@ def _starts(
     """The matrices of a projection by path inside its module; none where it is copied as it is."""
     if not layer.is_replaced and config.family != "wide":  # a rule leaves it dense, with its own sides
         return {}
-    starts_dense = config.dst.algorithm == "gmp"
+    starts_dense = config.dst.starts_dense
     parts = tuple(replace(part, is_sparse=part.is_sparse and not starts_dense) for part in parts_in(layer))
     family = drop_in_with(layer.family, layer.options) if layer.is_replaced else family_of(config.family)
     trained = TrainedProjection(stock_matrix(old), layer.kind, num_units)

@@ -31,7 +31,7 @@ def fan_in_multipliers(record: ModelRecord) -> dict[str, float]:
     Drop-in families scale their own matrices and are left out, and so are embeddings, whose rows are looked up, and
     logits, see `logit_multiplier`.
     """
-    starts_dense = record.transformation.dst.algorithm == "gmp"
+    starts_dense = record.transformation.dst.starts_dense
     return {
         layer.name: (layer.num_weights if starts_dense else layer.num_active)
         / (layer.sparse_shape[0] * layer.dense_shape[1])
@@ -78,7 +78,7 @@ def scale_initial_weights(model: PreTrainedModel, record: ModelRecord) -> None:
     for name, multiplier in fan_in_multipliers(record).items():
         model.get_submodule(name).weight.mul_(1 / math.sqrt(multiplier))  # type: ignore[operator]
     _scale_embedding(model, record)
-    if record.transformation.distribution == "erk" and record.transformation.dst.algorithm != "gmp":
+    if record.transformation.distribution == "erk" and not record.transformation.dst.starts_dense:
         _even_out_kinds(model, record.layers)
     if record.transformation.init == "supar":
         sizes, dense = sizes_of(model.config), record.dense_model

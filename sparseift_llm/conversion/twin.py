@@ -17,8 +17,9 @@ from sparseift_llm.models.beyond_config import changes_of
 from sparseift_llm.planning.planner import Plan
 from sparseift_llm.record.model_record import ModelRecord
 from sparseift_llm.topology.blocks import random_columns
+from sparseift_llm.topology.connected import reconnect
 from sparseift_llm.topology.groups import first_mask
-from sparseift_llm.topology.masks import derive_seed, random_rows
+from sparseift_llm.topology.masks import derive_seed, random_rows, random_scores
 
 
 def build_twin(model: PreTrainedModel | PreTrainedConfig, plan: Plan) -> PreTrainedModel:
@@ -61,12 +62,12 @@ def build_twin(model: PreTrainedModel | PreTrainedConfig, plan: Plan) -> PreTrai
 def _initial_columns(record: ModelRecord) -> dict[str, Tensor]:
     """Random places of the tiles of every matrix that has some, by module path."""
     sparse = [(layer.path_of(m), m) for layer in record.layers for m in layer.matrices if m.is_sparse]
-    columns = {}
+    columns, connected = {}, record.transformation.dst.keeps_connected("block")
     for index, (path, matrix) in enumerate(sparse):
         if size := matrix.block_size:
             seed = derive_seed(record.transformation.seed, "initial mask", index)
             rows, width = matrix.shape[0] // size, matrix.shape[1] // size
-            columns[path] = random_columns(rows, width, matrix.num_active // size**2, seed)
+            columns[path] = random_columns(rows, width, matrix.num_active // size**2, seed, connected)
     return columns
 
 
@@ -79,10 +80,12 @@ def _set_initial_masks(model: PreTrainedModel, record: ModelRecord) -> None:
         seed = derive_seed(config.seed, "initial mask", index)
         if layer.role != "projection":
             mask = random_rows(layer.mask_shape, layer.num_active // layer.mask_shape[0], seed)
-        elif config.dst.algorithm == "gmp":
+        elif config.dst.starts_dense:
             continue
         else:
             mask = first_mask(layer.mask_shape, layer.num_active, seed, layer.groups)
+            if config.dst.keeps_connected("unstructured"):
+                mask = reconnect(mask, random_scores(layer.mask_shape, seed), layer.groups, layer.lines)
         layer.set_mask(mask.to(layer.weight.device))
 
 

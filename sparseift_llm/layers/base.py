@@ -147,11 +147,25 @@ class SparseProjection(nn.Module):
 
     def magnitude(self) -> Tensor:
         """L1 norm of the weights of every unit, of the mask's shape; 0 for inactive units."""
+        return self.unit_sums(self.weight.detach().abs())
+
+    def unit_sums(self, values: Tensor) -> Tensor:
+        """The sum of `values`, laid out and sharded as the weight is, over every unit: of the mask's shape."""
         raise NotImplementedError
 
     def growth_scores(self, dense_gradient: Tensor) -> Tensor:
         """L1 norm of the gradient of every unit, of the mask's shape, from what `dense_gradient` captured."""
         raise NotImplementedError
+
+    @property
+    def lines(self) -> tuple[int, ...]:
+        """Along which dimensions of the mask lines may lose their last active unit, see `topology.connected`."""
+        raise NotImplementedError
+
+    @property
+    def output_dim(self) -> int:
+        """The dimension of the mask along which outputs follow each other."""
+        return 0
 
     @property
     def groups(self) -> Groups:

@@ -32,7 +32,7 @@ class MaskedProjection(SparseProjection):
     def divide(self, matrix: MatrixSpec) -> None:
         """Let each of the row groups and heads that `matrix` names keep its number of active weights from now on."""
         side = 0 if matrix.heads is None else matrix.heads[0]
-        dim = 1 - side if is_conv1d(self) else side
+        dim = side ^ self.output_dim
         if matrix.row_groups:
             self._groups = RowSets(dim, matrix.row_groups, None if matrix.heads is None else matrix.head_size)
         elif matrix.heads is not None:
@@ -80,6 +80,14 @@ class MaskedProjection(SparseProjection):
         return changed
 
     @property
+    def lines(self) -> tuple[int, ...]:
+        return (0, 1)
+
+    @property
+    def output_dim(self) -> int:
+        return 1 if is_conv1d(self) else 0
+
+    @property
     def groups(self) -> Groups:
         return self._groups
 
@@ -101,8 +109,8 @@ class MaskedProjection(SparseProjection):
     def restore_buffers(self) -> None:
         self.mask.fill_(True)
 
-    def magnitude(self) -> Tensor:
-        return whole(self.weight.detach()).abs()
+    def unit_sums(self, values: Tensor) -> Tensor:
+        return whole(values)
 
     def growth_scores(self, dense_gradient: Tensor) -> Tensor:
         return dense_gradient.abs()

@@ -101,8 +101,8 @@ class TiledProjection(TileIndex, SparseProjection):
         """Nothing to do: inactive weights are not stored."""
 
     @torch.no_grad()
-    def magnitude(self) -> Tensor:
-        sums = whole(self.weight.abs().sum((1, 2), dtype=_sum_dtype(self.weight)))
+    def unit_sums(self, values: Tensor) -> Tensor:
+        sums = whole(values.sum((1, 2), dtype=_sum_dtype(values)))
         scores = sums.new_zeros(self.num_rows, self.num_columns)
         rows = blocks.rows_of_slots(len(self.columns), self.num_rows).to(self.columns.device)
         scores[rows, self.columns.long()] = sums
@@ -110,6 +110,11 @@ class TiledProjection(TileIndex, SparseProjection):
 
     def growth_scores(self, dense_gradient: Tensor) -> Tensor:
         return blocks.tile_sums(dense_gradient, self.block_size)
+
+    @property
+    def lines(self) -> tuple[int, ...]:
+        """Columns alone: block-rows keep their numbers of tiles, which are above 0."""
+        return (0,)
 
     @property
     def groups(self) -> EqualGroups:

@@ -80,8 +80,9 @@ class LayerCounts:
         ever: were active at any time (in-time over-parameterisation, arXiv 2102.02887).
         grown: became active at the last update.
         grown_before, survived: became active at the update before, and of these, still were after the last.
-        num_units: rows and columns of the mask.
-        dead_units: rows and columns without an active entry.
+        num_inputs, num_outputs: columns and rows of the mask, in units.
+        unread: inputs without an active entry, which nothing reads.
+        unfed: outputs without one, which nothing feeds.
     """
 
     kind: str
@@ -91,8 +92,10 @@ class LayerCounts:
     grown: int | None
     grown_before: int
     survived: int
-    num_units: int
-    dead_units: int
+    num_inputs: int
+    num_outputs: int
+    unread: int
+    unfed: int
 
     def to_dict(self) -> dict[str, Any]:
         """A layer's entry in `layers.jsonl`: shares, None where they are not known."""
@@ -102,6 +105,8 @@ class LayerCounts:
             "exploration": None if self.ever is None else self.ever / self.size,
             "churn": None if self.grown is None or not self.active else self.grown / self.active,
             "survival": self.survived / self.grown_before if self.grown_before else None,
+            "unread": self.unread / self.num_inputs,
+            "unfed": self.unfed / self.num_outputs,
         }
 
 
@@ -120,8 +125,11 @@ def summarize(layers: Iterable[LayerCounts]) -> dict[str, float]:
         updated = [(layer.grown, layer.active) for layer in group if layer.grown is not None and layer.active]
         if updated:
             values[f"mask_churn{suffix}"] = sum(grown for grown, _ in updated) / sum(active for _, active in updated)
+        values[f"unread_units{suffix}"] = sum(x.unread for x in group) / sum(x.num_inputs for x in group)
+        values[f"unfed_units{suffix}"] = sum(x.unfed for x in group) / sum(x.num_outputs for x in group)
     grown_before = sum(layer.grown_before for layer in layers)
     if grown_before:
         values["mask_survival"] = sum(layer.survived for layer in layers) / grown_before
-    values["dead_units"] = sum(layer.dead_units for layer in layers) / sum(layer.num_units for layer in layers)
+    num_units = sum(layer.num_inputs + layer.num_outputs for layer in layers)
+    values["dead_units"] = sum(layer.unread + layer.unfed for layer in layers) / num_units
     return values

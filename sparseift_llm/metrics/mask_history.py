@@ -16,9 +16,9 @@ from sparseift_llm.checkpoints.mask_file import pack, unpack
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.metrics.counts import LayerCounts, UnitHistory, kinds_in, num_ones, summarize
 from sparseift_llm.models.projections import kind_of
+from sparseift_llm.topology.connected import empty_lines
 from sparseift_llm.training.algorithms import SET
 from sparseift_llm.training.controller import SparseTrainingController
-from sparseift_llm.training.schedules import cosine_drop_fraction
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ class MaskMetrics:
         values = summarize(self.layers().values())
         algorithm, step = self.controller.algorithm, self.controller.step
         if isinstance(algorithm, SET):
-            initial = algorithm.config.drop_fraction
-            values["drop_fraction"] = cosine_drop_fraction(min(step, algorithm.stop), algorithm.stop, initial)
+            values["drop_fraction"] = algorithm.drop_fraction(min(step, algorithm.stop))
         if self.grad_norm_grown is not None:
             values["grad_norm_grown"] = self.grad_norm_grown
         cost = self.controller.cost
@@ -157,12 +156,14 @@ class MaskMetrics:
 
     def _count(self, name: str, layer: SparseProjection) -> LayerCounts:
         mask, unit, history = layer.current_mask(), layer.unit_size, self._all_histories()[name]
-        dead = sum(int((~mask.any(dim)).sum()) for dim in (0, 1))
+        outputs = layer.output_dim
+        unread, unfed = (int(empty_lines(mask, dim).sum()) for dim in (outputs, 1 - outputs))
         ever = num_ones(history.ever) * unit if self._has_seen_all_updates() else None
         grown = None if history.grown is None else num_ones(history.grown) * unit
         return LayerCounts(
             self.kinds[name], mask.numel() * unit, int(mask.sum()) * unit, ever, grown,
-            history.num_grown_before * unit, history.num_survived * unit, sum(mask.shape), dead,
+            history.num_grown_before * unit, history.num_survived * unit,
+            mask.shape[1 - outputs], mask.shape[outputs], unread, unfed,
         )  # fmt: skip
 
     def _num_due(self) -> int:

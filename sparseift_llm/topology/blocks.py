@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparseift_llm.topology.connected import reconnect
 from sparseift_llm.topology.groups import EqualGroups, first_mask
+from sparseift_llm.topology.masks import random_scores
 
 
 def rows_of_slots(num_tiles: int, num_rows: int) -> Tensor:
@@ -59,10 +61,17 @@ def slots_by_column(columns: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
     return order.to(torch.int32), torch.searchsorted(ascending, boundaries, out_int32=True)
 
 
-def random_columns(num_rows: int, num_columns: int, num_tiles: int, seed: int) -> Tensor:
-    """Uniformly random, distinct columns for the slots of every block-row, ascending: int32 (N,)."""
+def random_columns(num_rows: int, num_columns: int, num_tiles: int, seed: int, connected: bool = False) -> Tensor:
+    """Uniformly random, distinct columns for the slots of every block-row, ascending: int32 (N,).
+
+    With `connected` no block-column stays without a tile, where the numbers allow it.
+    """
     with torch.device("cpu"):  # also while a model is built on the meta device
-        return columns_of(first_mask(torch.Size((num_rows, num_columns)), num_tiles, seed, EqualGroups(0, num_rows)))
+        shape, groups = torch.Size((num_rows, num_columns)), EqualGroups(0, num_rows)
+        mask = first_mask(shape, num_tiles, seed, groups)
+        if connected:
+            mask = reconnect(mask, random_scores(shape, seed), groups, dims=(0,))
+        return columns_of(mask)
 
 
 def columns_of(mask: Tensor) -> Tensor:

@@ -7,12 +7,21 @@ training/algorithms.py. All functions are pure, and ties break by index.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from sparseift_llm.topology.connected import last_of_lines
 from sparseift_llm.topology.groups import Groups
 
 
-def drop_and_grow(mask: Tensor, importance: Tensor, growth: Tensor, num_exchanged: Tensor, groups: Groups) -> Tensor:
+def drop_and_grow(
+    mask: Tensor,
+    importance: Tensor,
+    growth: Tensor,
+    num_exchanged: Tensor,
+    groups: Groups,
+    connected: tuple[int, ...] | None = None,
+) -> Tensor:
     """In every group drop the active units of least importance, then grow as many of largest `growth`.
 
     A unit that was just dropped competes for growth like any other inactive one, so it may come back.
@@ -24,6 +33,9 @@ def drop_and_grow(mask: Tensor, importance: Tensor, growth: Tensor, num_exchange
         num_exchanged: units to drop and to grow in each group, int (G,); cut to what the group has active. It may be
             more than were inactive, because dropped units can be grown again.
         groups: the groups.
+        connected: None for the rule of the reference. Otherwise the last active unit of a line is not dropped, the
+            lines being those along these dimensions (see connected.py), and a unit whose growth score is 0 is not
+            grown: instead the most important one that would have been dropped stays.
 
     Returns:
         New mask with as many ones in every group as `mask`.
@@ -31,5 +43,29 @@ def drop_and_grow(mask: Tensor, importance: Tensor, growth: Tensor, num_exchange
     Source: RigL, arXiv 1911.11134, algorithm 1.
     """
     num_exchanged = num_exchanged.to(mask.device).minimum(groups.count(mask))
-    kept = mask & ~groups.largest(-importance, mask, num_exchanged)
-    return kept | groups.largest(growth, ~kept, num_exchanged)
+    if connected is None:
+        kept = mask & ~groups.largest(-importance, mask, num_exchanged)
+        return kept | groups.largest(growth, ~kept, num_exchanged)
+    dropped = _least_but_last(mask, importance, num_exchanged, groups, connected)
+    kept, num_dropped = mask & ~dropped, groups.count(dropped)
+    grown = groups.largest(growth, ~kept, num_dropped) & (growth > 0)
+    back = groups.largest(importance, dropped & ~grown, num_dropped - groups.count(grown))
+    return kept | grown | back
+
+
+def _least_but_last(
+    mask: Tensor, importance: Tensor, num_exchanged: Tensor, groups: Groups, dims: tuple[int, ...]
+) -> Tensor:
+    """The active units of least importance in every group, but of no line all of them.
+
+    Where all units of a line are among the least, the most important of them is set aside and the choice is made again
+    without it, so that another unit of its group is dropped in its place if there is one.
+    """
+    set_aside = torch.zeros_like(mask)
+    while True:
+        eligible = mask & ~set_aside
+        dropped = groups.largest(-importance, eligible, num_exchanged.minimum(groups.count(eligible)))
+        last = last_of_lines(mask, mask & ~dropped, importance, dims)
+        if not last.any():
+            return dropped
+        set_aside |= last

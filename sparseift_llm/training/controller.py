@@ -29,7 +29,7 @@ from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.sharding import gathered, reshard
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.record.model_record import missing_layers
-from sparseift_llm.training import checks, eager
+from sparseift_llm.training import checks, eager, grown_weights, importance
 from sparseift_llm.training.algorithms import ALGORITHMS
 from sparseift_llm.training.averages import AveragedCopies
 from sparseift_llm.training.backends.choice import backend_of
@@ -122,6 +122,8 @@ class SparseTrainingController(Joinable):
         self._watches: list[GradientWatch] = []
         self._misses: dict[str, int] = {}
         self._copies = AveragedCopies()
+        self._grown_weights = grown_weights.rule_for(config.dst, self.backend)
+        self._importance = importance.rule_for(config.dst, self.backend)
         self._num_active = self._count_active()
         self.ranks = Ranks(next(iter(self.layers.values())).topology.device)
         self.ranks.check_same_schedule(f"total_steps={total_steps}, {config.dst}, seed={config.seed}")
@@ -268,12 +270,15 @@ class SparseTrainingController(Joinable):
         for layer in self.layers.values():
             if layer.dense_gradient is not None:
                 layer.dense_gradient.forget_thrown_away()
+        self._grown_weights.before_step(self.layers)
         if self._is_checked and not self.algorithm.is_update_step(self.step + 1):
             return
         reshard(self.model)
         checks.check_weights(self.layers, self.ranks, self.step + 1)
         if not self._is_checked:
             checks.check_step_count(self.backend.num_steps(self.layers) - self._steps_before, self.step)
+            if self.step > 0:
+                self._grown_weights.check(self.layers)
         self._is_checked = True
 
     @torch.no_grad()
@@ -284,6 +289,7 @@ class SparseTrainingController(Joinable):
         reshard(self.model)
         self.step += 1
         self.active_weight_steps += self._num_active
+        self._grown_weights.after_step(self.layers)
         self.backend.zero_inactive(self.layers)  # some optimizers move weights whose gradient is 0
         if self.algorithm.is_update_step(self.step):
             self._update_masks()
@@ -304,10 +310,11 @@ class SparseTrainingController(Joinable):
                 continue
             growth = self._growth(name) if self.algorithm.needs_dense_gradient else None
             with gathered(layer.weight):
-                mask = self.algorithm.next_mask(layer, self.step, index, growth)
+                mask = self.algorithm.next_mask(layer, self.step, index, growth, self._importance(layer))
                 self._notify(name, layer.current_mask(), mask, growth)
                 changed = layer.set_mask(mask)
             self.ranks.num_bytes += self.backend.reset(name, layer, changed)
+            self.ranks.num_bytes += self._grown_weights.start(layer, changed)
         self._num_active = self._count_active()
         self.ranks.check_same_masks(self._masks(), self.step)
         self._copies.update(self.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 
@@ -44,12 +45,46 @@ def cosine_drop_fraction(step: int, stop: int, initial: float) -> float:
     return initial / 2 * (1 + math.cos(math.pi * step / stop))
 
 
-def cubic_sparsity(step: int, stop: int, final: float) -> float:
-    """Sparsity of gradual magnitude pruning at `step`: final * (1 - (1 - step / stop)^3).
+def constant_drop_fraction(step: int, stop: int, initial: float) -> float:
+    """The same share at every update: `initial`."""
+    return initial
+
+
+def exponential_drop_fraction(step: int, stop: int, initial: float) -> float:
+    """Share dropped at `step` where it falls by the same factor each step, to a hundredth at `stop`.
+
+    >>> round(exponential_drop_fraction(375, 750, 0.3), 6)
+    0.03
+    """
+    return initial * 0.01 ** (step / stop)
+
+
+DROP_SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
+    "cosine": cosine_drop_fraction,
+    "constant": constant_drop_fraction,
+    "exponential": exponential_drop_fraction,
+}
+
+
+def start_step(total_steps: int, start_fraction: float) -> int:
+    """Last optimizer step before gradual pruning begins: 0 if it begins at once.
+
+    >>> start_step(1000, 0.25)
+    250
+    """
+    return int(total_steps * Fraction(str(start_fraction)))
+
+
+def cubic_sparsity(step: int, stop: int, final: float, start: int = 0) -> float:
+    """Sparsity of gradual magnitude pruning at `step`: final * (1 - (1 - (step - start) / (stop - start))^3).
 
     Source: Zhu and Gupta, arXiv 1710.01878, eq. 1.
 
     >>> cubic_sparsity(50, 100, 0.8)
     0.7
+    >>> cubic_sparsity(75, 100, 0.8, start=50)
+    0.7
     """
-    return final * (1 - (1 - min(step, stop) / stop) ** 3)
+    if step <= start:
+        return 0.0
+    return final * (1 - (1 - (min(step, stop) - start) / (stop - start)) ** 3)

@@ -67,7 +67,10 @@ WRONG = [
     ("distribution: uniformly", "distribution='uniformly' is not one of 'uniform', 'erk'; did you mean 'uniform'?"),
     ("accounting: whole", "accounting='whole' is not one of 'linears', 'whole_model'; did you mean 'whole_model'?"),
     ("init: supra", "init='supra' is not one of 'paper', 'preserve', 'supar', 'pretrained'; did you mean 'supar'?"),
-    ("dst: {algorithm: RigL}", "algorithm='RigL' is not one of 'static', 'set', 'rigl', 'gmp'; did you mean 'rigl'?"),
+    (
+        "dst: {algorithm: RigL}",
+        "algorithm='RigL' is not one of 'static', 'set', 'rigl', 'gmp', 'granet'; did you mean 'rigl'?",
+    ),
     ("targets: [mlp]", "sparse_ift.targets[0]='mlp' is not one of 'q', 'k', 'v', 'o', 'mlp_in', 'mlp_out'"),
     ("exclude: [query]", "sparse_ift.exclude[0]='query' is not one of "),
     # combinations
@@ -145,7 +148,7 @@ def test_target_kinds(config: SparseIFTConfig, kinds: tuple[str, ...]) -> None:
 
 dst_configs = st.builds(
     DSTConfig,
-    algorithm=st.sampled_from(["static", "set", "rigl", "gmp"]),
+    algorithm=st.sampled_from(["static", "set", "rigl", "gmp", "granet"]),
     update_every_steps=st.integers(1, 10**6),
     drop_fraction=st.floats(0, 1, exclude_min=True, exclude_max=True),
     stop_fraction=st.floats(0, 1, exclude_min=True),
@@ -165,7 +168,7 @@ options: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "dst": dst_configs,
     }
 )
-configs = options.filter(lambda o: o["init"] != "supar" or o["dst"].algorithm != "gmp").map(
+configs = options.filter(lambda o: o["init"] != "supar" or not o["dst"].starts_dense).map(
     lambda o: SparseIFTConfig(**o)
 )
 
@@ -190,5 +193,12 @@ def test_to_dict_is_plain() -> None:
         "update_every_steps": 100,
         "drop_fraction": 0.3,
         "stop_fraction": 0.75,
+        "drop_schedule": "cosine",
+        "drop_by": "magnitude",
+        "soft_growth": False,
+        "start_fraction": 0.0,
+        "keep_connected": None,
+        "grown_state": "zero",
+        "grown_warmup_steps": 0,
     }
     assert set(values) == {field.name for field in dataclasses.fields(SparseIFTConfig)}

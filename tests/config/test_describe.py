@@ -62,6 +62,6 @@ def test_options_of_families_stand_below_the_family() -> None:
     assert options["family"].default == "wide"
     assert options["family.scope"].type == "of wide: one of model, ffn, residual"
     assert options["family.nonlinearity"].default == '"layernorm" (parallel), "none" (factorized)'
-    assert options["dst.algorithm"].type == "one of static, set, rigl, gmp"
+    assert options["dst.algorithm"].type == "one of static, set, rigl, gmp, granet"
     assert "dst" not in options
     assert "family.name" not in options

@@ -173,7 +173,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         SparseIFTConfig.from_dict({"sparsty": 1, "scope": "x", "dst": {"algorithm": "rig", "drop_fraction": 2}})
     assert str(caught.value).splitlines() == [
         "sparse_ift.scope='x' is not one of 'model', 'ffn', 'residual'",
-        "sparse_ift.dst.algorithm='rig' is not one of 'static', 'set', 'rigl', 'gmp'; did you mean 'rigl'?",
+        "sparse_ift.dst.algorithm='rig' is not one of 'static', 'set', 'rigl', 'gmp', 'granet'; did you mean 'rigl'?",
         "sparse_ift.dst.drop_fraction must be in (0, 1), got 2.0",
         "sparse_ift: unknown key 'sparsty'; did you mean 'sparsity'? (valid keys: family, sparsity, structure, "
         "block_size, distribution, accounting, seq_len, init, targets, exclude, width_multiple, balance_heads, "

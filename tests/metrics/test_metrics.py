@@ -95,7 +95,12 @@ def test_toy_updates_by_hand() -> None:
         assert values["dead_units"] == pytest.approx(dead)
         assert values["grad_norm_grown"] == pytest.approx(norm)
         assert values["sparsity"] == 0.5
-        entry = {"kind": "other", "sparsity": 0.5, "exploration": exploration, "churn": churn, "survival": survival}
+        assert values["unread_units"] == values["unread_units/other"] == pytest.approx(dead * 6 / 4)  # 4 of 6 lines
+        assert values["unfed_units"] == 0
+        entry = {
+            "kind": "other", "sparsity": 0.5, "exploration": exploration, "churn": churn, "survival": survival,
+            "unread": values["unread_units"], "unfed": 0.0,
+        }  # fmt: skip
         assert metrics.layers()["layer"].to_dict() == entry
     assert metrics.num_updates == 4
 
@@ -144,11 +149,15 @@ def test_drop_fraction_is_that_of_the_schedule() -> None:
 
 def counts(kind: str = "o", **changes: Any) -> LayerCounts:
     values = {"size": 8, "active": 4, "ever": 5, "grown": 1, "grown_before": 2, "survived": 1}
-    return LayerCounts(**{"kind": kind, **values, "num_units": 6, "dead_units": 1, **changes})
+    values |= {"num_inputs": 4, "num_outputs": 2, "unread": 1, "unfed": 0}
+    return LayerCounts(**{"kind": kind, **values, **changes})
 
 
 def test_layers_are_weighed_by_their_weights() -> None:
-    large = counts("mlp_in", size=24, active=4, ever=6, grown=2, grown_before=4, survived=4, num_units=10, dead_units=3)
+    large = counts(
+        "mlp_in", size=24, active=4, ever=6, grown=2, grown_before=4, survived=4,
+        num_inputs=6, num_outputs=4, unread=2, unfed=1,
+    )  # fmt: skip
     assert summarize([counts(), large]) == {
         "sparsity": 1 - 8 / 32,
         "sparsity/o": 0.5,
@@ -161,6 +170,12 @@ def test_layers_are_weighed_by_their_weights() -> None:
         "mask_churn/mlp_in": 2 / 4,
         "mask_survival": 5 / 6,
         "dead_units": 4 / 16,
+        "unread_units": 3 / 10,
+        "unread_units/o": 1 / 4,
+        "unread_units/mlp_in": 2 / 6,
+        "unfed_units": 1 / 6,
+        "unfed_units/o": 0.0,
+        "unfed_units/mlp_in": 1 / 4,
     }
 
 

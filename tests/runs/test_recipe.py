@@ -317,7 +317,10 @@ FILES = [
     (MINIMAL + "sparse_ift: {sparsity: '0.5'}\n", "sparse_ift.sparsity must be float, got str: '0.5'"),
     (MINIMAL + "sparse_ift: {sparsity: 1.0}\n", "sparsity must be in [0, 1), got 1.0"),
     (MINIMAL + "sparse_ift: {targets: q}\n", "sparse_ift.targets must be a list of strings, got 'q'"),
-    (MINIMAL + "sparse_ift: {dst: {algorithm: rgl}}\n", "algorithm='rgl' is not one of 'static', 'set', 'rigl', 'gmp'"),
+    (
+        MINIMAL + "sparse_ift: {dst: {algorithm: rgl}}\n",
+        "algorithm='rgl' is not one of 'static', 'set', 'rigl', 'gmp', 'granet'",
+    ),
     (MINIMAL + "model: {init_truncation: 0}\n", "init_truncation must be above 0, got 0"),
     ("training: {output_dir: a, learning_rate: fast}\n", "training.learning_rate must be float, got str: 'fast'"),
     ("training: {output_dir: a, max_steps: 1.5}\n", "training.max_steps must be int, got float: 1.5"),

@@ -77,7 +77,7 @@ def resumable(complete: Complete, folder: Path, step: int = 4, algorithm: str = 
 @pytest.mark.support("resuming bit for bit in one process")
 @pytest.mark.structures(*tiny_runs.STRUCTURES)
 @pytest.mark.parametrize("step", [1, 4, 7])  # before any update, right after one, before the next
-@pytest.mark.parametrize("algorithm", ["static", "set", "rigl", "gmp"])
+@pytest.mark.parametrize("algorithm", ["static", "set", "rigl", "gmp", "granet"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     algorithm: str, step: int, complete: Complete, tmp_path: Path
 ) -> None:

@@ -183,6 +183,8 @@ def test_metrics_are_what_the_masks_of_all_steps_say(algorithm: str, tmp_path: P
         for name, entry in line["layers"].items():
             expected = by_hand([masks[name] for masks in history], [update for update in updates if update <= step])
             assert {key: entry[key] for key in expected} == expected, (name, step)
+            empty = [float((~history[-1][name].any(dim)).double().mean()) for dim in (0, 1)]  # rows or columns
+            assert sorted((entry["unread"], entry["unfed"])) == pytest.approx(sorted(empty))
             if num_layers[entry["kind"]] == 1:
                 assert logs[f"sparsity/{entry['kind']}"] == entry["sparsity"]
                 assert logs[f"exploration/{entry['kind']}"] == entry["exploration"]

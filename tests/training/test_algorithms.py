@@ -120,8 +120,28 @@ def test_rigl_grows_by_the_mean_gradient_not_the_mean_of_magnitudes() -> None:
     assert updated("rigl", 50, first.abs() + second.abs()) == "1100 0101"  # what a sum of magnitudes would do
 
 
-def test_only_rigl_asks_for_dense_gradients() -> None:
-    assert [name for name, rule in ALGORITHMS.items() if rule.needs_dense_gradient] == ["rigl"]
+def test_only_rigl_and_granet_ask_for_dense_gradients() -> None:
+    assert [name for name, rule in ALGORITHMS.items() if rule.needs_dense_gradient] == ["rigl", "granet"]
+
+
+def test_soft_growth_takes_turns_in_proportion_to_the_score() -> None:
+    """One of three inactive weights grows; over many seeds as often as its share of the scores. A score of 0 never."""
+    layer = toy_layer(torch.tensor([[1.0, 2.0, 0.0, 0.0, 0.0, 0.0]]), bits("110000"))
+    scores = torch.tensor([[0.0, 0.0, 1.0, 3.0, 6.0, 0.0]])
+    config = DSTConfig("rigl", 1, 0.6, stop_fraction=1.0, soft_growth=True)
+    masks = [ALGORITHMS["rigl"](config, 10**6, seed).next_mask(layer, 1, 0, scores) for seed in range(2000)]
+    times = torch.stack(masks).double().mean(0)[0]
+    torch.testing.assert_close(times[2:], torch.tensor([0.1, 0.3, 0.6, 0.0], dtype=torch.float64), rtol=0, atol=0.04)
+    assert times[0] == 0
+    again = ALGORITHMS["rigl"](config, 10**6, 5).next_mask(layer, 1, 0, scores)
+    assert torch.equal(masks[5], again)  # of the seed, step and layer alone
+
+
+def test_what_is_dropped_is_what_the_importance_says() -> None:
+    layer, growth = toy_layer(WEIGHT, bits(MASK)), GRADIENT.abs()
+    importance = torch.tensor([[1.0, 0.0, 9.0, 0.0], [0.0, 9.0, 0.0, 9.0]])  # the weight of size 4 is of no use
+    assert text(algorithm("rigl").next_mask(layer, 50, 0, growth, importance)) == "0010 0111"
+    assert text(algorithm("rigl").next_mask(layer, 50, 0, growth)) == "1000 0111"
 
 
 # ---- SET
@@ -184,6 +204,28 @@ def test_gmp_by_hand(step: int, expected: str) -> None:
 def test_gmp_updates_on_its_last_step_even_off_the_grid() -> None:
     rule = algorithm("gmp", total_steps=40, every=7, stop_fraction=0.5)
     assert [step for step in range(1, 41) if rule.is_update_step(step)] == [7, 14, 20]
+
+
+def test_gmp_can_wait() -> None:
+    """Between a quarter and three quarters of 40 steps, along the cubic ramp from 10 to 30."""
+    config = DSTConfig("gmp", update_every_steps=5, start_fraction=0.25, stop_fraction=0.75)
+    rule = ALGORITHMS["gmp"](config, 40, 0)
+    assert [step for step in range(1, 41) if rule.is_update_step(step)] == [15, 20, 25, 30]
+    layer = toy_layer(torch.arange(1.0, 9.0).view(2, 4), torch.ones(2, 4, dtype=torch.bool), num_active=2)
+    counts = {step: int(rule.next_mask(layer, step, 0, None).sum()) for step in (15, 20, 25, 30)}
+    assert counts == {15: 8 - int(6 * (1 - 0.75**3)), 20: 8 - int(6 * (1 - 0.5**3)), 25: 3, 30: 2}
+
+
+def test_granet_prunes_and_regrows_by_hand() -> None:
+    """Half way of 100 steps 3 of 8 stay (8, 6 and -7); of these a share is exchanged, rounded down."""
+    weight = torch.tensor([[1.0, 8.0, 2.0, 3.0], [4.0, 5.0, -7.0, 6.0]])
+    growth = torch.tensor([[9.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    layer = toy_layer(weight, torch.ones(2, 4, dtype=torch.bool), num_active=2)
+    rule = algorithm("granet", drop=0.9)
+    assert text(rule.next_mask(layer, 50, 0, growth)) == "1100 0010"  # the 6 goes: int(0.45 * 3) = 1
+    assert text(algorithm("granet", drop=0.6).next_mask(layer, 50, 0, growth)) == "0100 0011"  # int(0.3 * 3) = 0
+    assert text(rule.next_mask(layer, 100, 0, growth)) == "0100 0010"  # in the end nothing is exchanged
+    assert [rule.is_update_step(step) for step in (99, 100, 101)] == [True, True, False]
 
 
 def test_gmp_reaches_its_target_in_the_shortest_run() -> None:

@@ -31,7 +31,7 @@ def block_gpt2(algorithm: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCAB, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    dst = DSTConfig(algorithm, update_every_steps=1)
+    dst = DSTConfig(algorithm, update_every_steps=1, keep_connected=False)  # the rule of the reference
     return sparsify(config, SparseIFTConfig(structure="block", block_size=SIZE, dst=dst)).double()
 
 

@@ -20,7 +20,7 @@ from sparseift_llm import DSTConfig, SparseTrainingController
 from sparseift_llm.layers.base import sparse_layers
 from tests.helpers.tiny_runs import Rows, ToyModel, batches, differences, masks, snapshot, sparse_gpt2, train
 
-ALGORITHMS = ["static", "set", "rigl", "gmp"]
+ALGORITHMS = ["static", "set", "rigl", "gmp", "granet"]
 
 pytestmark = pytest.mark.usefixtures("every_structure")
 

@@ -9,10 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparseift_llm.training.schedules import (
+    DROP_SCHEDULES,
     cosine_drop_fraction,
     cubic_sparsity,
     is_pruning_step,
     is_update_step,
+    start_step,
     stop_step,
 )
 
@@ -26,6 +28,21 @@ fractions = st.floats(0.01, 0.99)
 )
 def test_stop_step(total: int, fraction: float, stop: int) -> None:
     assert stop_step(total, fraction) == stop
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("cosine", [0.3, 0.15, 0.0]), ("constant", [0.3, 0.3, 0.3]), ("exponential", [0.3, 0.03, 0.003])],
+)
+def test_drop_schedules_at_the_start_half_way_and_at_the_end(name: str, expected: list[float]) -> None:
+    assert [DROP_SCHEDULES[name](step, 200, 0.3) for step in (0, 100, 200)] == pytest.approx(expected)
+
+
+def test_pruning_that_begins_later() -> None:
+    assert start_step(1000, 0.25) == 250
+    assert start_step(100, 0.29) == 29
+    ramp = [cubic_sparsity(step, 300, 0.8, start=100) for step in (0, 100, 200, 300, 400)]
+    assert ramp == pytest.approx([0, 0, 0.8 * 0.875, 0.8, 0.8])
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100))

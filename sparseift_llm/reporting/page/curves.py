@@ -73,6 +73,8 @@ MASK_QUANTITIES = (
     Quantity("mask_churn", "Churn", "share of active weights that the last update grew", True),
     Quantity("mask_survival", "Survival", "share of grown weights that the next update kept"),
     Quantity("drop_fraction", "Drop fraction", "share of active weights", True),
+    Quantity("unread_units", "Inputs that nothing reads", "share of columns without an active weight", True),
+    Quantity("unfed_units", "Outputs that nothing feeds", "share of rows without an active weight", True),
 )
 TRAINING_QUANTITIES = (
     Quantity("tokens_per_second", "Speed", "tokens per second", True),

@@ -72,6 +72,11 @@ class TorchBackend(OptimizerBackend):
         assert optimizer is not None  # whoever steps it holds it
         return optimizer
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the optimizer holds no other one."""
+        return len(self._optimizers) == 1
+
     def shares_optimizer(self, other: OptimizerBackend) -> bool:
         if not isinstance(other, TorchBackend):
             return False
