@@ -31,6 +31,7 @@ from tests.helpers.html_pages import (
 )
 from tests.helpers.pretrain_runs import RIGL, read_json, tiny_recipe
 from tests.helpers.scripts import load_script
+from tests.reporting.test_comparison import DENSE, write_run
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;</script></style></title><svg onload=alert(2)>"
 TEMPLATES = Path(page_module.__file__).parent / "templates"
@@ -305,6 +306,38 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     (warnings,) = report(first, second)[0].all("ul", "warnings")
     assert "first and second cannot be compared: data.seq_len is 128 and 256" in warnings.text
     assert "cannot be compared: pick: the number of shots is 5 and 0" in warnings.text
+
+
+def test_two_runs_are_compared_at_a_glance(real_runs: tuple[Path, Path], real_page: tuple[Node, str]) -> None:
+    dense, sparse = (read_json(run / "summary.json") for run in real_runs)
+    (cards,) = real_page[0].all("ul", "cards")
+    assert len(cards.all("li")) == 4
+    for title, key in (("Held-out loss", "eval_loss"), ("Bytes of training", "train_state_bytes")):
+        (card,) = (item for item in cards.all("li") if title in item.text)
+        assert f"{sparse[key] / dense[key]:.3f}x" in card.text
+    assert f"{sparse['eval_loss']:.4f} instead of {dense['eval_loss']:.4f}" in cards.text
+    header = real_page[0].all("header")[0].text
+    assert "(wide, scope model, 75% sparse, rigl), compared with " in header
+    assert "(dense)." in header
+
+
+def test_a_single_run_has_no_cards_and_empty_sections_name_a_command(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", DENSE)
+    root, _ = report(run)
+    assert not root.all("ul", "cards")
+    assert "run: dense." in root.all("header")[0].text
+    assert "sparseift evaluate --model RUN --suite builtin" in root.by_id("evaluation").text
+    assert "sparseift analyze RUN" in root.by_id("spectral").text
+
+
+def test_a_run_on_other_text_has_one_notice(tmp_path: Path) -> None:
+    first, second = (write_full_run(tmp_path / name) for name in ("first", "second"))
+    summary = read_json(second / "summary.json")
+    summary["config"]["data"] |= {"seq_len": 256, "tokenizer": "mine"}
+    (second / "summary.json").write_text(json.dumps(summary))
+    (warnings,) = report(first, second)[0].all("ul", "warnings")
+    assert warnings.text.count("The losses of first and second cannot be compared") == 1
+    assert "data.seq_len is 128 and 256; data.tokenizer is bpe and mine." in warnings.text
 
 
 def test_notes(full_run: Path) -> None:

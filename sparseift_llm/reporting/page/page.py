@@ -79,6 +79,8 @@ def _sections(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "runs": runs,
         "styles": [(run.name, style_class(index), marker_of(index)) for index, run in enumerate(runs)],
+        "cards": overview.cards(runs),
+        "line": overview.comparison_line(runs),
         "headline": overview.headline_table(runs),
         "warnings": overview.comparison_warnings(runs),
         "loss": loss,
