@@ -48,7 +48,7 @@ def chosen_metrics(metrics: str | bool) -> str | None:
     """
     if isinstance(metrics, bool):
         return ALL if metrics else None
-    check_choice("metrics", metrics, (SUMMARY, ALL, True, False))
+    check_choice("metrics", metrics, (SUMMARY, ALL))
     return metrics
 
 

@@ -58,7 +58,7 @@ def test_all_and_none(tmp_path: Path) -> None:
         assert ("sparsity/qkv" in record.logs[-1]) == has_all
         assert "mask_update_seconds" in record.logs[-1]
         assert (tmp_path / str(metrics) / "layers.jsonl").is_file() == has_all
-    with pytest.raises(ValueError, match=r"metrics='sumary' is not one of 'summary', 'all', .*did you mean 'summary'"):
+    with pytest.raises(ValueError, match=r"metrics='sumary' is not one of 'summary', 'all'; did you mean 'summary'"):
         SparseTrainingCallback("sumary")
 
 
