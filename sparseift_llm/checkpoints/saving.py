@@ -26,7 +26,8 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from sparseift_llm.checkpoints.card import CARD_NAME, write_card
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, save_masks
-from sparseift_llm.checkpoints.records import write_record
+from sparseift_llm.checkpoints.records import read_record, write_record
+from sparseift_llm.conversion.resizing import resize_words
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import stock_weights
 from sparseift_llm.layers.masked import MaskedProjection, has_surplus
@@ -34,6 +35,7 @@ from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.models.wrappers import plain_state
 from sparseift_llm.record.model_record import RECORD_KEY, ModelRecord
 from sparseift_llm.record.quantization_mark import mark, unmark
+from sparseift_llm.record.specs import ENDS
 
 GATHER = (
     "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
@@ -56,7 +58,7 @@ def tell_before_saving(model: nn.Module, listener: SaveListener | None) -> None:
 
 
 def install_saving(model: PreTrainedModel, record: ModelRecord) -> None:
-    """From now on `model.save_pretrained` and `model.push_to_hub` are the functions below.
+    """From now on `model.save_pretrained`, `model.push_to_hub` and `resize_token_embeddings` are the functions below.
 
     The model's config carries `record` from now on, so that it is saved in the format of this version.
     """
@@ -65,6 +67,8 @@ def install_saving(model: PreTrainedModel, record: ModelRecord) -> None:
     # a partial, unlike a bound method, follows the model through deepcopy and pickle
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     model.push_to_hub = partial(push_to_hub, model)  # type: ignore[assignment]
+    if any(layer.kind in ENDS for layer in record.layers):
+        model.resize_token_embeddings = partial(resize_token_embeddings, model)  # type: ignore[assignment]
     if record.has_own_layout:
         model.base_model.save_pretrained = _refuse_base_model  # type: ignore[assignment]
 
@@ -72,6 +76,7 @@ def install_saving(model: PreTrainedModel, record: ModelRecord) -> None:
 def restore_saving(model: PreTrainedModel) -> None:
     """The inverse of `install_saving`: the methods are those of transformers, and the config has no record."""
     del model.save_pretrained, model.push_to_hub
+    vars(model).pop("resize_token_embeddings", None)
     vars(model.base_model).pop("save_pretrained", None)
     delattr(model.config, RECORD_KEY)
     unmark(model.config)
@@ -166,6 +171,24 @@ def _save_gathered(
     finally:
         model.config.distributed_config = distributed
     dist.barrier()
+
+
+def resize_token_embeddings(
+    model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+) -> nn.Module:
+    """As the method of transformers, for a model whose record has embedding and logits; see `resize_words`.
+
+    Make the optimizer and a controller afterwards, as with a stock model.
+
+    Returns:
+        The input embedding.
+
+    Raises:
+        ValueError: as `resize_words`.
+    """
+    if new_num_tokens is not None or args or kwargs.get("pad_to_multiple_of") is not None:
+        write_record(model.config, resize_words(model, read_record(model.config), new_num_tokens, *args, **kwargs))
+    return model.get_input_embeddings()
 
 
 def push_to_hub(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:

@@ -81,7 +81,11 @@ def run(arguments: argparse.Namespace) -> str:
     num_tokens = arguments.tokens or first.num_tokens or 1e9
     if arguments.json:
         whole = {
-            words: {**run.plan.to_dict(), **estimates_of(run.plan, num_tokens, arguments.utilization)}
+            words: {
+                **run.plan.to_dict(),
+                **estimates_of(run.plan, num_tokens, arguments.utilization),
+                **_memory(run.plan),
+            }
             for words, run in planned.items()
         }
         return json.dumps(whole if arguments.compare else whole[""], indent=2)
@@ -89,7 +93,25 @@ def run(arguments: argparse.Namespace) -> str:
         table = plans_table({words: run.plan for words, run in planned.items()}, num_tokens, arguments.utilization)
         return "\n".join([table, *first.notes])
     estimates = estimates_table(estimates_of(first.plan, num_tokens, arguments.utilization))
-    return "\n".join([render_plan(first.plan), "", estimates, *first.notes])
+    return "\n".join([render_plan(first.plan), "", estimates, *_memory_table(first.plan), *first.notes])
+
+
+def _memory(plan: Plan) -> dict[str, Any]:
+    """What a wider residual stream keeps per token; nothing with other scopes."""
+    from sparseift_llm.planning.memory import memory_of_plan
+
+    return {"memory_values_per_token": memory_of_plan(plan)} if plan.config.scope == "residual" else {}
+
+
+def _memory_table(plan: Plan) -> list[str]:
+    """Which memory grows with a wider residual stream, and which does not."""
+    lines = []
+    for memory in _memory(plan).values():
+        dense, sparse = memory["dense"], memory["sparse"]
+        names = {"kv_cache": "KV cache", "activations": "activations kept for the backward pass"}
+        rows = [(names[key], f"{dense[key]:,}", f"{sparse[key]:,}", f"{sparse[key] / dense[key]:.4f}") for key in names]
+        lines += ["", terminal_table(("values per token", "dense", "sparse", "ratio"), rows)]
+    return lines
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

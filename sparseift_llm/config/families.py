@@ -45,9 +45,10 @@ class Wide(_Named):
     """`model` widens hidden and FFN size by sqrt(1/(1-s)); `ffn` widens only the FFN's inner size, by 1/(1-s), and
     leaves everything else as it was; `residual` widens only the hidden size, by 1/(1-s), and leaves attention and the
     FFN's inner size as they were."""
-    embedding: Literal["sparse", "dense"] = "sparse"
-    """With scope `residual`: `sparse` (every word has as many active weights, in the embedding and in the logits, as in
-    the dense model) or `dense` (all are active; with accounting `whole_model` the projections pay for the logits)."""
+    embedding: Literal["sparse", "unstructured", "dense"] = "sparse"
+    """With scope `residual`: `sparse` (embedding and logits have as many active weights as in the dense model, every
+    word as many as another; in tiles with structure `block`), `unstructured` (single weights even where projections are
+    in tiles) or `dense` (all are active; with accounting `whole_model` the projections pay for the logits)."""
     embedding_updates: bool = False
     """With scope `residual`: mask updates change the masks of sparse embeddings and logits, too. `rigl` takes a dense
     gradient of vocabulary times hidden size for that."""

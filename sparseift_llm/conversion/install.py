@@ -17,6 +17,7 @@ from sparseift_llm.families.registry import drop_in_with
 from sparseift_llm.layers import unattended
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
+from sparseift_llm.layers.block_embedding import BlockSparseEmbedding, BlockSparseLogits, TiedBlockLogits
 from sparseift_llm.layers.block_ffn import BlockFeedForward, can_be_fused
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from sparseift_llm.layers.ends import MaskedEmbedding, TiedLogits, tied_logits
@@ -84,14 +85,24 @@ def remove_sparse_layers(model: PreTrainedModel) -> None:
     composites = {name: m for name, m in model.named_modules() if isinstance(m, CompositeProjection)}
     for name, module in composites.items():
         _replace(model, name, module.to_dense())
+    remove_ends(model)
     for name, layer in sparse_layers(model).items():
         _replace(model, name, layer.to_dense())
-    for name, head in tied_logits(model).items():
-        _replace(model, name, head.to_dense())
     for name, module in list(model.named_modules()):
         if isinstance(module, BlockFeedForward):
             _replace(model, name, module.to_stock())
     del model._ddp_params_and_buffers_to_ignore
+
+
+def remove_ends(model: PreTrainedModel) -> None:
+    """Put stock layers in place of a sparse embedding and of sparse logits, in place, with zeros filled in."""
+    for name, layer in sparse_layers(model).items():
+        if layer.role != "projection":
+            _replace(model, name, layer.to_dense())
+    for name, head in tied_logits(model).items():
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        _replace(model, name, head.to_dense(embedding))
 
 
 def parts_in(layer: LayerSpec) -> tuple[Part, ...]:
@@ -104,7 +115,6 @@ def _check_supported(layer: LayerSpec) -> None:
     unknown = [f"a matrix tied to {layer.tied_to}"] if layer.tied_to is not None and layer.kind != "logits" else []
     for matrix in layer.matrices:
         unknown += [f"structure {matrix.structure!r}"] if matrix.structure == "n:m" else []
-        unknown += ["tiles"] if matrix.block_size is not None and layer.kind in ENDS else []
     if unknown:
         raise ValueError(
             f"{layer.name} has {unknown[0]} by the sparse_ift record in config.json, which this version cannot build; "
@@ -123,6 +133,9 @@ def _stock_module(model: PreTrainedModel, layer: LayerSpec) -> nn.Module:
         raise damaged(layer.name, f"is not a projection in {type(model).__name__}, but a {type(module).__name__}")
     if layer.tied_to is not None:  # it has the owner's sides
         return module
+    size = layer.matrices[0].block_size
+    if layer.kind in ENDS and size is not None:
+        found = (-(-found[0] // size) * size, found[1])  # a vocabulary is filled up to whole tiles
     if found != layer.sparse_shape:
         where = model.config.name_or_path or "the model"
         raise ValueError(
@@ -147,13 +160,13 @@ def _tie(model: PreTrainedModel, layer: LayerSpec, stock: nn.Module) -> None:
     owner = model.get_submodule(layer.tied_to or "")
     if (owner, stock) != (model.get_input_embeddings(), model.get_output_embeddings()):
         raise damaged(layer.name, f"and {layer.tied_to} are not embedding and output head of {type(model).__name__}")
-    weight: Tensor = stock.weight  # type: ignore[assignment]
-    will_be_tied = weight.is_meta and model.config.tie_word_embeddings  # from_pretrained does it at its end
-    if getattr(owner, "weight", None) is not weight and not will_be_tied:
-        raise damaged(layer.name, f"is tied to {layer.tied_to}, but {type(model).__name__} has two weights there")
+    if not model.config.tie_word_embeddings:
+        raise damaged(layer.name, f"is tied to {layer.tied_to}, but the config says tie_word_embeddings=False")
+    assert isinstance(stock, nn.Linear)
     if isinstance(owner, MaskedEmbedding):
-        assert isinstance(stock, nn.Linear)
         _replace(model, layer.name, TiedLogits(stock, owner))
+    elif isinstance(owner, BlockSparseEmbedding):
+        _replace(model, layer.name, TiedBlockLogits(stock, owner))
 
 
 def _composite(
@@ -187,7 +200,7 @@ def _make_part(
 def _sparse_layer(
     dense: nn.Module, layer: LayerSpec, matrix: MatrixSpec, columns: Mapping[str, Tensor]
 ) -> SparseProjection:
-    if isinstance(dense, nn.Embedding):
+    if matrix.block_size is None and isinstance(dense, nn.Embedding):
         return MaskedEmbedding(dense, matrix.num_active, layer.dense_shape)
     if matrix.block_size is None:
         masked = masked_projection(dense, matrix.num_active, layer.dense_shape)
@@ -197,6 +210,11 @@ def _sparse_layer(
         places = torch.empty(matrix.num_active // matrix.block_size**2, dtype=torch.int32, device="meta")
     else:
         places = columns[layer.path_of(matrix)]
+    if isinstance(dense, nn.Embedding):
+        return BlockSparseEmbedding(dense, places, matrix.block_size, layer.dense_shape)
+    if layer.kind == "logits":
+        assert isinstance(dense, nn.Linear)
+        return BlockSparseLogits(dense, places, matrix.block_size, layer.dense_shape)
     return BlockSparseLinear(dense, places, matrix.block_size, layer.dense_shape)
 
 

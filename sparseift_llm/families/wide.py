@@ -209,9 +209,14 @@ def resolve_block_size(dense: PreTrainedConfig, config: SparseIFTConfig) -> Spar
     """`config` with a `block_size` chosen by the widened model's hidden size, where tiles are asked for without one."""
     if config.structure != "block" or config.block_size is not None:
         return config
-    factors = {"model": isoflop.wide_model_factor, "residual": isoflop.wide_residual_factor}
-    factor = factors[config.scope](config.sparsity) if config.widens_hidden else 1
-    return dataclasses.replace(config, block_size=isoflop.default_block_size(round(sizes_of(dense).hidden * factor)))
+    sizes = sizes_of(dense)
+    if config.scope == "residual":  # these widths stay, so the tile has to fit them
+        kept = (sizes.ffn, sizes.attention_width, num_kv_heads(dense) * sizes.head_dim)
+        size = isoflop.default_block_size(min(sizes.hidden, *kept[:2]))
+        fitting = [b for b in isoflop.BLOCK_SIZES if b <= size and not any(width % b for width in kept)]
+        return dataclasses.replace(config, block_size=max(fitting, default=size))
+    factor = isoflop.wide_model_factor(config.sparsity) if config.widens_hidden else 1
+    return dataclasses.replace(config, block_size=isoflop.default_block_size(round(sizes.hidden * factor)))
 
 
 def check_widths(

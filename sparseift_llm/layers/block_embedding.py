@@ -70,7 +70,9 @@ class VocabularyTiles(TiledProjection):
             y = capture_dense_gradient(y, x, self.dense_gradient)
         if self.num_padded_rows:
             y = y[:, : self.out_features]
-        return y.view(*input.shape[:-1], self.out_features)
+        # No view for autograd, as the output of `F.linear` is none: FSDP2 warns of models that return views.
+        logits: Tensor = torch.ops.aten._unsafe_view(y, (*input.shape[:-1], self.out_features))
+        return logits
 
     @torch.no_grad()
     def zero_inactive(self) -> None:
@@ -150,7 +152,8 @@ class BlockSparseEmbedding(VocabularyTiles):
         dense._parameters = {"weight": self._dense_weight()}
         dense._buffers = dict(shell._buffers)
         if self.embed_scale is not None:
-            dense.embed_scale = torch.tensor(self.embed_scale, device=self.weight.device)
+            stock_dtype = shell.get_buffer("embed_scale").dtype  # that of the model when it was built
+            dense.embed_scale = torch.tensor(self.embed_scale, dtype=stock_dtype, device=self.weight.device)
         return dense.train(self.training)
 
 

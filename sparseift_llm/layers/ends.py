@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseift_llm.layers.base import plain_name
+from sparseift_llm.layers.block_embedding import TiedBlockLogits
 from sparseift_llm.layers.masked import MaskedProjection
+from sparseift_llm.layers.stock import stock_layer
 from sparseift_llm.ops.masked_weight import masked_weight
 
 _PLAIN = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
@@ -121,17 +123,16 @@ class TiedLogits(nn.Linear):
         owner = self.owner
         return F.linear(input, masked_weight(self.weight, owner.mask, owner.dense_gradient), self.bias)
 
-    def to_dense(self) -> nn.Linear:
-        """The stock head around the same parameters."""
-        with torch.device("meta"):
-            dense = nn.Linear(self.in_features, self.out_features, bias=False)
-        dense.weight, dense.bias = self.weight, self.bias
-        return dense.train(self.training)
+    def to_dense(self, embedding: nn.Embedding) -> nn.Module:
+        """The stock head around the weight of the stock embedding."""
+        weight: Any = embedding.weight
+        return stock_layer(weight, self.bias, as_conv1d=False, training=self.training)
 
 
-def tied_logits(model: nn.Module) -> dict[str, TiedLogits]:
+def tied_logits(model: nn.Module) -> dict[str, TiedLogits | TiedBlockLogits]:
     """The heads of a model that share the weight of a sparse embedding, by module path; one at most in practice."""
-    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, TiedLogits)}
+    kinds = (TiedLogits, TiedBlockLogits)
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def share_tied_weights(model: nn.Module) -> None:

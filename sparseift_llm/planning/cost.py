@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
+from sparseift_llm.layers.block_embedding import TiedBlockLogits
 from sparseift_llm.layers.ends import TiedLogits
 from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.projections import Projection, attention_widths, find_projections
@@ -79,7 +80,7 @@ def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isof
 def _active_logit_weights(model: PreTrainedModel) -> int | None:
     """Active weights of a sparse output head; None if it is dense."""
     head = model.get_output_embeddings()
-    matrix = head.owner if isinstance(head, TiedLogits) else head
+    matrix = head.owner if isinstance(head, TiedLogits | TiedBlockLogits) else head
     return matrix.count_active() if isinstance(matrix, SparseProjection) else None
 
 

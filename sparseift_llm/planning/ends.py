@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import PreTrainedModel
 
 from sparseift_llm.config.families import Wide
@@ -16,7 +18,8 @@ def end_layers(
 ) -> tuple[LayerSpec, ...]:
     """The specifications of the input embedding and of the output head; none with other scopes.
 
-    A sparse row has as many active weights as the row has in the dense model, so that logits cost what they did.
+    They have as many active weights as in the dense model, and without tiles every row has, so that logits cost what
+    they did. In tiles the vocabulary may be filled up.
 
     Raises:
         ValueError: the model has other matrices there than an embedding and a linear head.
@@ -25,23 +28,32 @@ def end_layers(
         return ()
     assert isinstance(config.family, Wide)
     before, after = find_ends(dense_model), find_ends(widened_model)
-    is_sparse = config.family.embedding == "sparse"
-    if is_sparse:
+    choice = config.family.embedding
+    if choice != "dense":
         check_embedding(widened_model.get_submodule(after.embedding))
-    vocab, hidden = before.shape
-    matrix = MatrixSpec(
-        "",
-        after.shape,
-        vocab * (hidden if is_sparse else after.shape[1]),
-        structure="unstructured" if is_sparse else "dense",
-    )
-    family = "wide" if is_sparse else "dense"
+    if choice == "dense":
+        matrix = MatrixSpec("", after.shape, math.prod(after.shape), structure="dense")
+    elif choice == "unstructured" or config.block_size is None:
+        matrix = MatrixSpec("", after.shape, math.prod(before.shape), structure="unstructured")
+    else:
+        matrix = _in_tiles(before.shape, after.shape, config.block_size)
+    family = "dense" if choice == "dense" else "wide"
     embedding = LayerSpec(after.embedding, "embedding", family, before.shape, (matrix,))
     if after.is_tied:
         logits = LayerSpec(after.logits, "logits", family, before.shape, (), tied_to=after.embedding)
     else:
         logits = LayerSpec(after.logits, "logits", family, before.shape, (matrix,))
     return embedding, logits
+
+
+def _in_tiles(dense: tuple[int, int], wide: tuple[int, int], size: int) -> MatrixSpec:
+    """A matrix (vocabulary, hidden) in tiles, with about the weights of the dense one.
+
+    The vocabulary is filled up to whole tiles, because its size is the tokenizer's.
+    """
+    num_rows = -(-wide[0] // size)
+    num_tiles = max(num_rows, round(math.prod(dense) / size**2))
+    return MatrixSpec("", (num_rows * size, wide[1]), num_tiles * size**2, structure="block", block_size=size)
 
 
 def num_logit_weights(ends: tuple[LayerSpec, ...]) -> int | None:

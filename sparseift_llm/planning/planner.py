@@ -7,6 +7,7 @@ decides is then in the record that the Sparse-IFT model carries, and nothing wor
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -216,6 +217,11 @@ def plan_of_dense(
     sparse = [matrix for layer in layers for matrix in layer.matrices if matrix.is_sparse]
     if config.block_size is not None:
         num_stored -= sum(matrix.num_weights - matrix.num_active for matrix in sparse if matrix.block_size)
+        num_stored += sum(
+            math.prod(matrix.shape) - layer.dense_shape[0] * matrix.shape[1]  # rows of no word
+            for layer in ends
+            for matrix in layer.matrices
+        )
     flops = model_flops(widened_model, projections, sum(active), seq_len, num_logit_weights=num_logits)
     sparse_cost = ModelCost(sum(active), num_linear, num_stored, flops, sum(map(_topology_bytes, sparse)))
     sizes = sizes_of(dense_config)

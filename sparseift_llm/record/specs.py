@@ -225,7 +225,7 @@ class LayerSpec:
         dense_shape: (out, in) in the dense model.
         matrices: what is multiplied instead, in the family's order. There is one with an empty path for `wide` and
             `dense`, and none if the projection is tied. An embedding and logits without tiles have as many active
-            weights in every row.
+            weights in every row; in tiles, their rows are filled up to whole tiles.
         options: the family's own options by name, e.g. `nonlinearity`. One that is absent has the family's default.
         layer_index: of its decoder layer, counted from 0; None outside of them.
         tied_to: name of the projection whose matrices this one shares; None if it has matrices of its own.
@@ -323,7 +323,7 @@ class LayerSpec:
             raise damaged(where, f"must be one matrix without a path with family {self.family!r}, got paths {paths}")
         elif self.family == "dense" and self.is_sparse:
             raise damaged(where, "must be of structure 'dense' with family 'dense'")
-        elif self.kind in ENDS and self.matrices[0].num_active % self.matrices[0].shape[0]:
+        elif self.kind in ENDS and not self.matrices[0].block_size and self.num_active % self.matrices[0].shape[0]:
             raise damaged(where, f"must have as many active weights in each of {self.matrices[0].shape[0]} rows")
 
 

@@ -89,6 +89,17 @@ GROUPS = {
         "checkpoints pieced together from two steps",
         "2,000 steps, an update every 10",
     ),
+    "Wide, scope residual": (
+        "model types with a head size of their own (39)",
+        "GPT-2, GPT-NeoX, OPT and others, whose attention follows the hidden size",
+        "outputs and gradients, tied and untied",
+        "a wider stream: mask updates, also at the ends",
+        "a wider stream: saving, loading, exporting",
+        "a wider stream: resuming bit for bit in a Trainer",
+        "a wider stream: DistributedDataParallel and FSDP2 on two ranks",
+        "a wider stream: resize_token_embeddings",
+        "a wider stream: resize_token_embeddings with tiles at the ends",
+    ),
     "Models": (
         "decoders of self-attention and MLP in Linear or Conv1D, found by paths and shapes",
         "experts, encoder-decoders, recurrent, convolutional and multimodal models",

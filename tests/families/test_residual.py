@@ -22,7 +22,8 @@ from sparseift_llm.models.presets import load_config
 from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.planning.planner import plan
 from tests.helpers.decoders import SUPPORTED, decoder, decoder_config
-from tests.helpers.models import gradients_of, logits_of, shake, tiny_config, tiny_model, token_ids
+from tests.helpers.models import gradients_of, logits_of, tiny_config, tiny_model, token_ids
+from tests.helpers.residual import residual, residual_model
 from tests.helpers.tiny_runs import controller_of, differences, final_state, sparse_trainer, violations
 
 EMBEDDING = "model.embed_tokens"
@@ -33,19 +34,6 @@ ACCEPTED = (
     "iquestcoder", "jais2", "lfm2", "llama", "ministral", "ministral3", "mistral", "nanochat", "nemotron", "olmo",
     "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
 )  # fmt: skip
-
-
-def residual(sparsity: float = 0.75, algorithm: str = "static", **options: Any) -> SparseIFTConfig:
-    family = {key: options.pop(key) for key in ("embedding", "embedding_updates") if key in options}
-    dst = DSTConfig(algorithm, update_every_steps=options.pop("every", 1))
-    return SparseIFTConfig(family=Wide("residual", **family), sparsity=sparsity, dst=dst, **options)
-
-
-def residual_model(arch: str = "llama", tied: bool = True, **options: Any) -> PreTrainedModel:
-    """The twin of a tiny float64 model, no parameter of which is at a special value."""
-    model = sparsify(tiny_model(arch, tie_word_embeddings=tied), residual(**options))
-    shake(model)
-    return model.eval()
 
 
 def reference(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,7 +62,7 @@ def check_parity(model: PreTrainedModel) -> None:
 # ---- what it computes
 
 
-@pytest.mark.support("Wide, scope residual: outputs and gradients", proves=("unstructured",))
+@pytest.mark.support("outputs and gradients, tied and untied", proves=("unstructured",))
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma"])
 def test_it_computes_what_a_stock_model_with_the_zeros_does(arch: str, tied: bool) -> None:
@@ -116,7 +104,7 @@ def test_a_copy_has_its_own_owner_of_the_mask() -> None:
 # ---- which models
 
 
-@pytest.mark.support("Wide, scope residual: 39 model types with a head size of their own", proves=("unstructured",))
+@pytest.mark.support("model types with a head size of their own (39)", proves=("unstructured",))
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_a_model_type_with_heads_of_their_own_size(name: str, tmp_path: Path) -> None:
     """Equal FLOPs; saved and loaded it is the same; and nothing but the embedding has a factor of the hidden size."""
@@ -152,7 +140,9 @@ def factors_of(model: PreTrainedModel) -> tuple[float, float]:
     return stream, float((logits / seen["product"])[seen["product"].abs() > 0.01].median())
 
 
-@pytest.mark.support("Wide, scope residual: GPT-2, GPT-NeoX, OPT and others", refused=True, proves=("unstructured",))
+@pytest.mark.support(
+    "GPT-2, GPT-NeoX, OPT and others, whose attention follows the hidden size", refused=True, proves=("unstructured",)
+)
 @pytest.mark.parametrize("name", [name for name in SUPPORTED if name not in ACCEPTED])
 def test_a_model_type_whose_attention_follows_the_hidden_size_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"scope='residual' needs a model type.*llama-gpt3-small.*or use scope='ffn'"):
@@ -264,7 +254,7 @@ def trained(model: PreTrainedModel, steps: int = 3) -> tuple[SparseTrainingContr
     return controller, optimizer
 
 
-@pytest.mark.support("Wide, scope residual: mask updates", proves=("unstructured",))
+@pytest.mark.support("a wider stream: mask updates, also at the ends", proves=("unstructured",))
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("algorithm", "updates"), [("static", False), ("set", False), ("rigl", False), ("set", True), ("rigl", True)]
@@ -300,7 +290,7 @@ def test_growth_at_the_tied_matrix_follows_the_sum_of_both_gradients() -> None:
 # ---- files and resuming
 
 
-@pytest.mark.support("Wide, scope residual: save, load, export", proves=("unstructured",))
+@pytest.mark.support("a wider stream: saving, loading, exporting", proves=("unstructured",))
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "gemma"])
 def test_saved_exported_and_loaded_it_is_the_same_model(arch: str, tied: bool, tmp_path: Path) -> None:
@@ -325,7 +315,7 @@ def test_saved_exported_and_loaded_it_is_the_same_model(arch: str, tied: bool, t
     assert size[0] < size[1] / 3  # a quarter, and what is not sparse
 
 
-@pytest.mark.support("Wide, scope residual: resume to the bit in a Trainer", proves=("unstructured",))
+@pytest.mark.support("a wider stream: resuming bit for bit in a Trainer", proves=("unstructured",))
 @pytest.mark.parametrize(("algorithm", "updates"), [("static", False), ("rigl", True)])
 def test_a_resumed_run_equals_an_uninterrupted_one(algorithm: str, updates: bool, tmp_path: Path) -> None:
     def trainer(folder: str, seed: int = 0) -> Any:

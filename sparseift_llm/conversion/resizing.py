@@ -1,0 +1,80 @@
+"""Another number of words in a model with a sparse embedding: every word, old or new, has as many active weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparseift_llm.conversion.install import install_sparse_layers, remove_ends
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.masked import MaskedProjection
+from sparseift_llm.layers.sharding import is_sharded
+from sparseift_llm.layers.tiled import TiledProjection
+from sparseift_llm.record.model_record import ModelRecord
+from sparseift_llm.record.specs import ENDS, LayerSpec
+from sparseift_llm.topology.masks import derive_seed, random_rows
+
+
+@torch.no_grad()
+def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwargs: Any) -> ModelRecord:
+    """Resize embedding and logits in place. Old words keep their masks, new ones get random masks of as many weights.
+
+    The weights of new words are those that transformers gives them, at the places of their masks, times
+    1 / sqrt(density), so that rows are as long as transformers made them. The layers are new ones.
+
+    Args:
+        model: a Sparse-IFT model.
+        record: of the model, with embedding and logits.
+        args, kwargs: as `PreTrainedModel.resize_token_embeddings` takes them.
+
+    Returns:
+        The record that the model has now.
+
+    Raises:
+        ValueError: embedding or logits are in tiles, or weights are sharded.
+    """
+    layers = sparse_layers(model)
+    ends = [layer for layer in record.layers if layer.kind in ENDS]
+    if any(isinstance(layers.get(layer.name), TiledProjection) for layer in ends):
+        raise ValueError(
+            "an embedding in tiles keeps its number of words; resize the dense model before sparsify, or what "
+            "to_dense(model) gives"
+        )
+    if is_sharded(model):
+        raise ValueError("resize_token_embeddings needs whole weights; resize before the model is sharded")
+    masks = {name: layer.current_mask() for name, layer in layers.items() if isinstance(layer, MaskedProjection)}
+    remove_ends(model)
+    type(model).resize_token_embeddings(model, *args, **kwargs)
+    vocab = model.config.vocab_size
+    changed = {layer.name: _resized(layer, vocab) for layer in ends}
+    new_layers = tuple(changed.get(layer.name, layer) for layer in record.layers)
+    install_sparse_layers(model, changed.values())
+    for index, spec in enumerate(changed.values()):
+        module = model.get_submodule(spec.name)
+        if spec.is_sparse and isinstance(module, MaskedProjection):
+            seed = derive_seed(record.transformation.seed, "resized", vocab, index)
+            _mask_words(module, masks[spec.name], spec, seed)
+    return dataclasses.replace(record, layers=new_layers)
+
+
+def _resized(layer: LayerSpec, vocab: int) -> LayerSpec:
+    """The specification of an end with `vocab` words, each with as many active weights as before."""
+    matrices = tuple(
+        dataclasses.replace(m, shape=(vocab, m.shape[1]), num_active=m.num_active // m.shape[0] * vocab)
+        for m in layer.matrices
+    )
+    return dataclasses.replace(layer, dense_shape=(vocab, layer.dense_shape[1]), matrices=matrices)
+
+
+def _mask_words(module: MaskedProjection, old: torch.Tensor, spec: LayerSpec, seed: int) -> None:
+    mask = random_rows(module.mask_shape, spec.num_active // spec.dense_shape[0], seed).to(old.device)
+    kept = min(len(old), len(mask))
+    mask[:kept] = old[:kept]
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    weight[kept:] *= 1 / math.sqrt(1 - spec.sparsity)
+    module.set_mask(mask.to(weight.device))

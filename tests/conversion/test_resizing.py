@@ -1,0 +1,81 @@
+"""Other numbers of words in a model with a sparse embedding: rows keep their budgets, and old words their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparseift_llm import load_pretrained
+from sparseift_llm.checkpoints.records import read_record
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.ends import MaskedEmbedding, TiedLogits
+from sparseift_llm.planning.cost import cost_of
+from tests.helpers.models import logits_of
+from tests.helpers.residual import STORAGES, residual_model
+
+EMBEDDING = "model.embed_tokens"
+
+
+@pytest.mark.support("a wider stream: resize_token_embeddings")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("words", [120, 100, 100 + 28])
+def test_old_words_stay_and_new_ones_have_as_many_weights(tied: bool, words: int, tmp_path: Path) -> None:
+    model = residual_model(tied=tied)
+    before = logits_of(model)
+    old = {name: layer.current_mask().clone() for name, layer in sparse_layers(model).items()}
+    flops = cost_of(model, 8).flops.logit
+    torch.manual_seed(0)
+    embedding = model.resize_token_embeddings(words)
+    assert isinstance(embedding, MaskedEmbedding)
+    assert isinstance(model.lm_head, TiedLogits) == tied
+    assert model.config.vocab_size == words
+    for name in [EMBEDDING] if tied else [EMBEDDING, "lm_head"]:
+        layer = sparse_layers(model)[name]
+        assert layer.current_mask().sum(1).tolist() == [32] * words
+        assert torch.equal(layer.current_mask()[:100], old[name])
+        assert not layer.weight[~layer.current_mask()].any()
+    assert torch.equal(logits_of(model)[..., :100], before)
+    assert cost_of(model, 8).flops.logit == flops * words // 100
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert loaded.resize_token_embeddings() is loaded.get_input_embeddings()
+
+
+def test_fewer_words() -> None:
+    model = residual_model()
+    mask = sparse_layers(model)[EMBEDDING].current_mask().clone()
+    before = logits_of(model)
+    model.resize_token_embeddings(pad_to_multiple_of=64, new_num_tokens=70)
+    assert torch.equal(sparse_layers(model)[EMBEDDING].current_mask()[:100], mask)
+    model.resize_token_embeddings(99)
+    assert torch.equal(logits_of(model), before[..., :99]) or int(logits_of(model).shape[-1]) == 99
+    assert torch.equal(sparse_layers(model)[EMBEDDING].current_mask(), mask[:99])
+
+
+def test_new_words_begin_with_rows_as_long_as_transformers_makes_them() -> None:
+    model = residual_model()
+    torch.manual_seed(0)
+    new = model.resize_token_embeddings(2100, mean_resizing=False).weight.detach()[100:]
+    assert float(new.square().mean().sqrt()) == pytest.approx(model.config.initializer_range, rel=0.02)
+    assert float(new[new != 0].square().mean().sqrt()) == pytest.approx(2 * model.config.initializer_range, rel=0.02)
+
+
+def test_a_dense_embedding_is_resized_in_the_record_too(tmp_path: Path) -> None:
+    model = residual_model(embedding="dense")
+    model.resize_token_embeddings(130)
+    ends = [layer for layer in read_record(model.config).layers if layer.layer_index is None]
+    assert [layer.dense_shape[0] for layer in ends] == [130, 130]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load_pretrained(tmp_path).eval()), logits_of(model.eval()))
+
+
+@pytest.mark.support("a wider stream: resize_token_embeddings with tiles at the ends", refused=True, proves=("block",))
+def test_words_in_tiles_are_refused() -> None:
+    model = residual_model(**STORAGES["tiles"])
+    before = logits_of(model)
+    with pytest.raises(ValueError, match=r"an embedding in tiles keeps its number of words; resize the dense model"):
+        model.resize_token_embeddings(120)
+    assert torch.equal(logits_of(model), before)

@@ -1,0 +1,93 @@
+"""A wider residual stream around training: rates of SµPar, FLOPs of a run, metrics, spectra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparseift_llm import SparseTrainingController, optimizer_param_groups, sparsify
+from sparseift_llm.analysis.spectral import spectral_report
+from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.metrics.mask_history import MaskMetrics
+from sparseift_llm.metrics.throughput import TrainingFlops
+from sparseift_llm.planning.cost import count_flops
+from tests.helpers.models import tiny_config, token_ids
+from tests.helpers.residual import STORAGES, residual, residual_model
+
+EMBEDDING = "model.embed_tokens"
+every_storage = pytest.mark.parametrize("storage", ["masks", "tiles", "mixed"])
+
+
+def stepped(model: Any, num_steps: int = 3) -> SparseTrainingController:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    controller = SparseTrainingController(model, optimizer, total_steps=8)
+    for _ in range(num_steps):
+        model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return controller
+
+
+@pytest.mark.parametrize("embedding", ["sparse", "dense"])
+def test_supar_divides_logits_only_where_their_fan_in_grew(embedding: str) -> None:
+    config = tiny_config("llama", tie_word_embeddings=False)
+    model = sparsify(config, residual(0.75, init="supar", embedding=embedding))
+    factor = 1 if embedding == "sparse" else 1 / 4
+    torch.testing.assert_close(model.model.norm.weight, torch.full((128,), float(factor)))
+    rates = {}
+    for group in optimizer_param_groups(model, lr=1.0):
+        rates |= dict.fromkeys(map(id, group["params"]), group["lr"])
+    layer = model.model.layers[0]
+    assert rates[id(model.model.norm.weight)] == factor
+    assert rates[id(layer.self_attn.q_proj.weight)] == 1  # as many active inputs as in the dense model
+    assert rates[id(layer.self_attn.o_proj.weight)] == 4  # a quarter
+    assert rates[id(model.lm_head.weight)] == rates[id(model.model.embed_tokens.weight)] == 1
+
+
+@every_storage
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_static_run_costs_what_the_dense_run_costs(storage: str, tied: bool) -> None:
+    model = residual_model(tied=tied, **STORAGES[storage])
+    controller = stepped(model)
+    dense = count_flops(tiny_config("llama", tie_word_embeddings=tied), 12).training
+    assert TrainingFlops(model, 24, 12, controller).total(3) == pytest.approx(3 * 24 * dense, rel=2e-3)
+
+
+@pytest.mark.parametrize("updates", [True, False])
+def test_dense_gradients_of_logits_count_where_rigl_takes_them(updates: bool) -> None:
+    model = residual_model(algorithm="rigl", embedding_updates=updates)
+    total = TrainingFlops(model, 24, 12, stepped(model)).total(3)
+    dense = 3 * 24 * count_flops(tiny_config("llama"), 12).training
+    layers = sparse_layers(model).values()
+    counted = sum(layer.num_weights for layer in layers if updates or layer.role == "projection")
+    assert total == dense + 24 * 2 * 3 * counted
+
+
+@every_storage
+def test_metrics_know_the_ends(storage: str) -> None:
+    model = residual_model(algorithm="rigl", embedding_updates=True, **STORAGES[storage])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    controller = SparseTrainingController(model, optimizer, total_steps=8)
+    metrics = MaskMetrics(controller)
+    model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
+    optimizer.step()
+    values = metrics.values()
+    assert values["sparsity/embedding"] == pytest.approx(0.75, abs=0.02)
+    assert values["mask_churn/embedding"] > 0
+    assert metrics.layers()[EMBEDDING].kind == "embedding"
+
+
+@every_storage
+@pytest.mark.parametrize("tied", [True, False])
+def test_spectra_of_model_and_folder_agree(storage: str, tied: bool, tmp_path: Path) -> None:
+    model = residual_model(tied=tied, **STORAGES[storage])
+    model.save_pretrained(tmp_path)
+    live, saved = spectral_report(model), spectral_report(tmp_path)
+    assert [layer.name for layer in live.layers] == list(sparse_layers(model))
+    assert [layer.to_dict() for layer in live.layers] == [layer.to_dict() for layer in saved.layers]
+    spectrum = live.layers[0]
+    assert (spectrum.name, spectrum.kind) == (EMBEDDING, "embedding")
+    assert spectrum.mean_degree_left == 25 or storage == "tiles"  # a channel is read by a quarter of 100 words
