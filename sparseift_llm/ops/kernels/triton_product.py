@@ -147,8 +147,8 @@ if HAS_TRITON:
             # A piece of the columns at a time: all at once, a derivative's intermediates would not fit into registers
             narrow: tl.constexpr = (
                 (part // 8 if gate is not None else part // 4)
-                if transposed
-                else (part // 2 if activation == "gelu_erf" else part)
+                if transposed or activation == "gelu_erf"  # whose polynomials take many registers, too
+                else part
             )
             _finish(
                 total, narrow if narrow > 16 else 16, block * tile + (position % parts) * part, result, hidden, gate,
