@@ -52,6 +52,9 @@ class Wide(_Named):
     embedding_updates: bool = False
     """With scope `residual`: mask updates change the masks of sparse embeddings and logits, too. `rigl` takes a dense
     gradient of vocabulary times hidden size for that."""
+    reserve: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """With init `pretrained` and scope `ffn` or `residual`: the share of every matrix's active weights that goes to new
+    units or channels. What it takes is the smallest trained weights; with 0, nothing new is connected."""
 
 
 @config_class
@@ -109,6 +112,7 @@ _BESIDE = {
     "sparse_u_only": False,
     "embedding": None,
     "embedding_updates": None,
+    "reserve": None,
 }
 
 

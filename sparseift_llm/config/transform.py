@@ -61,9 +61,9 @@ class SparseIFTConfig:
     """Tokens per sequence, needed by accounting `whole_model` only."""
     init: Literal["paper", "preserve", "supar", "pretrained"] | None = None
     """`paper` (stock init), `preserve` (output variance of the dense layer), `supar` (sparse maximal update; train with
-    `optimizer_param_groups`) or `pretrained` (the weights of a trained dense model; `wide` with scope `ffn` only, and
-    not with a non-linearity). Null means `preserve`, and is refused for a model that was loaded with its weights,
-    which would be lost."""
+    `optimizer_param_groups`) or `pretrained` (the weights of a trained dense model; of `wide` with scope `ffn` or
+    `residual` only, and not with a non-linearity). Null means `preserve`, and is refused for a model that was loaded
+    with its weights, which would be lost."""
     targets: Kinds | None = None
     """Projection kinds to make sparse, any of q, k, v, o, mlp_in, mlp_out; null means all that the scope widens."""
     exclude: Kinds = ()
@@ -149,6 +149,10 @@ class SparseIFTConfig:
             raise ValueError("init='supar' is derived for family='wide' alone; use init='preserve'")
         if self.init == "pretrained":
             self._check_pretrained()
+        elif isinstance(self.family, Wide) and self.family.reserve != Wide.reserve:
+            raise ValueError(
+                f"reserve={self.family.reserve} is for init='pretrained', not for init={self.init!r}; leave it out"
+            )
         if self.rules and self.widens_hidden:
             raise ValueError("rules need sides of the dense model's size; use scope='ffn' or another family")
         for rule in self.rules:
@@ -179,10 +183,10 @@ class SparseIFTConfig:
             )
 
     def _check_pretrained(self) -> None:
-        if self.widens_hidden:
+        if self.family == "wide" and self.scope == "model":
             raise ValueError(
-                "init='pretrained' cannot widen the hidden side, because norms, tied embeddings and rotary heads would "
-                "compute something else there; use scope='ffn' or family='parallel', 'factorized' or 'doped'"
+                "init='pretrained' cannot widen heads, whose rotary embeddings would compute something else; use "
+                "scope='ffn' or 'residual', or family='parallel', 'factorized' or 'doped'"
             )
         parts: tuple[SparseIFTConfig | FamilyRule, ...] = (self, *self.rules)
         for part in parts:

@@ -10,6 +10,7 @@ from sparseift_llm.conversion.carry_over import carry_over, carry_over_modes
 from sparseift_llm.conversion.from_trained import start_from
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.conversion.scaling import scale_initial_weights
+from sparseift_llm.conversion.wide_stream import set_starting_masks, starting_columns, widen_trained
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.models.architectures import build_model
@@ -48,15 +49,26 @@ def build_twin(model: PreTrainedModel | PreTrainedConfig, plan: Plan) -> PreTrai
     if isinstance(model, PreTrainedModel):
         carry_over(model, changes_of(model), sparse)
         _copy_unchanged(model, sparse)
-    columns = {} if sparse.device.type == "meta" else _initial_columns(record)
-    install_sparse_layers(sparse, plan.layers, columns, preserve=plan.config.init == "preserve")
-    if plan.config.init == "pretrained" and isinstance(model, PreTrainedModel):
-        start_from(model, sparse, record)
+    trained = model if plan.config.init == "pretrained" and isinstance(model, PreTrainedModel) else None
+    if trained is not None and plan.config.scope == "residual":
+        _start_wide_stream(trained, sparse, record)
     else:
-        _set_initial_masks(sparse, record)
+        columns = {} if sparse.device.type == "meta" else _initial_columns(record)
+        install_sparse_layers(sparse, plan.layers, columns, preserve=plan.config.init == "preserve")
+        if trained is not None:
+            start_from(trained, sparse, record)
+        else:
+            _set_initial_masks(sparse, record)
     if isinstance(model, PreTrainedModel):
         carry_over_modes(model, sparse)
     return sparse
+
+
+def _start_wide_stream(dense: PreTrainedModel, sparse: PreTrainedModel, record: ModelRecord) -> None:
+    """Put trained weights into a stock model with a wider stream, then sparse layers, whose first masks they decide."""
+    widen_trained(dense, sparse, record)
+    install_sparse_layers(sparse, record.layers, starting_columns(sparse, record))
+    set_starting_masks(sparse, record)
 
 
 def _initial_columns(record: ModelRecord) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseift_llm.layers.composite import Part
 from sparseift_llm.topology.blocks import tile_sums
-from sparseift_llm.topology.groups import row_starts
+from sparseift_llm.topology.groups import EqualGroups, Groups, WholeMatrix, row_starts
 from sparseift_llm.topology.masks import largest, largest_per_row, random_scores
 
 # The smallest tenth of normally distributed weights holds 0.05% of their sum of squares.
@@ -50,11 +50,13 @@ def start_of_largest(values: Tensor, part: Part, tile: int) -> Start:
     return Start(values.masked_fill(~spread(mask, tile, values), 0), mask)
 
 
-def start_of_inputs(values: Tensor, is_old: Tensor, part: Part, tile: int, seed: int) -> Start:
+def start_of_inputs(
+    values: Tensor, is_old: Tensor, part: Part, tile: int, seed: int, share: float = NEW_UNIT_SHARE
+) -> Start:
     """The matrix into hidden units, some of which are new: they get random weights, of the old units' output variance.
 
     Old units share what the new ones leave by magnitude. With single weights, new ones together get
-    `NEW_UNIT_SHARE` of the active weights, spread evenly; with tiles every block-row has its fixed number.
+    `share` of the active weights, spread evenly; with tiles every block-row has its fixed number.
 
     Args:
         values: (units, in); rows of new units are not looked at.
@@ -62,14 +64,15 @@ def start_of_inputs(values: Tensor, is_old: Tensor, part: Part, tile: int, seed:
         part: the matrix to start.
         tile: side of a tile, 1 for single weights.
         seed: of the random weights and their places.
+        share: of the active weights, for new units.
     """
     generator = torch.Generator().manual_seed(seed)
     values = values.masked_fill(~is_old[:, None], 0)
     mask = None
     if part.is_sparse:
         is_new = ~is_old.view(-1, tile).any(1)[:, None].expand(-1, part.shape[1] // tile)
-        priority = _spread_evenly(is_new.shape[0], is_new.shape[1], generator).to(values.device)
-        mask = _choose(_scores(values, tile), priority, is_new, part, tile)
+        priority = spread_evenly(is_new.shape[0], is_new.shape[1], generator).to(values.device)
+        mask = _choose(_scores(values, tile), priority, is_new, part, tile, share)
     active = spread(mask, tile, values)
     old = values[is_old]
     size = math.sqrt(old.square().mean()) if old.any() else 1 / math.sqrt(part.shape[1])
@@ -79,16 +82,18 @@ def start_of_inputs(values: Tensor, is_old: Tensor, part: Part, tile: int, seed:
     return Start(torch.where(is_old[:, None], values, noise).masked_fill(~active, 0), mask)
 
 
-def start_of_outputs(values: Tensor, is_old: Tensor, part: Part, tile: int, seed: int) -> Start:
+def start_of_outputs(
+    values: Tensor, is_old: Tensor, part: Part, tile: int, seed: int, share: float = NEW_UNIT_SHARE
+) -> Start:
     """The matrix out of hidden units, some of which are new: their weights are 0, so that they change no output yet.
 
-    But some are active, so that they learn at once: `NEW_UNIT_SHARE` of the active ones, at least one tile per
+    But some are active, so that they learn at once: a `share` of the active ones, at least one tile per
     block-row of two. The rest is given to old units by magnitude.
 
     Args:
         values: (out, units); columns of new units are not looked at.
         is_old: bool (units,).
-        part, tile, seed: as for `start_of_inputs`.
+        part, tile, seed, share: as for `start_of_inputs`.
     """
     values = values.masked_fill(~is_old, 0)
     if not part.is_sparse:
@@ -96,10 +101,10 @@ def start_of_outputs(values: Tensor, is_old: Tensor, part: Part, tile: int, seed
     is_new = ~is_old.view(-1, tile).any(1).expand(part.shape[0] // tile, -1)
     if tile == 1:
         generator = torch.Generator().manual_seed(seed)
-        priority = _spread_evenly(is_new.shape[1], is_new.shape[0], generator).T
+        priority = spread_evenly(is_new.shape[1], is_new.shape[0], generator).T
     else:
         priority = _take_turns(is_new)
-    mask = _choose(_scores(values, tile), priority.to(values.device), is_new, part, tile)
+    mask = _choose(_scores(values, tile), priority.to(values.device), is_new, part, tile, share)
     return Start(values.masked_fill(~spread(mask, tile, values), 0), mask)
 
 
@@ -158,18 +163,34 @@ def _scores(values: Tensor, tile: int) -> Tensor:
     return values.abs() if tile == 1 else tile_sums(values, tile)
 
 
-def _choose(scores: Tensor, priority: Tensor, is_new: Tensor, part: Part, tile: int) -> Tensor:
+def _choose(scores: Tensor, priority: Tensor, is_new: Tensor, part: Part, tile: int, share: float) -> Tensor:
     """The part's number of active units: a share of those of new hidden units by `priority`, the others by `scores`."""
-    counts = counts_per_row(part, tile).to(scores.device)
-    scores, priority, rows = (tensor.reshape(len(counts), -1) for tensor in (scores, priority, is_new))
-    available = rows.sum(1)
-    share = torch.where(counts > 1, (NEW_UNIT_SHARE * counts).round().clamp(min=1), 0).long()
-    num_new = share.maximum(counts - (rows.shape[1] - available)).minimum(available)
-    chosen = largest_units(scores, ~rows, counts - num_new) | largest_units(priority, rows, num_new)
-    return chosen.view(is_new.shape)
+    groups = WholeMatrix() if tile == 1 else EqualGroups(0, len(scores))
+    return share_out(scores, priority, is_new, groups, groups.share(part.num_active // tile**2), share)
 
 
-def _spread_evenly(num_units: int, width: int, generator: torch.Generator) -> Tensor:
+def share_out(scores: Tensor, priority: Tensor, is_new: Tensor, groups: Groups, counts: Tensor, share: float) -> Tensor:
+    """The active units of a mask: in every group a share of new ones by `priority`, and old ones by `scores`.
+
+    Args:
+        scores: of old units.
+        priority: of new units, of the same shape.
+        is_new: bool, of the same shape.
+        groups: the groups of units.
+        counts: active units of every group.
+        share: of a group's active units that are new, at least one of two; more where there are too few old ones, and
+            0 for none.
+
+    Returns:
+        Bool, of the same shape, with `counts[g]` ones in group g.
+    """
+    num_old, available = groups.count(~is_new).cpu(), groups.count(is_new).cpu()
+    least = torch.where(counts > 1, (share * counts).round().clamp(min=1 if share else 0), 0).long()
+    num_new = least.maximum(counts - num_old).minimum(available)
+    return groups.largest(scores, ~is_new, counts - num_new) | groups.largest(priority, is_new, num_new)
+
+
+def spread_evenly(num_units: int, width: int, generator: torch.Generator) -> Tensor:
     """Priorities (units, width) by which all units get one place at random before any gets a second one."""
     order = places(torch.rand(num_units, width, generator=generator, dtype=torch.float64))
     return -(order * num_units + torch.arange(num_units)[:, None]).double()

@@ -73,13 +73,13 @@ class WideFamily(Family[Wide]):
         """
         if trained.kind not in ("mlp_in", "mlp_out"):
             return {}
-        (part,), weight, num_units = parts, trained.weight, trained.num_units
+        (part,), weight, num_units, share = parts, trained.weight, trained.num_units, self.options.reserve
         is_input = trained.kind == "mlp_in"  # its outputs are the hidden units, not its inputs
         all_units = torch.ones(weight.shape[0 if is_input else 1], dtype=torch.bool, device=weight.device)
         is_old = widen(all_units, num_units)
         if is_input:
-            return {part.name: start_of_inputs(widen(weight, num_units), is_old, part, tile, seed)}
-        return {part.name: start_of_outputs(widen(weight.T, num_units).T, is_old, part, tile, seed)}
+            return {part.name: start_of_inputs(widen(weight, num_units), is_old, part, tile, seed, share)}
+        return {part.name: start_of_outputs(widen(weight.T, num_units).T, is_old, part, tile, seed, share)}
 
 
 def _with_hidden(dense: PreTrainedConfig, hidden: int) -> PreTrainedConfig:

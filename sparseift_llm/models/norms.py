@@ -31,7 +31,7 @@ def final_norm(model: PreTrainedModel) -> str:
             raise ValueError(
                 f"init='supar' scales a norm before the logits, but {name} stands there, too; use 'preserve'"
             )
-    names = [name for name, child in model.get_submodule(parent).named_children() if _is_norm(child)]
+    names = [name for name, child in model.get_submodule(parent).named_children() if is_norm(child)]
     if not names:
         raise ValueError(f"init='supar' needs a norm before the logits, {model.config.model_type} has none here")
     return _with_weight(model, f"{parent}.{names[-1]}")
@@ -45,7 +45,7 @@ def query_norm(model: PreTrainedModel, projection: str) -> str | None:
     """
     parent = projection.rpartition(".")[0]
     for name, child in model.get_submodule(parent).named_children():
-        if _QUERY_NORM.fullmatch(name) and _is_norm(child):
+        if _QUERY_NORM.fullmatch(name) and is_norm(child):
             return _with_weight(model, f"{parent}.{name}")
     return None
 
@@ -80,7 +80,8 @@ def _apply(norm: nn.Module) -> Tensor:
     return output
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by the name of its class."""
     return "norm" in type(module).__name__.lower()
 
 

@@ -158,8 +158,8 @@ def test_constructors_are_as_helpful_as_files() -> None:
         (lambda: SparseIFTConfig(Wide(), 0.5, sparsity=0.5), "sparsity is given twice, by its place and by its name"),  # type: ignore[misc]
         (lambda: Parallel("gelu"), "nonlinearity='gelu' is not one of 'layernorm', 'none'"),  # type: ignore[arg-type]
         (
-            lambda: Wide("residual", "dense", True, "wide"),
-            "Wide takes 3 arguments by place at most; 'wide' is too many",
+            lambda: Wide("residual", "dense", True, 0.1, "wide"),
+            "Wide takes 4 arguments by place at most; 'wide' is too many",
         ),  # type: ignore[misc]
         (lambda: FamilyRule("wide"), "family='wide' is not one of 'parallel'"),  # type: ignore[arg-type]
         (lambda: FamilyRule(), "FamilyRule: the key 'family' is missing"),  # type: ignore[call-arg]

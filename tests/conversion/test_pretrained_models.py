@@ -118,7 +118,7 @@ def test_frozen_layers_stay_frozen() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, r"cannot widen the hidden side.*use scope='ffn' or family='parallel'"),
+        ({}, r"cannot widen heads.*use scope='ffn' or 'residual', or family='parallel'"),
         ({"family": "parallel"}, r"family='parallel' has nonlinearity='layernorm'.*use nonlinearity='none'"),
         ({"family": "factorized", "nonlinearity": "gelu"}, "'factorized' has nonlinearity='gelu'"),
         ({"family": "factorized", "nonlinearity": "layernorm"}, "'factorized' has nonlinearity='layernorm'"),

@@ -189,7 +189,6 @@ def test_where_no_density_is_left_the_numbers_say_so(options: dict[str, Any]) ->
         ({"family": "parallel", "embedding": "dense"}, "goes with family='wide' only"),
         ({"family": Wide("residual", embedding="dense", embedding_updates=True)}, "a dense embedding has no mask"),
         ({"family": Wide("residual", embedding_updates=True), "dst": DSTConfig("gmp")}, "needs algorithm='set' or"),
-        ({"family": Wide("residual"), "init": "pretrained"}, "cannot widen the hidden side"),
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
