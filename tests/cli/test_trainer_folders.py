@@ -19,7 +19,7 @@ def test_which_commands_take_a_trainers_folder(tmp_path: Path, capsys: pytest.Ca
     assert "run: finished" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count('<figure class="panel steps-') == 2  # losses over steps: such a run logs no tokens
-    assert sparseift(["compare", str(run), "--output", str(tmp_path / "comparison")]) == 2
+    assert sparseift(["compare", str(run), "--output", str(tmp_path / "comparison")]) == 0
     assert sparseift(["export", str(run), "--format", "sparse", "--output", str(tmp_path / "export")]) == 2
     assert f"the last is {run / 'checkpoint-4'}\n" in capsys.readouterr().err
     checkpoint = str(run / "checkpoint-4")
