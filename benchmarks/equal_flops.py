@@ -325,15 +325,15 @@ def table(results: Path) -> str:
     """A Markdown table for every corpus and width: the rows at their best rates, and their gain over dense."""
     parts = []
     for folder in sorted(results.glob("*/width*"), key=lambda path: (path.parent.name, int(path.name[len("width") :]))):
-        found = {row: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
-        dense = found.get(BY_NAME["dense"])
+        found = {row.name: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
+        dense = found.get("dense")
         lines = []
-        for row, best in found.items():
+        for name, best in found.items():
             interval = t_interval(list(best.losses.values()))
             rates = f"{best.rates.rate:g}, {best.rates.embedding_factor:g}x"
             lines.append(
                 [
-                    row.title,
+                    BY_NAME[name].title,
                     rates if best.is_inside else f"{rates} (search not ended)",
                     f"{best.forward_flops / dense.forward_flops:.4f}" if dense else "",
                     f"{statistics.mean(best.losses.values()):.4f}",

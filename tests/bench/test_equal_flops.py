@@ -1,0 +1,110 @@
+"""The study at equal whole-model FLOPs: its rows, its search, its table, and the committed results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sparseift_llm.models.presets import load_config
+from sparseift_llm.planning.cost import count_flops
+from sparseift_llm.planning.planner import plan
+from sparseift_llm.runs.recipe import load_recipe
+from tests.helpers.paths import ROOT
+from tests.helpers.scripts import load_script
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    return load_script("benchmarks/equal_flops.py")
+
+
+@pytest.fixture
+def corpus(study: ModuleType, tmp_path: Path) -> Any:
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    return study.Corpus.from_word(f"novels={tmp_path / 'train.txt'},{tmp_path / 'valid.txt'}")
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_every_row_costs_what_the_dense_model_costs(study: ModuleType, corpus: Any, width: int) -> None:
+    dense = study.forward_flops(study.dense_shape(width))
+    for row in study.ROWS:
+        words = study.Search(row, width, corpus, 1).overrides(study.Rates(4e-3, 2))
+        recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
+        config = load_config(recipe.model.name)
+        for key, value in {**recipe.model.config, "vocab_size": recipe.data.vocab_size}.items():
+            setattr(config, key, value)
+        if recipe.sparse_ift is None:
+            flops = count_flops(config, recipe.data.seq_len).forward
+        else:
+            flops = plan(config, recipe.sparse_ift, recipe.data.seq_len).sparse.flops.forward
+        assert flops == pytest.approx(dense, rel=1e-3), row.name
+        assert (recipe.sparse_ift is None) == (row.sparse is None)
+        assert (recipe.training["learning_rate"], recipe.embedding_lr_factor) == (4e-3, 2)
+
+
+def bowl(study: ModuleType, rate: float, factor: float) -> Any:
+    """Losses with the minimum at these rates, and every rate that was asked for."""
+    tried: list[Any] = []
+
+    def losses(wanted: list[Any]) -> Mapping[Any, float]:
+        tried.extend(wanted)
+        return {
+            one: max(one.rate / rate, rate / one.rate)
+            + max(one.embedding_factor / factor, factor / one.embedding_factor)
+            for one in wanted
+        }
+
+    return losses, tried
+
+
+@pytest.mark.parametrize(("rate", "factor"), [(8e-3, 4), (1e-3, 32), (0.128, 0.5)])
+def test_the_search_ends_where_no_neighbour_is_better(study: ModuleType, rate: float, factor: float) -> None:
+    losses, tried = bowl(study, rate, factor)
+    best = study.climb(study.Rates(8e-3, 4), losses)
+    assert (best.rate, best.embedding_factor) == pytest.approx((rate, factor))
+    assert set(best.neighbours()) <= set(tried)
+
+
+def write_result(folder: Path, rates: Any, seed: int, loss: float | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"rate": rates.rate, "embedding_factor": rates.embedding_factor, "seed": seed, "eval_loss": loss}
+    result |= {"forward_flops_per_token": 100, "step_seconds": 5.0}
+    (folder / f"{rates}-seed{seed}.json").write_text(json.dumps(result))
+
+
+def test_the_table_says_where_the_search_did_not_end_and_what_the_gain_is(study: ModuleType, tmp_path: Path) -> None:
+    folder, best = tmp_path / "novels" / "width64", study.Rates(8e-3, 4)
+    for rates in (best, *best.neighbours()):
+        write_result(folder / "dense", rates, 0, 4.0 if rates == best else None)
+    for seed, loss in ((1, 4.01), (2, 3.99)):
+        write_result(folder / "dense", best, seed, loss)
+    for seed, loss in ((0, 3.9), (1, 3.91), (2, 3.89)):
+        write_result(folder / "residual2", best, seed, loss)
+    lines = study.table(tmp_path).splitlines()
+    assert lines[0] == "novels, width 64"
+    assert lines[4] == "| dense | 0.008, 4x | 1.0000 | 4.0000 | 3.975 to 4.025 | 3 |  |"
+    # the difference of means has the standard error sqrt(2 * 0.01**2 / 3) and 4 degrees of freedom: t = 2.776
+    assert lines[5].startswith("| residual, 2 times, single weights | 0.008, 4x (search not ended) | 1.0000 | 3.9000 |")
+    assert lines[5].endswith("| 3 | +0.100 (+0.077 to +0.123) |")
+
+
+def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: ModuleType) -> None:
+    paths = sorted(study.RESULTS.glob("*/*/*/*.json"))
+    assert paths, "no results"
+    for path in paths:
+        assert path.parent.name in study.BY_NAME
+        result = json.loads(path.read_text("utf-8"))
+        assert path.stem == f"{study.Rates(result['rate'], result['embedding_factor'])}-seed{result['seed']}"
+        assert str(Path(result["corpus"]["train"]["file"]).name) == result["corpus"]["train"]["file"]
+        assert len(result["corpus"]["train"]["sha256"]) == 64
+
+
+def test_the_recipe_stands_beside_the_script(study: ModuleType) -> None:
+    assert study.RECIPE == ROOT / "benchmarks" / "equal_flops.yaml"
+    assert load_recipe(study.RECIPE, []).model.config["hidden_size"] == 128
