@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 RECIPE = HERE / "equal_flops.yaml"
 RESULTS = HERE / "results" / "equal_flops"
 RUNS = Path("runs") / "equal_flops"
+BUILTIN = "builtin"
 WIDTHS = (64, 128, 256)
 SEEDS = (0, 1, 2)
 HEAD_DIM, VOCAB, SEQ_LEN, NUM_LAYERS = 32, 1024, 128, 2
@@ -155,34 +156,38 @@ class Corpus:
 
     Args:
         name: in the results.
-        train, held_out: text files.
+        files: `train` and `held_out` -> a text file; empty for the corpus that comes with the package.
     """
 
     name: str
-    train: Path
-    held_out: Path
+    files: Mapping[str, Path]
 
     @classmethod
     def from_word(cls, word: str) -> Corpus:
-        """From `NAME=TRAIN,HELD_OUT`; argparse shows what is wrong with another word."""
+        """From `NAME=TRAIN,HELD_OUT` or `builtin`; argparse shows what is wrong with another word."""
+        if word == BUILTIN:
+            return cls(BUILTIN, {})
         name, _, files = word.partition("=")
         train, _, held_out = files.partition(",")
-        if not (name.isidentifier() and train and held_out):
-            raise argparse.ArgumentTypeError(f"{word!r} must be NAME=TRAIN,HELD_OUT, e.g. english=train.txt,valid.txt")
+        if not (name.isidentifier() and name != BUILTIN and train and held_out):
+            raise argparse.ArgumentTypeError(f"{word!r} must be {BUILTIN} or NAME=TRAIN,HELD_OUT")
         for path in (train, held_out):
             if not Path(path).is_file():
                 raise argparse.ArgumentTypeError(f"{path} is no file")
-        return cls(name, Path(train).resolve(), Path(held_out).resolve())
+        return cls(name, {"train": Path(train).resolve(), "held_out": Path(held_out).resolve()})
+
+    def overrides(self) -> list[str]:
+        """What it changes in the recipe, which has the built-in one."""
+        options = {"train": "data.corpus", "held_out": "data.eval_corpus"}
+        return [f"--{options[part]}={path}" for part, path in self.files.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """What a result says of it: names and hashes of the files, so that somebody else can find the same text."""
-        return {
-            "name": self.name,
-            **{
-                key: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-                for key, path in (("train", self.train), ("held_out", self.held_out))
-            },
+        hashes = {
+            part: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for part, path in self.files.items()
         }
+        return {"name": self.name, **hashes}
 
 
 @dataclass(frozen=True)
@@ -217,8 +222,7 @@ class Search:
         shape = {**dense_shape(self.width), **self.row.shape(self.width)}
         return [
             *(f"--model.config.{key}={value}" for key, value in shape.items()),
-            f"--data.corpus={self.corpus.train}",
-            f"--data.eval_corpus={self.corpus.held_out}",
+            *self.corpus.overrides(),
             f"--training.learning_rate={rates.rate:g}",
             f"--embedding_lr_factor={rates.embedding_factor:g}",
             *([f"--sparse_ift={json.dumps(self.row.sparse)}"] if self.row.sparse else []),
@@ -353,7 +357,7 @@ def main(words: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="search rates, then repeat with other seeds")
     run.add_argument("rows", nargs="+", choices=BY_NAME, metavar="ROW", help=", ".join(BY_NAME))
-    run.add_argument("--corpus", type=Corpus.from_word, required=True, help="NAME=TRAIN,HELD_OUT, text files")
+    run.add_argument("--corpus", type=Corpus.from_word, required=True, help="NAME=TRAIN,HELD_OUT or builtin")
     run.add_argument("--width", type=int, choices=WIDTHS, default=128)
     run.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     commands.add_parser("table", help="what came out so far")

@@ -101,8 +101,10 @@ def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: Modul
         assert path.parent.name in study.BY_NAME
         result = json.loads(path.read_text("utf-8"))
         assert path.stem == f"{study.Rates(result['rate'], result['embedding_factor'])}-seed{result['seed']}"
-        assert str(Path(result["corpus"]["train"]["file"]).name) == result["corpus"]["train"]["file"]
-        assert len(result["corpus"]["train"]["sha256"]) == 64
+        assert result["corpus"]["name"] == path.parents[2].name
+        for part in ("train", "held_out") if result["corpus"]["name"] != study.BUILTIN else ():
+            assert "/" not in result["corpus"][part]["file"]
+            assert len(result["corpus"][part]["sha256"]) == 64
 
 
 def test_the_recipe_stands_beside_the_script(study: ModuleType) -> None:
