@@ -73,6 +73,7 @@ class Row:
         start: where the search for rates begins.
         sparse: `SparseIFTConfig` as a mapping; None for a dense model.
         shape: width of the dense model -> fields of the model's config that this row changes.
+        widths: those of the dense models that it can be compared with.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     start: Rates
     sparse: Mapping[str, Any] | None = None
     shape: Callable[[int], Mapping[str, Any]] = field(default=lambda width: {})
+    widths: tuple[int, ...] = WIDTHS
 
 
 def dense_shape(width: int) -> dict[str, Any]:
@@ -143,7 +145,7 @@ ROWS = (
     Row("residual4", "residual, 4 times, single weights", WIDE_START, residual(4)),
     Row("residual2-tile8", "residual, 2 times, tiles of 8", WIDE_START, residual(2, **tiles(8))),
     Row("residual2-tile16", "residual, 2 times, tiles of 16", WIDE_START, residual(2, **tiles(16))),
-    Row("residual2-tile32", "residual, 2 times, tiles of 32", WIDE_START, residual(2, **tiles(32))),
+    Row("residual2-tile32", "residual, 2 times, tiles of 32", WIDE_START, residual(2, **tiles(32)), widths=(128, 256)),
     Row("model", "scope model at whole-model FLOPs, 75%", WIDE_START, MODEL),
     Row("ffn", "scope ffn, 75%", DENSE_START, {"scope": "ffn", "sparsity": 0.75, **STATIC}),
 )
@@ -365,6 +367,9 @@ def main(words: list[str] | None = None) -> None:
     if choice.command == "table":
         print(table(RESULTS))
         return
+    for name in choice.rows:
+        if choice.width not in BY_NAME[name].widths:
+            parser.error(f"{name} needs another width: its tiles do not divide the FFN's inner side at {choice.width}")
     for name in choice.rows:
         Search(BY_NAME[name], choice.width, choice.corpus, choice.jobs).run()
 
