@@ -181,6 +181,9 @@ NAMES = {
     "strict.nearest": "utils.words.nearest",
     "strict.parse_yaml": "config.yaml_files.parse_yaml",
     "surgery.install_sparse_layers": "conversion.install.install_sparse_layers",
+    "topology.blocks.changes_per_row": "topology.groups.changes_per_row",
+    "topology.blocks.largest_per_row": "topology.masks.largest_per_row",
+    "topology.blocks.row_starts": "topology.groups.row_starts",
 }
 
 # folders that were folders in 0.1, too, and whose modules have all moved

@@ -6,14 +6,18 @@ slots of block-row r are r * N // R to (r + 1) * N // R - 1, so that rows differ
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparseift_llm._moved import old_names
 from sparseift_llm.topology.connected import reconnect
 from sparseift_llm.topology.groups import EqualGroups, first_mask
 from sparseift_llm.topology.masks import random_scores
+
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__)
 
 
 def rows_of_slots(num_tiles: int, num_rows: int) -> Tensor:
