@@ -90,6 +90,7 @@ MODULES = {
     "strict": "config.parsing",
     "surgery": "api",
     "token_cache": "data.cache",
+    "topology.heads": "topology.groups",
 }
 
 # old name -> new place, of names that are not in the new module of the others, or under another name there

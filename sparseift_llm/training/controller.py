@@ -260,9 +260,13 @@ class SparseTrainingController(Joinable):
     def _count_active(self) -> int:
         return sum(layer.count_active() for layer in self.layers.values() if layer.role == "projection")
 
+    def _has_updates(self, layer: SparseProjection) -> bool:
+        """Whether mask updates are meant for a layer: not at the model's ends, unless asked for."""
+        return layer.role == "projection" or self._updates_ends
+
     def _takes_updates(self, layer: SparseProjection) -> bool:
-        """Whether mask updates change a layer: not if it is frozen, nor at the model's ends, unless asked for."""
-        return not layer.is_frozen and (layer.role == "projection" or self._updates_ends)
+        """Whether mask updates change a layer as it is now: not while it is frozen."""
+        return self._has_updates(layer) and not layer.is_frozen
 
     @torch.no_grad()
     def _before_optimizer_step(self) -> None:
@@ -381,7 +385,7 @@ class SparseTrainingController(Joinable):
         self._disarm()
         if not (self.algorithm.needs_dense_gradient and self.algorithm.is_update_step(self.step + 1)):
             return
-        for layer in filter(self._takes_updates, self.layers.values()):
+        for layer in filter(self._has_updates, self.layers.values()):  # a frozen one may be unfrozen before the step
             layer.dense_gradient = DenseGradient(layer.growth_scores if self._reduces_at_once else None)
             if (watch := self.backend.watch(layer)) is not None:
                 layer.dense_gradient.is_thrown_away = watch.is_thrown_away

@@ -125,7 +125,7 @@ def test_planted_fault_one_mask_bit() -> None:
 
 def test_planted_fault_gradients_without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse = sparse_model("llama")
-    monkeypatch.setattr(MaskedProjection, "_weight", lambda layer: layer.weight)
+    monkeypatch.setattr(MaskedProjection, "_masked_weight", lambda layer: layer.weight)
     with pytest.raises(AssertionError):
         check_masked_gradients(sparse)
 

@@ -110,7 +110,7 @@ def test_planted_fault_transposed_mask(kind: str, monkeypatch: pytest.MonkeyPatc
     def transposed(self: MaskedProjection) -> Tensor:
         return masked_weight(self.weight, self.mask.T)
 
-    monkeypatch.setattr(MaskedProjection, "_weight", transposed)
+    monkeypatch.setattr(MaskedProjection, "_masked_weight", transposed)
     with pytest.raises(AssertionError):
         check_parity(sparse_layer(kind, 5, 5), torch.randn(3, 5, dtype=torch.float64))
 

@@ -32,7 +32,7 @@ REPLACED = {
     "sparseift_llm.dst.zero": {"ZeroState"},
     "sparseift_llm.topology.blocks": {"drop_and_grow_per_row"},
     "sparseift_llm.topology.heads": {"HeadGroups", "drop_and_grow_per_head", "random_mask_per_head"},
-    "sparseift_llm.topology.masks": {"drop_and_grow"},
+    "sparseift_llm.topology.masks": {"drop_and_grow", "magnitude_mask"},
     "sparseift_llm.families.drop_in": {"build", "num_norm_params", "parts_of", "start"},
 }
 

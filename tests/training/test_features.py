@@ -138,7 +138,7 @@ def test_without_clipping(tmp_path: Path) -> None:
 
 
 def test_the_cost_of_updates_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = sparse_trainer(sparse_gpt2("rigl"), tmp_path)
+    trainer = make_trainer(sparse_gpt2("rigl"), tmp_path, SparseTrainingCallback(metrics="all"))
     with caplog.at_level(logging.INFO, "sparseift_llm.training.controller"):
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "mask_update_seconds" in entry]
