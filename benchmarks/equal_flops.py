@@ -287,14 +287,12 @@ class Best:
         losses: seed -> held-out loss.
         is_inside: whether all neighbours of the best rates were tried.
         forward_flops: per token.
-        step_seconds: of all steps, on whatever machine and beside whatever else was running there.
     """
 
     rates: Rates
     losses: Mapping[int, float]
     is_inside: bool
     forward_flops: float
-    step_seconds: float
 
 
 def best_of(folder: Path) -> Best | None:
@@ -307,13 +305,11 @@ def best_of(folder: Path) -> Best | None:
     if not first:
         return None
     best = min(first, key=lambda rates: first[rates])
-    own = [result for result in results if Rates(result["rate"], result["embedding_factor"]) == best]
     return Best(
         best,
         losses[best],
         all(rates in first for rates in best.neighbours()),
-        own[0]["forward_flops_per_token"],
-        statistics.median(result["step_seconds"] for result in own),
+        results[0]["forward_flops_per_token"],
     )
 
 
