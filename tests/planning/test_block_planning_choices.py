@@ -143,10 +143,10 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str], model_f
     assert table["q"] == ["2", "32", "x", "32", "64", "x", "64", "0.75000", "1.0000"]
     stored, dense = expected.sparse.to_dict()["train_state_bytes"], expected.dense.to_dict()["train_state_bytes"]
     assert table["train_state_bytes"] == [
-        f"{dense / 1e6:.2f}",
-        "MB",
-        f"{stored / 1e6:.2f}",
-        "MB",
+        f"{dense / 1e3:.0f}",
+        "kB",
+        f"{stored / 1e3:.0f}",
+        "kB",
         f"{stored / dense:.4f}",
     ]
 
