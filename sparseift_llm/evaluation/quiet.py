@@ -7,7 +7,7 @@ import functools
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from unittest import mock
+from typing import Any
 
 import datasets  # type: ignore[import-untyped, unused-ignore]
 import lm_eval.api.task
@@ -18,6 +18,21 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 DEFAULT_SEEDS = (DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED, DEFAULT_OTHER_SEED, DEFAULT_OTHER_SEED)
+
+
+@contextlib.contextmanager
+def exchanged(place: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `place.name` is `value`: for the few things that lm-eval has neither an option nor a method for.
+
+    These are its bars and templates here, and where tasks read their data from (task_loading.py).
+    """
+    own = name in vars(place)
+    before = getattr(place, name)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        setattr(place, name, before) if own else delattr(place, name)
 
 
 @contextlib.contextmanager
@@ -34,7 +49,7 @@ def quiet(bars: bool = False) -> Iterator[None]:
     if not bars:
         datasets.disable_progress_bars()
     try:
-        with mock.patch.object(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=None if bars else True)):
+        with exchanged(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=None if bars else True)):
             yield
     finally:
         logger.setLevel(level)
@@ -69,5 +84,5 @@ def seeded(seeds: Sequence[int | None] = DEFAULT_SEEDS) -> Iterator[None]:
 def templates_compiled_once() -> Iterator[None]:
     """lm-eval compiles each prompt template anew for each example, which takes most of the time that prompts take."""
     templates = lm_eval.utils.env
-    with mock.patch.object(templates, "from_string", functools.cache(templates.from_string)):
+    with exchanged(templates, "from_string", functools.cache(templates.from_string)):
         yield

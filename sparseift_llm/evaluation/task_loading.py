@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import datasets  # type: ignore[import-untyped, unused-ignore]
 import lm_eval.tasks
@@ -24,7 +24,7 @@ from sparseift_llm.evaluation.data_files import DataError, count_rows
 from sparseift_llm.evaluation.data_folder import Requirement, check_folder, load_files, load_local, merge, split_files
 from sparseift_llm.evaluation.hub import hub_fault, use_sentence_splitter
 from sparseift_llm.evaluation.item_checks import Inspection, Source, explain_failure, inspect
-from sparseift_llm.evaluation.quiet import quiet, seeded, templates_compiled_once
+from sparseift_llm.evaluation.quiet import exchanged, quiet, seeded, templates_compiled_once
 from sparseift_llm.evaluation.suites import SUITES, Headline, Score, Suite, expand, is_ratio
 from sparseift_llm.utils.outputs import user_path
 
@@ -219,7 +219,7 @@ def _reading(data_dir: str | Path | None) -> Iterator[None]:
             count_rows(file)
         return load_files(files)
 
-    with mock.patch.object(datasets, "load_dataset", load):
+    with exchanged(datasets, "load_dataset", load):  # tasks call it in their own files, too
         yield
 
 
@@ -270,26 +270,25 @@ def _load_all(
 def _load(
     manager: TaskManager, root: str, configs: Mapping[str, Mapping[str, Any]], data_dir: str | Path | None
 ) -> Any:
-    built: list[Any] = []
-    stock = ConfigurableTask.download
+    try:
+        return manager.load([root])
+    except DataError:
+        raise
+    except ImportError as error:
+        raise ValueError(f"task {root} needs a package: pip install 'sparseift_llm[eval]' ({error})") from error
+    except Exception as error:  # whatever a task's functions raise
+        task = _task_at_fault(error)
+        if getattr(task, "dataset", None) is None:
+            raise DataError(f"task {root} cannot read its data ({type(error).__name__}: {error})") from error
+        name = task.config.task
+        source = _source(name, configs.get(name, {}), data_dir)
+        raise DataError(explain_failure(name, task, source, error)) from error
 
-    def download(task: Any, *args: Any, **kwargs: Any) -> Any:
-        built.append(task)  # the last one is the one at fault
-        return stock(task, *args, **kwargs)
 
-    with mock.patch.object(ConfigurableTask, "download", download):
-        try:
-            return manager.load([root])
-        except DataError:
-            raise
-        except ImportError as error:
-            raise ValueError(f"task {root} needs a package: pip install 'sparseift_llm[eval]' ({error})") from error
-        except Exception as error:  # whatever a task's functions raise
-            if not built or getattr(built[-1], "dataset", None) is None:
-                raise DataError(f"task {root} cannot read its data ({type(error).__name__}: {error})") from error
-            name = built[-1].config.task
-            source = _source(name, configs.get(name, {}), data_dir)
-            raise DataError(explain_failure(name, built[-1], source, error)) from error
+def _task_at_fault(error: Exception) -> Any:
+    """The task that was being built when `error` was raised, as far as it was; None if there was none."""
+    objects = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((one for one in reversed(objects) if isinstance(one, ConfigurableTask)), None)
 
 
 def _source(name: str, config: Mapping[str, Any], data_dir: str | Path | None) -> Source:
