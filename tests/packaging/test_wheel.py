@@ -101,7 +101,7 @@ def test_the_program_runs_from_the_wheel(fresh_environment: FreshEnvironment, tm
     assert succeed(fresh_environment, "sparseift", "--help", cwd=tmp_path).startswith("usage: sparseift COMMAND")
     assert succeed(fresh_environment, "sparseift", "--version", cwd=tmp_path) == f"sparseift {VERSION}\n"
     words = ["plan", "--model", "gpt3-small", "--sparsity", "0.75", "--seq-len", "1024"]
-    assert "399.76 MFLOP" in succeed(fresh_environment, "sparseift", *words, cwd=tmp_path)
+    assert "400MFLOP" in succeed(fresh_environment, "sparseift", *words, cwd=tmp_path)
     program = "import sparseift_llm; print(sparseift_llm.__file__, sparseift_llm.__version__)"
     file, version = succeed(fresh_environment, "python", "-c", program, cwd=tmp_path).split()
     assert Path(file).is_relative_to(fresh_environment.folder)
