@@ -23,7 +23,7 @@ def test_help_of_pretrain_lists_every_key_with_its_default_and_meaning(capsys: p
     printed = capsys.readouterr().out
     entries = {line.split()[0]: line for line in printed.splitlines() if line.startswith("  --")}
     sections = {"model", "data", "training"}
-    assert set(entries) - {"--help"} == {f"--{option.name}" for option in recipe_options()} - {
+    assert set(entries) - {"--help", "--dry-run"} == {f"--{option.name}" for option in recipe_options()} - {
         f"--{section}" for section in (*sections, "sparse_ift")
     }
     assert "  --sparse_ift.sparsity  float in [0, 1); " in printed
