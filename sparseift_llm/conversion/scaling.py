@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparseift_llm.layers.ends import embedding_scale
-from sparseift_llm.layers.stock import is_conv1d
+from sparseift_llm.layers.stock import embedding_scale, is_conv1d
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.fused_rows import row_pattern
 from sparseift_llm.models.norms import final_norm, norm_offset, query_norm

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from sparseift_llm.data.corpora import Source
+
+ReadSide = Callable[[Source, float, bool], Iterator[tuple[str, str]]]
 
 
 def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
@@ -22,14 +24,27 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
     Returns:
         The training and the held-out source; disjoint, together all of `source`.
     """
+    return _sides(source, fraction, _read_side, ("training part", "held-out part"), "held_out")
+
+
+def _sides(source: Source, fraction: float, read: ReadSide, names: tuple[str, str], mark: str) -> tuple[Source, Source]:
+    """The training and the held-out source.
+
+    Args:
+        source: what is split.
+        fraction: the held-out share.
+        read: gives the documents of the side that its last argument says: False is for training.
+        names: of the two sides.
+        mark: the key by which the fingerprints of this way of splitting differ from others.
+    """
     train, held_out = (
         Source(
-            f"the {label} part of {source.name}",
-            {"of": source.fingerprint, "held_out": wanted, "fraction": fraction},
-            partial(_read_side, source, fraction, wanted),
+            f"the {name} of {source.name}",
+            {"of": source.fingerprint, mark: wanted, "fraction": fraction},
+            partial(read, source, fraction, wanted),
             num_bytes=_share(source, fraction if wanted else 1 - fraction),
         )
-        for label, wanted in (("training", False), ("held-out", True))
+        for name, wanted in zip(names, (False, True), strict=True)
     )
     return train, held_out
 
@@ -58,16 +73,7 @@ def hold_out_tails(source: Source, fraction: float) -> tuple[Source, Source]:
     Returns:
         The training and the held-out source; of every document both have a part, unless one is empty.
     """
-    train, held_out = (
-        Source(
-            f"the {label} of {source.name}",
-            {"of": source.fingerprint, "tail": wanted, "fraction": fraction},
-            partial(_read_part, source, fraction, wanted),
-            num_bytes=_share(source, fraction if wanted else 1 - fraction),
-        )
-        for label, wanted in (("beginning", False), ("end", True))
-    )
-    return train, held_out
+    return _sides(source, fraction, _read_part, ("beginning", "end"), "tail")
 
 
 def _read_part(source: Source, fraction: float, wanted: bool) -> Iterator[tuple[str, str]]:

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseift_llm.layers.sharding import local, part_of
-from sparseift_llm.layers.stock import stock_layer, stock_matrix
+from sparseift_llm.layers.stock import embedding_scale, stock_layer, stock_matrix
 from sparseift_llm.layers.tiled import TiledProjection
 from sparseift_llm.ops.block_linear import block_linear
 from sparseift_llm.ops.block_lookup import NO_PADDING, block_lookup_op
 from sparseift_llm.ops.dense_gradient import capture_dense_gradient, capture_lookup_gradient
 from sparseift_llm.ops.operands import autocast_operands, call_operator, refuse_forward_mode
-
-_UNKNOWN_OPTIONS = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
 
 
 class VocabularyTiles(TiledProjection):
@@ -122,7 +120,7 @@ class BlockSparseEmbedding(VocabularyTiles):
 
     def __init__(self, dense: nn.Embedding, columns: Tensor, block_size: int, dense_shape: tuple[int, int]) -> None:
         super().__init__()
-        self.embed_scale = _embed_scale(dense)
+        self.embed_scale = embedding_scale(dense)
         self._store_vocabulary(dense, columns, block_size, dense_shape)
         self.bias = None
         self.num_embeddings, self.embedding_dim = self.out_features, self.in_features
@@ -234,21 +232,3 @@ class TiedBlockLogits(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, tied to the embedding"
-
-
-def _embed_scale(dense: nn.Embedding) -> float | None:
-    """What an embedding multiplies the rows by that it looks up, or None.
-
-    Raises:
-        ValueError: it does something else with them, or has options that tiles do not.
-    """
-    for option, default in _UNKNOWN_OPTIONS.items():
-        if getattr(dense, option) != default:
-            raise ValueError(f"an embedding in tiles has no {option}; leave it at {default}")
-    kind = type(dense)
-    if kind.forward is nn.Embedding.forward:
-        return None
-    scale = getattr(dense, "scalar_embed_scale", None)  # the buffer beside it may be on the meta device
-    if scale is None or not kind.__name__.endswith("ScaledWordEmbedding"):
-        raise ValueError(f"an embedding in tiles does not know what {kind.__name__} does; leave the embedding dense")
-    return float(scale)

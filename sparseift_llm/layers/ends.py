@@ -14,33 +14,14 @@ from torch import Tensor, nn
 from sparseift_llm.layers.base import plain_name
 from sparseift_llm.layers.block_embedding import TiedBlockLogits
 from sparseift_llm.layers.masked import MaskedProjection
-from sparseift_llm.layers.stock import stock_layer
+from sparseift_llm.layers.stock import embedding_scale, stock_layer
 from sparseift_llm.ops.masked_weight import masked_weight
-
-_PLAIN = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
 
 
 def check_embedding(embedding: nn.Module) -> None:
     """Raise ValueError unless `MaskedEmbedding` can stand in the place of a stock embedding."""
     assert isinstance(embedding, nn.Embedding)
     embedding_scale(embedding)
-
-
-def embedding_scale(embedding: nn.Embedding) -> float | None:
-    """What a stock embedding multiplies its rows by, as Gemma's does; None for a plain `nn.Embedding`.
-
-    Raises:
-        ValueError: the class computes something else, or the embedding has an option that looks at whole rows.
-    """
-    for name, plain in _PLAIN.items():
-        if getattr(embedding, name) != plain:
-            raise ValueError(f"an embedding with {name}={getattr(embedding, name)} cannot be sparse; leave it out")
-    if type(embedding).forward is nn.Embedding.forward:
-        return None
-    scale = getattr(embedding, "scalar_embed_scale", None)
-    if not isinstance(scale, int | float):
-        raise ValueError(f"a {type(embedding).__name__} computes more than rows of its weight, so it cannot be sparse")
-    return float(scale)
 
 
 class MaskedEmbedding(MaskedProjection, nn.Embedding):
