@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
-from sparseift_llm.evaluation.data_files import place_of
+from sparseift_llm.evaluation.answer_checks import (
+    WrongLabel,
+    answers_problem,
+    blank,
+    choices_problem,
+    gold_problem,
+    shown,
+    shown_end,
+)
 from sparseift_llm.evaluation.own_answers import unmet_answers
+from sparseift_llm.evaluation.source_rows import Source, first_failing, raw_index
 
 # Gold answers of published data that are none of the choices; all models got these items wrong on the leaderboard, too.
 PUBLISHED_WRONG = {
@@ -24,29 +32,7 @@ PUBLISHED_WRONG = {
     "leaderboard_bbh_ruin_names": frozenset({"dearth, wind, & fire", "rita, sue and bob poo"}),
 }
 _MARK = "\ue0ff"  # stands in for a null; a private character that no text has
-_SHOWN = 60  # characters of a value in a message
 _IMPOSSIBLE = -1000.0  # log-likelihood of a choice that a model is sure to be wrong
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the rows of a task come from, for messages.
-
-    Args:
-        name: of the data set, or of what makes the rows.
-        files: the files of every split, in order; empty if there are no local files.
-    """
-
-    name: str
-    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
-
-    def place(self, split: str, index: int | None) -> str:
-        """A row in words; `index` counts from 0, and is None for a row that cannot be told."""
-        if index is None:
-            return f"{self.name}: a row of split {split!r}"
-        if self.files.get(split):
-            return f"{self.name}: {place_of(self.files[split], index)}"
-        return f"{self.name}: split {split!r}, row {index + 1}"
 
 
 @dataclass(frozen=True)
@@ -65,10 +51,6 @@ class Inspection:
     wrong_labels: int = 0
 
 
-class _WrongLabel(str):
-    """The problem that a gold answer is none of the choices, which lm-eval scores as wrong and goes on."""
-
-
 @dataclass(frozen=True)
 class _Rows:
     """The documents of one split, and how one of them is judged and found again."""
@@ -83,7 +65,7 @@ class _Rows:
     def place(self, index: int, source: Source) -> str:
         if self.process_docs is None or self.raw is None:
             return source.place(self.split, index)
-        return source.place(self.split, _raw_index(self.raw, self.process_docs, self.documents[index]))
+        return source.place(self.split, raw_index(self.raw, self.process_docs, self.documents[index]))
 
 
 def inspect(name: str, task: Any, source: Source, allow_wrong_labels: bool = False) -> Inspection:
@@ -105,7 +87,7 @@ def inspect(name: str, task: Any, source: Source, allow_wrong_labels: bool = Fal
             passed = [
                 index
                 for index, problem in problems
-                if isinstance(problem, _WrongLabel)
+                if isinstance(problem, WrongLabel)
                 and (allow_wrong_labels or _is_published(name, task, rows.documents[index]))
             ]
             problems = [(index, problem) for index, problem in problems if index not in passed]
@@ -125,9 +107,9 @@ def _unmet(task: Any, documents: Sequence[Any]) -> dict[int, str]:
     examples = task.sampler.df if task.config.num_fewshot else ()
     unmet, other = unmet_answers(task, documents, examples)
     return {
-        index: _WrongLabel(
-            f"its gold answer {_shown(task.doc_to_target(documents[index]))} scores 0 even if a model gives it word "
-            f"for word, because the task finds no answer in it; those of other rows end like {_shown_end(other)}"
+        index: WrongLabel(
+            f"its gold answer {shown(task.doc_to_target(documents[index]))} scores 0 even if a model gives it word "
+            f"for word, because the task finds no answer in it; those of other rows end like {shown_end(other)}"
         )
         for index in unmet
     }
@@ -151,7 +133,7 @@ def explain_failure(name: str, task: Any, source: Source, error: Exception) -> s
         raw = task.dataset[split]
         if len(raw) == 0:
             return f"{source.name}: split {split!r} has no rows (task {name})"
-        failing = _first_failing(raw, process_docs) if process_docs is not None else None
+        failing = first_failing(raw, process_docs) if process_docs is not None else None
         if failing is not None:
             index, cause = failing
             return f"{source.place(split, index)}: {_in_words(cause, raw[index])} (task {name})"
@@ -241,7 +223,7 @@ def _plain_problem(task: Any, doc: Any) -> str | None:
         question, gold = task.doc_to_text(doc), task.doc_to_target(doc)
     except Exception as error:  # a task's functions raise whatever they like
         return _in_words(error, doc)
-    return _blank("its question", question) or _blank("its gold answer", gold)
+    return blank("its question", question) or blank("its gold answer", gold)
 
 
 def _item_problem(task: Any, doc: Any) -> str | None:
@@ -258,23 +240,23 @@ def _item_problem(task: Any, doc: Any) -> str | None:
 
 def _scored_problem(task: Any, item: _Item) -> str | None:
     if task.OUTPUT_TYPE == "multiple_choice":
-        problem = _choices_problem(item.choices)
+        problem = choices_problem(item.choices)
         if problem is not None:
             return problem
         if task.multiple_input:  # the question is the number of the right choice, and the answer is what goes on
-            return _gold_problem(item.question, item.choices, False) or _blank("its continuation", item.gold)
+            return gold_problem(item.question, item.choices, False) or blank("its continuation", item.gold)
         problem = _question_problem(task, item.question)
         if problem is not None or callable(task.config.process_results):
             return problem  # such a function knows the gold answer by itself, see _undecided
-        return _gold_problem(item.gold, item.choices, task.multiple_target)
+        return gold_problem(item.gold, item.choices, task.multiple_target)
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return _blank("its text", item.gold)
+        return blank("its text", item.gold)
     problem = _question_problem(task, item.question)
     if problem is None and task.OUTPUT_TYPE == "generate_until" and callable(task.config.process_results):
         return None  # what the function takes for the answer is its own affair
     if problem is None and item.choices is not None:
-        return _choices_problem(item.choices) or _gold_problem(item.gold, item.choices, False)
-    return problem or _answers_problem(item.gold)
+        return choices_problem(item.choices) or gold_problem(item.gold, item.choices, False)
+    return problem or answers_problem(item.gold)
 
 
 def _example_problem(task: Any, doc: Any) -> str | None:
@@ -293,9 +275,9 @@ def _example_problem(task: Any, doc: Any) -> str | None:
     else:
         problem = _question_problem(task, item.question)
         if problem is None and isinstance(item.gold, int):
-            problem = _choices_problem(item.choices) or _gold_problem(item.gold, item.choices, False)
-        shown = item.gold[0] if isinstance(item.gold, list) and item.gold else item.gold  # the one that lm-eval shows
-        problem = problem or (None if isinstance(item.gold, int) else _blank("its gold answer", shown))
+            problem = choices_problem(item.choices) or gold_problem(item.gold, item.choices, False)
+        first = item.gold[0] if isinstance(item.gold, list) and item.gold else item.gold  # the one that lm-eval shows
+        problem = problem or (None if isinstance(item.gold, int) else blank("its gold answer", first))
     return problem or _null_problem(doc, item, lambda marked: _Item.example_of(task, marked))
 
 
@@ -315,64 +297,7 @@ def _question_problem(task: Any, question: Any) -> str | None:
         return f"its question is the number {question}, which lm-eval takes for the number of a choice"
     if isinstance(question, str) and not question.strip() and not str(task.config.doc_to_text).strip():
         return None  # the task has no question
-    return _blank("its question", question)
-
-
-def _answers_problem(gold: Any) -> str | None:
-    """Of an answer in words, or of several, one of which may be empty; lm-eval makes words of anything else."""
-    if isinstance(gold, list):
-        if any(answer is not None and str(answer).strip() for answer in gold):
-            return None
-        return f"its gold answers are {_shown(gold)}, and none of them says anything"
-    return _blank("its gold answer", gold if gold is None else str(gold))
-
-
-def _blank(what: str, value: Any) -> str | None:
-    if value is None:
-        return f"{what} is null"
-    if not isinstance(value, str):
-        return f"{what} is {_shown(value)}, not text"
-    return None if value.strip() else f"{what} is empty"
-
-
-def _choices_problem(choices: Any) -> str | None:
-    if not isinstance(choices, list):
-        return f"its choices are {_shown(choices)}, not a list"
-    if len(choices) < 2:
-        return f"it has {len(choices)} choices, {_shown(choices)}, and a choice needs at least 2"
-    problems = (_blank(f"choice {number} of {len(choices)}", choice) for number, choice in enumerate(choices, start=1))
-    return next((problem for problem in problems if problem is not None), None)
-
-
-def _gold_problem(gold: Any, choices: list[str], is_several: int | bool) -> str | None:
-    """Of an answer by number or by the words of the choice.
-
-    Args:
-        gold: what the task gives as the answer.
-        choices: what it chooses among.
-        is_several: whether the first item of the task has a list of answers; lm-eval takes all others for lists then.
-    """
-    if isinstance(gold, list) != bool(is_several):
-        kind = "a list, and the first item's is not" if isinstance(gold, list) else "no list, as the first item's is"
-        return f"its gold answer {_shown(gold)} is {kind}"  # lm-eval would fail, or compare a number with a list
-    if isinstance(gold, list):
-        if not gold:
-            return "its list of gold answers is empty"
-        return next((problem for one in gold if (problem := _number_problem(one, choices)) is not None), None)
-    if isinstance(gold, str) and gold in choices:
-        return None
-    return _number_problem(gold, choices)
-
-
-def _number_problem(gold: Any, choices: list[str]) -> str | None:
-    allowed = f"0 to {len(choices) - 1}, the numbers of its choices"
-    if gold is None:
-        return f"its gold answer is null; allowed are {allowed}"
-    words = f"its gold answer is {_shown(gold)}; allowed are {allowed}"
-    if isinstance(gold, int):
-        return None if 0 <= gold < len(choices) else _WrongLabel(words)
-    words += f", or the words of one: {_shown(choices)}"
-    return _WrongLabel(words) if isinstance(gold, str) else words  # lm-eval fails on numbers that are not whole
+    return blank("its question", question)
 
 
 def _undecided(task: Any, doc: Any, item: _Item) -> str | None:
@@ -409,7 +334,7 @@ def _null_problem(doc: Any, item: _Item, again: Callable[[Any], _Item]) -> str |
             continue
         try:
             after = again({**doc, column: _marked(value)}).texts()
-        except Exception:
+        except Exception:  # the functions take no text there, so the null gets into none either
             continue
         if any("None" in old and _MARK in new for old, new in zip(before, after, strict=False)):
             return f"column {column!r} is null, and the prompt would say None"
@@ -460,55 +385,6 @@ def _chance(task: Any) -> float | None:
     return math.fsum(shares) / len(shares)
 
 
-def _raw_index(raw: Any, process_docs: Callable[[Any], Any], document: Any) -> int | None:
-    """The row that a prepared document was made of, which may have been moved or others left out; None if unknown."""
-
-    def holds(start: int, end: int) -> bool:
-        return any(one == document for one in process_docs(raw.select(range(start, end))))
-
-    start, end = 0, len(raw)
-    if not holds(start, end):
-        return None
-    while end - start > 1:
-        middle = (start + end) // 2
-        start, end = (start, middle) if holds(start, middle) else (middle, end)
-    return start
-
-
-def _first_failing(raw: Any, process_docs: Callable[[Any], Any]) -> tuple[int, Exception] | None:
-    """The first row that the preparing function fails on, and how; None if it does not fail."""
-
-    def failure(end: int) -> Exception | None:
-        try:
-            process_docs(raw.select(range(end)))
-        except Exception as error:  # a task's functions raise whatever they like
-            return error
-        return None
-
-    whole = failure(len(raw))
-    if whole is None:
-        return None
-    good, bad, cause = 0, len(raw), whole  # the first `good` rows are fine, the first `bad` are not
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        found = failure(middle)
-        if found is None:
-            good = middle
-        else:
-            bad, cause = middle, found
-    return bad - 1, cause
-
-
 def _in_words(error: Exception, doc: Any) -> str:
     columns = f"; its columns are {sorted(map(str, doc))}" if isinstance(doc, Mapping) else ""
     return f"the task cannot use it ({type(error).__name__}: {error}){columns}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _shown_end(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"

@@ -23,8 +23,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from sparseift_llm.evaluation.data_files import DataError, count_rows
 from sparseift_llm.evaluation.data_folder import Requirement, check_folder, load_files, load_local, merge, split_files
 from sparseift_llm.evaluation.hub import hub_fault, use_sentence_splitter
-from sparseift_llm.evaluation.item_checks import Inspection, Source, explain_failure, inspect
+from sparseift_llm.evaluation.item_checks import Inspection, explain_failure, inspect
 from sparseift_llm.evaluation.quiet import exchanged, quiet, seeded, templates_compiled_once
+from sparseift_llm.evaluation.source_rows import Source
 from sparseift_llm.evaluation.suites import SUITES, Headline, Score, Suite, expand, is_ratio
 from sparseift_llm.utils.outputs import user_path
 

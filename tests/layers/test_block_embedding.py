@@ -338,11 +338,11 @@ class Doubled(nn.Embedding):
 @pytest.mark.parametrize(
     ("dense", "message"),
     [
-        (nn.Embedding(21, 24, max_norm=1.0), "no max_norm"),
-        (nn.Embedding(21, 24, scale_grad_by_freq=True), "no scale_grad_by_freq"),
-        (nn.Embedding(21, 24, sparse=True), "no sparse"),
+        (nn.Embedding(21, 24, max_norm=1.0), "an embedding with max_norm=1.0 cannot be sparse"),
+        (nn.Embedding(21, 24, scale_grad_by_freq=True), "an embedding with scale_grad_by_freq=True cannot be sparse"),
+        (nn.Embedding(21, 24, sparse=True), "an embedding with sparse=True cannot be sparse"),
         (nn.Embedding(21, 22), "a hidden size of 22 is not a multiple of block_size=4"),
-        (Doubled(21, 24), "does not know what Doubled does"),
+        (Doubled(21, 24), "a Doubled computes more than rows of its weight"),
     ],
 )
 def test_what_tiles_cannot_do_is_refused(dense: nn.Embedding, message: str) -> None:
