@@ -22,7 +22,7 @@ from sparseift_llm.models.presets import load_config
 from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.planning.planner import plan
 from tests.helpers.decoders import SUPPORTED, decoder, decoder_config
-from tests.helpers.models import gradients_of, logits_of, tiny_config, tiny_model, token_ids
+from tests.helpers.models import gradients_of, logits_of, tiny_config, tiny_model, token_ids, trained
 from tests.helpers.residual import residual, residual_model
 from tests.helpers.tiny_runs import controller_of, differences, final_state, sparse_trainer, violations
 
@@ -241,16 +241,6 @@ def test_gradual_pruning_starts_with_dense_projections_between_sparse_ends() -> 
 
 
 # ---- mask updates
-
-
-def trained(model: PreTrainedModel, steps: int = 3) -> tuple[SparseTrainingController, torch.optim.Optimizer]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    controller = SparseTrainingController(model, optimizer, total_steps=8)
-    for _ in range(steps):
-        model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return controller, optimizer
 
 
 @pytest.mark.support("a wider stream: mask updates, also at the ends", proves=("unstructured",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,21 +13,11 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.metrics.mask_history import MaskMetrics
 from sparseift_llm.metrics.throughput import TrainingFlops
 from sparseift_llm.planning.cost import count_flops
-from tests.helpers.models import tiny_config, token_ids
+from tests.helpers.models import tiny_config, token_ids, trained
 from tests.helpers.residual import STORAGES, residual, residual_model
 
 EMBEDDING = "model.embed_tokens"
 every_storage = pytest.mark.parametrize("storage", ["masks", "tiles", "mixed"])
-
-
-def stepped(model: Any, num_steps: int = 3) -> SparseTrainingController:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    controller = SparseTrainingController(model, optimizer, total_steps=8)
-    for _ in range(num_steps):
-        model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return controller
 
 
 @pytest.mark.parametrize("embedding", ["sparse", "dense"])
@@ -51,7 +40,7 @@ def test_supar_divides_logits_only_where_their_fan_in_grew(embedding: str) -> No
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_static_run_costs_what_the_dense_run_costs(storage: str, tied: bool) -> None:
     model = residual_model(tied=tied, **STORAGES[storage])
-    controller = stepped(model)
+    controller, _ = trained(model)
     dense = count_flops(tiny_config("llama", tie_word_embeddings=tied), 12).training
     assert TrainingFlops(model, 24, 12, controller).total(3) == pytest.approx(3 * 24 * dense, rel=2e-3)
 
@@ -59,7 +48,7 @@ def test_a_static_run_costs_what_the_dense_run_costs(storage: str, tied: bool) -
 @pytest.mark.parametrize("updates", [True, False])
 def test_dense_gradients_of_logits_count_where_rigl_takes_them(updates: bool) -> None:
     model = residual_model(algorithm="rigl", embedding_updates=updates)
-    total = TrainingFlops(model, 24, 12, stepped(model)).total(3)
+    total = TrainingFlops(model, 24, 12, trained(model)[0]).total(3)
     dense = 3 * 24 * count_flops(tiny_config("llama"), 12).training
     layers = sparse_layers(model).values()
     counted = sum(layer.num_weights for layer in layers if updates or layer.role == "projection")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from sparseift_llm import SparseTrainingController
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.ends import TiedLogits
@@ -110,6 +111,19 @@ def stored_part(layer: SparseProjection, dense: Tensor) -> Tensor:
 def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     """Random token ids (B, T)."""
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def trained(
+    model: PreTrainedModel, num_steps: int = 3, lr: float = 1e-2
+) -> tuple[SparseTrainingController, torch.optim.Optimizer]:
+    """The controller, planned for 8 steps, and the optimizer, after `num_steps` steps of AdamW on `token_ids()`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    controller = SparseTrainingController(model, optimizer, total_steps=8)
+    for _ in range(num_steps):
+        model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return controller, optimizer
 
 
 @torch.no_grad()

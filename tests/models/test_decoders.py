@@ -17,7 +17,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sparseift_llm import (
     DSTConfig,
     SparseIFTConfig,
-    SparseTrainingController,
     load_pretrained,
     plan,
     sparsify,
@@ -30,7 +29,7 @@ from sparseift_llm.layers.composite import CompositeProjection
 from sparseift_llm.models.projections import find_projections
 from sparseift_llm.ops.kernels.choice import use_block_kernel
 from tests.helpers.decoders import DISTINCT, FFN_FIXED, LATENT, REFUSED, SUPPORTED, decoder, decoder_config
-from tests.helpers.models import token_ids
+from tests.helpers.models import token_ids, trained
 from tests.helpers.pages import ALL_TEXT
 
 ALL_REFUSED = [(name, reason) for reason, names in REFUSED.items() for name in names]
@@ -122,16 +121,6 @@ def test_without_sparsity_it_is_the_dense_model(name: str) -> None:
 # ---- training
 
 
-def train(model: PreTrainedModel, num_steps: int = 2) -> SparseTrainingController:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    controller = SparseTrainingController(model, optimizer, total_steps=8)
-    for _ in range(num_steps):
-        model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return controller
-
-
 def choices_for(name: str) -> list[dict[str, Any]]:
     choices: list[dict[str, Any]] = [{"family": DROP_IN[DISTINCT.index(name) % 3]}]
     choices += [] if name in FFN_FIXED else [{"scope": "ffn"}]
@@ -150,7 +139,7 @@ def test_rigl_moves_masks_and_a_saved_model_is_the_same(name: str, choice: dict[
     result = plan(decoder_config(name), config)
     assert result.ratio_linear == 1.0
     before = {layer: mask.clone() for layer, mask in masks_of(model).items()}
-    controller = train(model)
+    controller, _ = trained(model, 2, lr=1e-3)
     after = masks_of(model)
     assert controller.cost.num_updates == 2
     for layer in before:
@@ -182,7 +171,7 @@ def test_tiles(name: str, reference_kernel: None) -> None:
     model = sparsify(decoder_config(name), config)
     assert all(isinstance(layer, BlockSparseLinear) for layer in sparse_layers(model).values())
     before = digest(masks_of(model))
-    train(model, 1)
+    trained(model, 1, lr=1e-3)
     assert digest(masks_of(model)) != before
     model.eval()
     torch.testing.assert_close(logits(to_dense(model), token_ids()), logits(model, token_ids()), rtol=1e-3, atol=1e-4)

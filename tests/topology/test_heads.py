@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, load_pretrained, plan, sparsify
+from sparseift_llm import DSTConfig, SparseIFTConfig, load_pretrained, plan, sparsify
 from sparseift_llm.checkpoints.mask_file import digest, masks_of
 from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
@@ -18,7 +18,7 @@ from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.topology.groups import WholeMatrix
 from tests.helpers.decoders import decoder_config
-from tests.helpers.models import token_ids
+from tests.helpers.models import trained
 
 # what a layer's outputs are made of, in heads: gpt2 and gpt_neox fuse q, k, v; falcon shares one k and v among 4 heads;
 # phi3 has 4 of q, 2 of k, 2 of v in one matrix; llama has them apart
@@ -65,12 +65,7 @@ def balanced(
 
 
 def train(model: PreTrainedModel, num_steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    controller = SparseTrainingController(model, optimizer, total_steps=8)
-    for _ in range(num_steps):
-        model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    controller, _ = trained(model, num_steps)
     assert controller.cost.num_updates == num_steps
 
 
