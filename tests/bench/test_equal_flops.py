@@ -107,6 +107,16 @@ def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: Modul
             assert len(result["corpus"][part]["sha256"]) == 64
 
 
+def test_the_page_has_the_committed_table_and_its_figures(study: ModuleType) -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert study.table(study.RESULTS).replace("\n", " ") in page
+    folder = study.RESULTS / "novels" / "width128" / "dense"
+    loss = {path.stem: json.loads(path.read_text("utf-8"))["eval_loss"] for path in folder.glob("*.json")}
+    seeds = [f"{loss[f'lr0.016-emb8-seed{seed}']:.3f}" for seed in (0, 1)]
+    assert f"The dense model's two seeds, {seeds[0]} and {seeds[1]}, differ" in page
+    assert f"the dense model from {loss['lr0.016-emb4-seed0']:.3f} (4x) to {seeds[0]} (8x)" in page
+
+
 def test_the_recipe_stands_beside_the_script(study: ModuleType) -> None:
     assert study.RECIPE == ROOT / "benchmarks" / "equal_flops.yaml"
     assert load_recipe(study.RECIPE, []).model.config["hidden_size"] == 128
