@@ -26,10 +26,13 @@ def carry_over(model: PreTrainedModel, changes: Changes, twin: PreTrainedModel) 
         twin: a stock model, perhaps of other widths.
 
     Raises:
-        ValueError: a setting or a buffer was changed that depends on the widths, which are others in the twin.
+        ValueError: a module, a setting or a buffer was changed that depends on the widths, which the twin has not.
     """
     memo: dict[int, Any] = {}  # what was shared stays shared
+    has_other_widths = any(twin.get_parameter(name).shape != own.shape for name, own in model.named_parameters())
     for path, module in changes.modules.items():
+        if has_other_widths and any(buffer.ndim > 0 for buffer in module.buffers()):
+            raise ValueError(_depends_on_widths(path, f"a {type(module).__name__} with tensors of its own"))
         parent, _, name = path.rpartition(".")
         twin.get_submodule(parent).add_module(name, copy.deepcopy(module, memo))
     for path, settings in changes.settings.items():

@@ -1,4 +1,4 @@
-"""Notices, at the first step of an optimizer, that it trains a Sparse-IFT model whose masks nobody looks after.
+"""Notices, when an optimizer steps, that it trains a Sparse-IFT model whose masks nobody looks after.
 
 Two such cases exist. Masks that a config wants updated stay as they are, because no controller (no callback) was
 created: a warning. Or an unstructured Wide model was loaded as the stock model that its folder also is, without masks,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _sparse_models: WeakSet[nn.Module] = WeakSet()
 _recorded_models: WeakSet[nn.Module] = WeakSet()
 _attended: WeakSet[SparseProjection] = WeakSet()
-_seen: WeakSet[Optimizer] = WeakSet()
+_seen: WeakKeyDictionary[Optimizer, frozenset[int]] = WeakKeyDictionary()  # what it trained when it was looked at
 
 
 def watch(model: nn.Module) -> None:
@@ -40,6 +40,11 @@ def attend(layers: Iterable[SparseProjection]) -> None:
     _attended.update(layers)
 
 
+def leave(layers: Iterable[SparseProjection]) -> None:
+    """A controller no longer looks after these layers. Whoever trains them next with a new optimizer needs another."""
+    _attended.difference_update(layers)
+
+
 def _remember(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if _record(parent):
         _recorded_models.add(parent)
@@ -50,22 +55,28 @@ def _record(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    """Look at every optimizer once, unless its step is compiled.
+    """Look at an optimizer when it steps first, and when it trains other parameters than before (unfrozen, or added).
+
+    Nothing is looked at in a compiled step.
 
     Raises:
         ValueError: it trains a model that lost its masks.
     """
-    if torch.compiler.is_compiling() or optimizer in _seen:
+    if torch.compiler.is_compiling() or not (_sparse_models or _recorded_models):
         return
-    _seen.add(optimizer)
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    owned = frozenset(id(parameter) for parameter in parameters if parameter.requires_grad)
+    before = _seen.get(optimizer)
+    if owned == before:
+        return
     for model in list(_sparse_models):
-        _warn_of_fixed_masks(model, owned)
+        _warn_of_fixed_masks(model, owned - (before or frozenset()))
     for model in list(_recorded_models):
         _check_masks_are_there(model, owned)
+    _seen[optimizer] = owned  # not before: an error that is caught comes again
 
 
-def _warn_of_fixed_masks(model: nn.Module, owned: set[int]) -> None:
+def _warn_of_fixed_masks(model: nn.Module, owned: frozenset[int]) -> None:
     algorithm = _record(model).get("dst", {}).get("algorithm", "static")
     if algorithm == "static":
         return
@@ -78,7 +89,7 @@ def _warn_of_fixed_masks(model: nn.Module, owned: set[int]) -> None:
         )  # fmt: skip
 
 
-def _check_masks_are_there(model: nn.Module, owned: set[int]) -> None:
+def _check_masks_are_there(model: nn.Module, owned: frozenset[int]) -> None:
     if not _record(model) or any(isinstance(module, SparseProjection) for module in model.modules()):
         return
     for name, module in model.named_modules():

@@ -39,6 +39,12 @@ def make_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
             f"model.config.vocab_size={config.vocab_size} is below the {len(data.tokenizer)} entries of "
             "data.tokenizer; leave it out to have as many, or raise it"
         )
+    try:
+        build_model(config, meta=True)
+    except KeyError as error:  # of a name in one of transformers' tables, such as an activation
+        raise ValueError(
+            f"model.config: {config.model_type} knows no {error}; look at its fields that are names"
+        ) from error
     model = sparsify(config, recipe.sparse_ift) if recipe.sparse_ift else build_model(config)
     if recipe.model.init_truncation is not None:
         truncate_weights(model, recipe.model.init_truncation)

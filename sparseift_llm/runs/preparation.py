@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch.optim import SGD
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_checkpoint
 from sparseift_llm.config.as_begun import BEFORE, BEFORE_IN_DST
@@ -25,23 +30,29 @@ from sparseift_llm.utils.provenance import versions
 from sparseift_llm.utils.words import check_choice
 
 logger = logging.getLogger("pretrain")
+_WANT_A_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that the Trainer makes for a model
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's training section as TrainingArguments, without `resume_from_checkpoint` (see `prepare_output`).
 
     Raises:
-        ValueError: transformers does not know an argument, or refuses its value; a tracker is not installed; or the
-            number of tokens of an optimizer step would not be known.
+        ValueError: transformers does not know an argument, or refuses its value; a tracker, an optimizer or DeepSpeed
+            is not installed; the schedule does not take its options; or the number of tokens of an optimizer step would
+            not be known.
     """
     values = trainer_fields(recipe.training)
     values.pop("resume_from_checkpoint", None)
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    if values.get("deepspeed") and not is_deepspeed_available():
+        raise ValueError("training.deepspeed needs a package that is not installed: pip install deepspeed")
     try:
         args = TrainingArguments(**values)
     except TypeError as error:
         raise ValueError(f"training: {error}") from error
     _check_trackers(args)
+    _check_optimizer(args)
+    _check_schedule(args)
     _check_batches(args)
     return args
 
@@ -56,6 +67,52 @@ def _check_trackers(args: TrainingArguments) -> None:
                 f"training.report_to={name!r} needs a package that is not installed; install it (pip install {name}), "
                 "or leave report_to out: metrics.jsonl is written without"
             )
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    """The Trainer would import the optimizer's package, and read its options, only when text and model are there."""
+    name = OptimizerNames(args.optim).value
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ValueError(f"training.optim={name!r} needs a package that is not installed: {error}") from error
+    except ValueError as error:
+        if name.startswith(_WANT_A_MODEL):  # which is not there yet
+            return
+        raise ValueError(f"training.optim={name!r} with training.optim_args={args.optim_args!r}: {error}") from error
+    for option in (args.optim_args or "").replace(" ", "").split(","):
+        key = option.partition("=")[0]
+        if key and not _is_read(args, key):
+            raise ValueError(
+                f"training.optim_args={args.optim_args!r}: the Trainer reads no {key!r} for training.optim={name!r}, "
+                "and would ignore it; leave it out (adam_beta1, adam_beta2, adam_epsilon and weight_decay are keys of "
+                "training)"
+            )
+
+
+def _is_read(args: TrainingArguments, key: str) -> bool:
+    """Whether the Trainer looks for `key` in optim_args: then a value that cannot be makes a difference."""
+    try:
+        found = []
+        for text in (f"{key}=?", None):
+            probe = copy.copy(args)
+            probe.optim_args = text
+            found.append(Trainer.get_optimizer_cls_and_kwargs(probe))
+    except (ValueError, AttributeError):
+        return True
+    return found[0] != found[1]
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """The Trainer would make the schedule only when text and model are there."""
+    given: Any = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(args.lr_scheduler_type, SGD([torch.zeros(1)], 1.0), 1, 10, dict(given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_kwargs={given!r} is not for training.lr_scheduler_type="
+            f"{SchedulerType(args.lr_scheduler_type).value!r}: {error}"
+        ) from error
 
 
 def _check_batches(args: TrainingArguments) -> None:

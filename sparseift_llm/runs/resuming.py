@@ -73,7 +73,8 @@ def check_resumed(recipe: Recipe, args: TrainingArguments, model: nn.Module, che
 def changes(before: Any, now: Any, key: str) -> Iterator[str]:
     """In words, the options of a section that are not what they were."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
-        yield f"{key} was {before!r}, now {now!r}"
+        was, wanted = ("a section" if isinstance(value, dict) else repr(value) for value in (before, now))
+        yield f"{key} was {was}, now {wanted}"
         return
     for name in dict.fromkeys((*before, *now)):
         if before.get(name) != now.get(name):

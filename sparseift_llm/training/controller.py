@@ -176,6 +176,7 @@ class SparseTrainingController(Joinable):
         """Detach from model and optimizer; masks stay as they are."""
         self._unhook()
         _attached.discard(self)
+        unattended.leave(self.layers.values())
         self._disarm()
 
     def state_dict(self) -> dict[str, Any]:

@@ -312,6 +312,32 @@ def test_what_would_be_lost_is_refused_by_name(change: Callable[[PreTrainedModel
         twin_of(dense, start)
 
 
+class Scaled(nn.Module):
+    """An activation with a tensor as wide as the FFN."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("by", torch.full((width,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(x) * self.by
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_module_that_depends_on_widths_is_taken_over_where_they_stay(start: str) -> None:
+    dense = dense_model("llama")
+    for layer in (0, 1):
+        setattr(mlp_of(dense, layer), activation_name(dense), Scaled(dense.config.intermediate_size))
+    before = logits_of(dense)
+    if any(word in start for word in ("wide", "ffn")):
+        with pytest.raises(ValueError, match=r"mlp.act_fn was changed by hand to a Scaled with tensors of its own"):
+            twin_of(dense, start)
+        return
+    sparse = twin_of(dense, start)
+    assert isinstance(getattr(mlp_of(sparse, 0), activation_name(sparse)), Scaled)
+    assert logits_of(sparse).shape == before.shape
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_a_setting_that_depends_on_widths_is_taken_over_where_they_stay(start: str) -> None:
     dense = dense_model("llama")

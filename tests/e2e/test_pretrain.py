@@ -201,7 +201,7 @@ def test_an_existing_run_is_not_overwritten(dense_run: Path) -> None:
         ("model", ["--model.config.n_layer", "1"], "model.config.n_layer was 2, now 1;"),
         ("model", ["--init_truncation", "2.0"], "model.init_truncation was None, now 2.0;"),
         ("data", ["--max_eval_sequences", "4"], "data.max_eval_sequences was 8, now 4;"),
-        ("sparse_ift", ["--sparse_ift", "{sparsity: 0.5}"], "sparse_ift was None, now {"),
+        ("sparse_ift", ["--sparse_ift", "{sparsity: 0.5}"], "sparse_ift was None, now a section;"),
     ],
 )
 def test_another_model_data_or_sparsity_is_not_resumed(
@@ -213,10 +213,10 @@ def test_another_model_data_or_sparsity_is_not_resumed(
     assert (dense_run.parent / "run" / "recipe.json").read_text() == record
 
 
-@pytest.mark.parametrize("key", [key for key in IN_OPTIMIZER_STATE if key != "head_lr_factor"])
+@pytest.mark.parametrize("key", [key for key in IN_OPTIMIZER_STATE if key not in ("head_lr_factor", "optim_args")])
 def test_a_setting_in_the_optimizer_state_cannot_change_on_resume(dense_run: Path, key: str) -> None:
     """The optimizer's state would win, while recipe.json and summary.json recorded the new value."""
-    other = {"optim": "adafactor", "optim_args": "a=1"}.get(key, "0.5")
+    other = "adafactor" if key == "optim" else "0.5"
     run = dense_run.parent / "run"
     record = (run / "recipe.json").read_text()
     resume = (str(dense_run), "--resume_from_checkpoint", "true")
@@ -227,6 +227,26 @@ def test_a_setting_in_the_optimizer_state_cannot_change_on_resume(dense_run: Pat
     assert f"the new value would be ignored. Resume with {key}=" in message
     assert (run / "recipe.json").read_text() == record
     pretrain.prepare_run([*resume, *(["--learning_rate", "0.01"] if key == "learning_rate" else [])])  # the same again
+
+
+def test_an_optimizer_s_own_options_cannot_change_on_resume(dense_run: Path, tmp_path: Path) -> None:
+    """Of AdamW there are none, so the run says that it was trained by another optimizer."""
+    shutil.copytree(dense_run.parent / "run", tmp_path / "run")
+    record = read_json(tmp_path / "run" / "recipe.json")
+    record["training"] |= {"optim": "sgd", "optim_args": "momentum=0.9"}
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(record))
+    words = [
+        str(dense_run),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--resume_from_checkpoint",
+        "true",
+        "--optim",
+        "sgd",
+    ]
+    message = refusal(*words, "--optim_args", "momentum=0.5")
+    assert "training.optim_args was 'momentum=0.9' when" in message
+    pretrain.prepare_run([*words, "--optim_args", "momentum=0.9"])
 
 
 def test_a_rate_for_a_tied_head_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -265,7 +285,7 @@ def test_settings_of_another_folder_s_checkpoint_count_too(dense_run: Path, tmp_
 
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 def test_a_schedule_with_a_state_cannot_be_changed_to(schedule: str, dense_run: Path) -> None:
-    words = ["--resume_from_checkpoint", "true", "--lr_scheduler_type", schedule]
+    words = ["--resume_from_checkpoint", "true", "--lr_scheduler_type", schedule, "--lr_scheduler_kwargs", "{}"]
     assert "training.lr_scheduler_type was 'cosine_with_min_lr' when" in refusal(str(dense_run), *words)
 
 
@@ -327,6 +347,37 @@ def test_a_tracker_that_is_not_installed_is_refused_before_text_is_read(tmp_path
     assert f"training.report_to={missing!r} needs a package that is not installed" in message
     assert "training.report_to='wandbe' is not one of" in refusal(str(tiny_recipe(tmp_path)), "--report_to", "wandbe")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--lr_scheduler_type=linear", "--lr_scheduler_kwargs={num_cycles: 2}"),
+            "{'num_cycles': 2} is not for .*linear",
+        ),
+        (("--lr_scheduler_type=cosine_with_min_lr", "--lr_scheduler_kwargs={}"), "{} is not for .*cosine_with_min_lr"),
+        (("--optim=adamw_bnb_8bit",), "training.optim='adamw_bnb_8bit' needs a package"),
+        (("--optim=grokadamw",), "training.optim='grokadamw' with .*install grokadamw"),
+        (("--optim_args=foo=1",), "the Trainer reads no 'foo' for training.optim='adamw_torch_fused'"),
+        (("--optim=sgd", "--optim_args=momentum=0.9,foo=1"), "reads no 'foo' for training.optim='sgd'"),
+        (("--optim=sgd", "--optim_args=momentum"), "optim='sgd' with training.optim_args='momentum': not enough"),
+        (("--optim=sgd", "--optim_args=momentum=much"), "could not convert string to float: 'much'"),
+        (("--deepspeed=x.json",), "training.deepspeed needs a package"),
+        (("--model.config.activation_function=nope",), "model.config: gpt2 knows no .*nope"),
+    ],
+)
+def test_what_the_trainer_would_find_out_late_is_refused_in_words(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    assert re.search(message, refusal(str(tiny_recipe(tmp_path)), *words))
+
+
+def test_options_that_an_optimizer_takes_are_no_mistake(tmp_path: Path) -> None:
+    words = ("--optim=sgd", "--optim_args=momentum=0.9, nesterov=true, dampening=0")
+    args = training_arguments(load_recipe(str(tiny_recipe(tmp_path)), words))
+    kwargs = Pretrainer.get_optimizer_cls_and_kwargs(args)[1]
+    assert (kwargs["momentum"], kwargs["nesterov"], kwargs["dampening"]) == (0.9, True, 0)
 
 
 def test_a_run_without_a_checkpoint_may_change_its_optimizer(tmp_path: Path) -> None:

@@ -372,6 +372,50 @@ def test_a_stock_model_does_not_fill_in_its_zeros(tmp_path: Path) -> None:
     train(dense, SGD(dense.parameters(), lr=0.01), batches(1))
 
 
+def as_stock(folder: Path) -> Any:
+    """A masked model, loaded as the stock model that its folder also is."""
+    with tiny_models_of("unstructured"):
+        sparse_gpt2("rigl").save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def test_a_stock_model_that_is_unfrozen_later_is_noticed(tmp_path: Path) -> None:
+    model = as_stock(tmp_path)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    for matrix in matrices:
+        matrix.requires_grad_(False)
+    optimizer = SGD(model.parameters(), lr=0.01)
+    train(model, optimizer, batches(2))
+    for matrix in matrices:
+        matrix.requires_grad_(True)
+    before = weights_of(model)
+    for _ in range(2):  # an error that is caught comes again
+        with pytest.raises(ValueError, match="holds the zeros"):
+            train(model, optimizer, batches(1))
+    assert not differences(before, weights_of(model))
+
+
+def test_a_stock_model_that_is_added_to_a_used_optimizer_is_noticed(tmp_path: Path) -> None:
+    model, other = as_stock(tmp_path), torch.nn.Parameter(torch.zeros(2))
+    optimizer = SGD([other], lr=0.01)
+    other.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.add_param_group({"params": list(model.parameters())})
+    with pytest.raises(ValueError, match="holds the zeros"):
+        train(model, optimizer, batches(1))
+
+
+def test_a_second_phase_without_a_controller_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = sparse_gpt2("rigl")
+    optimizer = SGD(model.parameters(), lr=0.01)
+    controller = SparseTrainingController(model, optimizer, STEPS)
+    train(model, optimizer, batches(2))
+    controller.close()
+    assert "stay as they are" not in caplog.text
+    train(model, SGD(model.parameters(), lr=0.01), batches(2))
+    assert caplog.text.count("its masks will stay as they are") == 1
+
+
 def test_only_a_trained_projection_matters_in_a_stock_model(tmp_path: Path) -> None:
     """Embeddings alone may be trained, and models that had no zeros are none of ours."""
     with tiny_models_of("unstructured"):

@@ -129,6 +129,18 @@ def test_wrappers_keep_inactive_weights_at_zero(name: str) -> None:
     assert controller.step == STEPS
 
 
+def test_a_wrapper_with_slots_cannot_be_looked_into(either_structure: str) -> None:
+    class Slotted:
+        __slots__ = ("optimizer",)
+
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = sparse_gpt2("rigl")
+    with pytest.raises(ValueError, match=r"Slotted is not a torch.optim.Optimizer, so it cannot be followed"):
+        SparseTrainingController(model, Slotted(AdamW(model.parameters())), STEPS)
+
+
 def test_a_wrapper_that_the_controller_was_not_told_of_is_noticed(either_structure: str) -> None:
     """Its writing is refused at the next update; tiles have no inactive weights that it could write to."""
     model = sparse_gpt2("rigl")

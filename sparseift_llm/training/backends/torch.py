@@ -37,7 +37,7 @@ def optimizers_in(optimizer: Any) -> list[Any]:
 
 
 def _attributes(holder: Any) -> Iterator[Any]:
-    for value in vars(holder).values():
+    for value in getattr(holder, "__dict__", {}).values():  # a class with slots has none
         if isinstance(value, list | tuple):
             yield from value
         elif type(value) is dict:
