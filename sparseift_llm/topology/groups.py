@@ -1,8 +1,9 @@
 """Groups of units, each of which keeps its number of active ones when a mask changes.
 
 A unit is one entry of a mask: a weight or a tile. The whole matrix may be one group (`WholeMatrix`, the rule of the
-reference), equal parts of it may be groups (`EqualGroups`: block-rows of tiles, or attention heads), or sets of rows of
-any size (`RowSets`: the queries, keys and values that share a matrix), which may be divided into heads in turn.
+reference), equal parts of it may be groups (`EqualGroups`: block-rows of tiles, or attention heads; `InputGroups`: the
+m neighbours of an n:m mask), or sets of rows of any size (`RowSets`: the queries, keys and values that share a matrix),
+which may be divided into heads in turn.
 
 Legend: G = number of groups.
 """
@@ -45,11 +46,12 @@ class Groups(ABC):
         """`num_active` units shared among the groups: int64 (G,)."""
 
     @abstractmethod
-    def num_exchanged(self, counts: Tensor, fraction: float, phase: float) -> Tensor:
-        """How many of the `counts[g]` active units each group exchanges: int64 (G,).
+    def num_exchanged(self, mask: Tensor, importance: Tensor, fraction: float, phase: float) -> Tensor:
+        """How many of its active units each group exchanges: int64 (G,).
 
         Args:
-            counts: int (G,).
+            mask: bool.
+            importance: score of active units, of the mask's shape.
             fraction: share to exchange, in [0, 1].
             phase: in [0, 1), another one at each update; see `changes_per_row`.
         """
@@ -67,8 +69,8 @@ class WholeMatrix(Groups):
     def share(self, num_active: int) -> Tensor:
         return torch.tensor([num_active])
 
-    def num_exchanged(self, counts: Tensor, fraction: float, phase: float) -> Tensor:
-        return torch.tensor([int(fraction * int(counts))])
+    def num_exchanged(self, mask: Tensor, importance: Tensor, fraction: float, phase: float) -> Tensor:
+        return torch.tensor([int(fraction * int(mask.sum()))])
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,34 @@ class EqualGroups(Groups):
     def share(self, num_active: int) -> Tensor:
         return row_starts(num_active, self.number).diff().long()
 
-    def num_exchanged(self, counts: Tensor, fraction: float, phase: float) -> Tensor:
-        return changes_per_row(counts, fraction, phase)
+    def num_exchanged(self, mask: Tensor, importance: Tensor, fraction: float, phase: float) -> Tensor:
+        return changes_per_row(self.count(mask), fraction, phase)
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """One row per group: (G, everything in it)."""
         return (tensor if self.dim == 0 else tensor.T).reshape(self.number, -1)
+
+
+class InputGroups(EqualGroups):
+    """The groups of an n:m mask: m neighbouring inputs of one output, of which n are active.
+
+    What is dropped is chosen in the whole matrix, as in the reference, and not in each group: few groups of four have a
+    weight to spare, and it matters which. Each group then grows as many as it lost.
+
+    Args:
+        dim: of the mask, along which outputs lie: 0, or 1 where it is stored as (in, out).
+        number: of groups, all weights over m.
+
+    Source: dropping in a matrix and growing within parts of constant number, arXiv 2305.02299 (there parts are rows).
+
+    >>> pairs = InputGroups(dim=0, number=2)
+    >>> mask, size = torch.tensor([[True, False, False, True]]), torch.tensor([[0.1, 0.0, 0.0, 0.3]])
+    >>> pairs.num_exchanged(mask, size, 0.5, 0.0)
+    tensor([1, 0])
+    """
+
+    def num_exchanged(self, mask: Tensor, importance: Tensor, fraction: float, phase: float) -> Tensor:
+        return self.count(largest(-importance, mask, int(fraction * int(mask.sum()))))
 
 
 @dataclass(frozen=True)
@@ -136,9 +160,9 @@ class RowSets(Groups):
         assert num_active == sum(rows.num_active for rows in self.sets)
         return torch.cat([self._inner(rows).share(rows.num_active) for rows in self.sets])
 
-    def num_exchanged(self, counts: Tensor, fraction: float, phase: float) -> Tensor:
-        parts = zip(self.sets, self._split(counts), strict=True)
-        return torch.cat([self._inner(rows).num_exchanged(number, fraction, phase) for rows, number in parts])
+    def num_exchanged(self, mask: Tensor, importance: Tensor, fraction: float, phase: float) -> Tensor:
+        parts = zip(self._parts(mask), self._parts(importance), strict=True)
+        return torch.cat([inner.num_exchanged(part, scores, fraction, phase) for (inner, part), (_, scores) in parts])
 
     def _inner(self, rows: RowGroup) -> Groups:
         return WholeMatrix() if self.head_size is None else EqualGroups(self.dim, rows.num_rows // self.head_size)
@@ -184,7 +208,7 @@ def row_starts(num_units: int, num_rows: int) -> Tensor:
     >>> row_starts(5, 3).tolist()
     [0, 1, 3, 5]
     """
-    return torch.tensor([row * num_units // num_rows for row in range(num_rows + 1)], dtype=torch.int32)
+    return (torch.arange(num_rows + 1) * num_units // num_rows).int()
 
 
 def changes_per_row(counts: Tensor, fraction: float, phase: float) -> Tensor:

@@ -76,9 +76,9 @@ class SET(Static):
         """`mask` after the exchange of `step`, in the groups of `layer`; `scores` are those of growth."""
         groups = layer.groups
         phase = random_phase(derive_seed(self.seed, "phase", step, index))
-        num_exchanged = groups.num_exchanged(groups.count(mask), self.drop_fraction(step), phase)
-        connected = layer.lines if self.config.keeps_connected("block" if layer.unit_size > 1 else "") else None
         importance = layer.magnitude() if importance is None else importance
+        num_exchanged = groups.num_exchanged(mask, importance, self.drop_fraction(step), phase)
+        connected = layer.lines if self.config.keeps_connected("block" if layer.unit_size > 1 else "") else None
         return drop_and_grow(mask, importance, scores, num_exchanged, groups, connected)
 
     def growth_scores(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:

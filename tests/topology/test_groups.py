@@ -94,7 +94,7 @@ def test_few_tiles_in_a_row_still_change_over_many_phases(tiles: int, fraction: 
 
 
 def exchanged(mask: Tensor, magnitude: Tensor, growth: Tensor, fraction: float, phase: float, groups: Groups) -> Tensor:
-    number = groups.num_exchanged(groups.count(mask), fraction, phase)
+    number = groups.num_exchanged(mask, magnitude, fraction, phase)
     return drop_and_grow(mask, magnitude, growth, number, groups)
 
 
@@ -149,7 +149,7 @@ def test_sets_of_rows_by_hand() -> None:
     magnitude = torch.tensor([[9.0, 1.0, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 5.0]])
     growth = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 7.0], [8.0, 3.0, 0.0]])
     assert sets.count(mask).tolist() == [3, 2]
-    assert sets.num_exchanged(sets.count(mask), 0.5, 0.9).tolist() == [1, 1]  # rounded down, as for a matrix
+    assert sets.num_exchanged(mask, magnitude, 0.5, 0.9).tolist() == [1, 1]  # rounded down, as for a matrix
     assert text(exchanged(mask, magnitude, growth, 0.5, 0.0, sets)) == "100 011 101"
     assert text(exchanged(mask, magnitude, growth, 0.5, 0.0, WholeMatrix())) == "110 001 101"  # k gives up both
 
