@@ -1,13 +1,14 @@
 """Whether sparsity gains anything at equal whole-model FLOPs, over a dense model whose rates are tuned as well.
 
-    python benchmarks/equal_flops.py run dense residual2 --corpus english=train.txt,valid.txt [--width 128] [--jobs 2]
+    python benchmarks/equal_flops.py run dense residual2 --corpus english=train.txt,valid.txt --width 64 128 --jobs 2
     python benchmarks/equal_flops.py table
 
 `run` looks for the learning rate and the factor on the embedding's rate at which a row's held-out loss is lowest. It
 starts at a guess, tries twice and half of each, moves to the best, and ends when no neighbour is better, so that the
-best is never at an edge of what was tried. Then it repeats the best with two more seeds. Runs that have a result are
-not repeated, so the command can be stopped, and goes on where it was. Every row of a width trains on the same tokens
-and has the same forward FLOPs as the dense model, to 0.1%. Results are in results/equal_flops, a file a run.
+best is never at an edge of what was tried. Then it repeats the best with two more seeds. The searches of all rows and
+widths go on at once, and share the runs that train at a time. Runs that have a result are not repeated, so the command
+can be stopped, and goes on where it was. Every row of a width trains on the same tokens and has the same forward FLOPs
+as the dense model, to 0.1%. Results are in results/equal_flops, a file a run.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +42,8 @@ BUILTIN = "builtin"
 WIDTHS = (64, 128, 256)
 SEEDS = (0, 1, 2)
 HEAD_DIM, VOCAB, SEQ_LEN, NUM_LAYERS = 32, 1024, 128, 2
+# The recipe's tokens are 42 for each projection weight at width 64, and 10 at 128; four times as many are 10 at 256.
+LONGER: Mapping[int, Mapping[str, int]] = {256: {"max_steps": 2000, "per_device_train_batch_size": 64}}
 HEADER = ("row", "rate, embedding's", "FLOPs", "held-out loss", "95% interval", "seeds", "gain over dense (95%)")
 
 
@@ -194,12 +199,12 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Search:
-    """Runs of one row at one width and corpus."""
+    """Runs of one row at one width and corpus, which are trained by the workers of `pool`."""
 
     row: Row
     width: int
     corpus: Corpus
-    jobs: int
+    pool: Executor
 
     def run(self) -> None:
         """Find the best rates with the first seed, then train with the others at the best."""
@@ -210,8 +215,8 @@ class Search:
         """Held-out loss by rates, of the last seed asked for; infinite if training diverged. Trains what is missing."""
         wanted = list(wanted)
         missing = [pair for pair in wanted if not self.result_path(*pair).is_file()]
-        if missing:
-            self._train(missing)
+        for training in [self.pool.submit(self._train, *pair) for pair in missing]:
+            training.result()
         read = {rates: json.loads(self.result_path(rates, seed).read_text("utf-8")) for rates, seed in wanted}
         return {rates: loss_of(result) for rates, result in read.items()}
 
@@ -224,31 +229,26 @@ class Search:
         shape = {**dense_shape(self.width), **self.row.shape(self.width)}
         return [
             *(f"--model.config.{key}={value}" for key, value in shape.items()),
+            *(f"--training.{key}={value}" for key, value in LONGER.get(self.width, {}).items()),
             *self.corpus.overrides(),
             f"--training.learning_rate={rates.rate:g}",
             f"--embedding_lr_factor={rates.embedding_factor:g}",
             *([f"--sparse_ift={json.dumps(self.row.sparse)}"] if self.row.sparse else []),
         ]
 
-    def _train(self, wanted: list[tuple[Rates, int]]) -> None:
-        """Train several runs at once, and keep their results.
+    def _train(self, rates: Rates, seed: int) -> None:
+        """Train with one seed and keep the result.
 
         Raises:
-            RuntimeError: a run failed other than by divergence; its log is named.
+            RuntimeError: the run failed other than by divergence; its log is named.
         """
-        folder = RUNS / self.corpus.name / f"width{self.width}" / self.row.name
-        sweeps = [
-            plan_sweep(RECIPE, self.overrides(rates), output=folder / str(rates), seeds=[seed])
-            for rates, seed in wanted
-        ]
-        runs = [sweep.runs[0] for sweep in sweeps]
-        outcomes = run_sweep(dataclasses.replace(sweeps[0], runs=tuple(runs)), self.jobs)
-        for (rates, seed), outcome in zip(wanted, outcomes, strict=True):
-            if outcome.failure:
-                raise RuntimeError(f"{outcome.run.name}: {outcome.failure} (see {outcome.run.log})")
-            path = self.result_path(rates, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, self._result(rates, seed, outcome.run))
+        folder = RUNS / self.corpus.name / f"width{self.width}" / self.row.name / f"{rates}-seed{seed}"
+        (outcome,) = run_sweep(plan_sweep(RECIPE, self.overrides(rates), output=folder, seeds=[seed]))
+        if outcome.failure:
+            raise RuntimeError(f"{outcome.run.name}: {outcome.failure} (see {outcome.run.log})")
+        path = self.result_path(rates, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self._result(rates, seed, outcome.run))
 
     def _result(self, rates: Rates, seed: int, run: SweepRun) -> dict[str, Any]:
         summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
@@ -256,6 +256,16 @@ class Search:
             del summary["config"][section][key]  # places on one machine; the corpus is named by its files' hashes
         del summary["command"]
         return {**dataclasses.asdict(rates), "seed": seed, "corpus": self.corpus.to_dict(), **summary}
+
+
+def search_all(searches: Iterable[tuple[Row, int]], corpus: Corpus, jobs: int) -> None:
+    """Bring the searches of rows and widths to their ends, with at most `jobs` runs at a time."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [Search(row, width, corpus, pool) for row, width in searches]
+        with ThreadPoolExecutor(len(waiting)) as climbers:
+            for climber in [climbers.submit(search.run) for search in waiting]:
+                climber.result()
 
 
 def climb(start: Rates, losses: Callable[[list[Rates]], Mapping[Rates, float]]) -> Rates:
@@ -356,18 +366,18 @@ def main(words: list[str] | None = None) -> None:
     run = commands.add_parser("run", help="search rates, then repeat with other seeds")
     run.add_argument("rows", nargs="+", choices=BY_NAME, metavar="ROW", help=", ".join(BY_NAME))
     run.add_argument("--corpus", type=Corpus.from_word, required=True, help="NAME=TRAIN,HELD_OUT or builtin")
-    run.add_argument("--width", type=int, choices=WIDTHS, default=128)
+    run.add_argument("--width", type=int, choices=WIDTHS, nargs="+", default=[128])
     run.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     commands.add_parser("table", help="what came out so far")
     choice = parser.parse_args(words)
     if choice.command == "table":
         print(table(RESULTS))
         return
-    for name in choice.rows:
-        if choice.width not in BY_NAME[name].widths:
-            parser.error(f"{name} needs another width: its tiles do not divide the FFN's inner side at {choice.width}")
-    for name in choice.rows:
-        Search(BY_NAME[name], choice.width, choice.corpus, choice.jobs).run()
+    wanted = [(BY_NAME[name], width) for width in choice.width for name in choice.rows]
+    for row, width in wanted:
+        if width not in row.widths:
+            parser.error(f"{row.name} needs another width: its tiles do not divide the FFN's inner side at {width}")
+    search_all(wanted, choice.corpus, choice.jobs)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/gpu.py results.json            # a few minutes on an H200; most of it compilation
     python benchmarks/gpu.py results.json --dry      # tiny shapes in Triton's interpreter, to test this program
 
-It prints a table and writes one JSON. Every product is checked against a float64 product with the same zeros first. The
-formula of the predictions is in docs/block.md, "Time on a GPU"; no number of it was measured on a GPU.
+It prints a table and writes one JSON. Every product is checked against a float64 product with the same zeros first. All
+configurations of the kernels are compiled beforehand in processes of their own, as many as there are cores. The formula
+of the predictions is in docs/block.md, "Time on a GPU".
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +115,46 @@ def predicted_weight_gradient(setting: Setting, tiles: int) -> float:
     return math.ceil(tiles * pieces / MULTIPROCESSORS) / pieces * whole + passed_on
 
 
+# ---- what is compiled
+
+
+def compile_beforehand(setting: Setting) -> None:
+    """Fill Triton's cache on disk with every configuration that is tuned, in a process for each."""
+    configs = len(triton_tuning.PRODUCT_CONFIGS)
+    with ProcessPoolExecutor(min(configs, os.cpu_count() or 1), get_context("spawn")) as pool:
+        list(pool.map(compile_configuration, [setting] * configs, range(configs)))
+
+
+def compile_configuration(setting: Setting, index: int) -> None:
+    """Launch everything that is measured once, with one configuration of each kernel."""
+    use_block_kernel("triton")
+    triton_tuning.use_one_configuration(index)
+    once = Results(setting, is_timed=False)
+    measure_products(once, shapes(setting)[0])
+    measure_feed_forwards(once)
+
+
 # ---- what is measured
 
 
 class Results:
     """Rows of the table: what was measured, its rate, and what was predicted."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, is_timed: bool = True) -> None:
         self.setting = setting
+        self.is_timed = is_timed
         self.rows: list[dict[str, Any]] = []
 
     def time(self, name: str, run: Callable[[], Any], **facts: Any) -> float:
         """Median seconds of queued calls, after calls that tune and warm up. `facts`: flops, bytes, predicted_s."""
-        calls = self.setting.calls
-        queued_seconds([run] * min(3, calls), self.setting.device)
-        seconds = statistics.median(queued_seconds([run] * calls, self.setting.device))
+        calls, seconds = self.setting.calls, math.nan
+        if self.is_timed:
+            queued_seconds([run] * min(3, calls), self.setting.device)
+            seconds = statistics.median(queued_seconds([run] * calls, self.setting.device))
+            print(f"{name}: {seconds * 1e6:.1f} us", file=sys.stderr, flush=True)
+        else:
+            run()
         self.rows.append({"name": name, "seconds": seconds, **facts})
-        print(f"{name}: {seconds * 1e6:.1f} us", file=sys.stderr, flush=True)
         return seconds
 
     def table(self) -> str:
@@ -321,6 +347,8 @@ def main(words: Sequence[str]) -> int:
     results = Results(setting)
     torch.manual_seed(0)
     use_block_kernel("triton")
+    if not arguments.dry:
+        compile_beforehand(setting)
     measure_ceilings(results)
     for shape in shapes(setting):
         measure_products(results, shape)
@@ -328,16 +356,16 @@ def main(words: Sequence[str]) -> int:
     if not arguments.dry and not arguments.no_step:
         measure_steps(results)
     gpu = "Triton's interpreter" if arguments.dry else torch.cuda.get_device_name()
-    chosen = {name: str(kernel.best_config) for name, kernel in tuned_kernels().items()}
-    found = {"gpu": gpu, "rows": results.rows, "last_configurations": chosen, "machine": machine()}
+    found = {"gpu": gpu, "rows": results.rows, "configurations": configurations(), "machine": machine()}
     write_json(arguments.output, {**found, "versions": versions(), "commit": commit()})
     print(f"{gpu}\n\n{results.table()}")
     return 0
 
 
-def tuned_kernels() -> dict[str, Any]:
+def configurations() -> dict[str, dict[str, str]]:
+    """What the tuner chose: kernel -> what it depends on -> configuration."""
     kernels = {"product": triton_tuning.product, "weight gradient": triton_tuning.weight_gradient}
-    return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, "best_config")}
+    return {name: {str(key): str(config) for key, config in kernel.cache.items()} for name, kernel in kernels.items()}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def corpus(study: ModuleType, tmp_path: Path) -> Any:
 def test_every_row_costs_what_the_dense_model_costs(study: ModuleType, corpus: Any, width: int) -> None:
     dense = study.forward_flops(study.dense_shape(width))
     for row in (row for row in study.ROWS if width in row.widths):
-        words = study.Search(row, width, corpus, 1).overrides(study.Rates(4e-3, 2))
+        words = study.Search(row, width, corpus, None).overrides(study.Rates(4e-3, 2))
         recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
         config = load_config(recipe.model.name)
         for key, value in {**recipe.model.config, "vocab_size": recipe.data.vocab_size}.items():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparseift_llm.ops.kernels import triton_tuning
 from sparseift_llm.ops.kernels.choice import use_block_kernel
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -38,6 +39,14 @@ def test_a_dry_run_measures_everything_against_what_is_predicted(
     table = capsys.readouterr().out
     assert table.startswith("Triton's interpreter\n")
     assert len(table.splitlines()) == 4 + len(rows)
+
+
+def test_compiling_beforehand_launches_every_kernel_once(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own they use one configuration each; here in this one."""
+    for kernel in (triton_tuning.product, triton_tuning.weight_gradient):
+        monkeypatch.setattr(kernel, "configs", [object(), object(), *kernel.configs])
+    script.compile_configuration(script.DRY, 2)  # with the others it would fail
+    assert len(triton_tuning.product.configs) == len(triton_tuning.weight_gradient.configs) == 1
 
 
 def test_a_wrong_product_stops_it(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,3 +98,13 @@ if triton_code.HAS_TRITON:
         triton_product.product_kernel, ["transposed", "activation", "blocks"], [*PRODUCT_CONFIGS, *THIN_CONFIGS]
     )
     weight_gradient = _tuned(triton_code.weight_gradient_kernel, [], WEIGHT_GRADIENT_CONFIGS)
+
+
+def use_one_configuration(index: int) -> None:
+    """Take one configuration of each kernel instead of tuning, so that several processes compile one each.
+
+    Args:
+        index: of a configuration; a kernel that has fewer of them starts again with its first.
+    """
+    for kernel in (product, weight_gradient):
+        kernel.configs = [kernel.configs[index % len(kernel.configs)]]
