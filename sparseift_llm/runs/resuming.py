@@ -56,8 +56,8 @@ def check_resumed(recipe: Recipe, args: TrainingArguments, model: nn.Module, che
 
     Raises:
         ValueError: the checkpoint's run had another model or sparsity, another number of sequences per step, or other
-            settings that stand in the optimizer's state; the checkpoint holds weights of other shapes; or its run's
-            `recipe.json` is damaged.
+            settings that stand in the optimizer's state; it had other seeds for the same text; the checkpoint holds
+            weights of other shapes; or its run's `recipe.json` is damaged.
     """
     run = checkpoint.parent
     if not (run / RECIPE_NAME).is_file():  # a folder of a plain Trainer: only the weights can be compared
@@ -67,6 +67,8 @@ def check_resumed(recipe: Recipe, args: TrainingArguments, model: nn.Module, che
         if run.resolve() != Path(recipe.training["output_dir"]).resolve():  # else all sections are compared
             _check_sections(recipe, before, checkpoint)
         _check_optimizer_settings(recipe.training, before["training"], checkpoint)
+        if _text_options(recipe.to_dict()) == _text_options(before):
+            _check_order_of_text(recipe.training, before["training"], run)
         _check_sequences_per_step(recipe, args, before, run)
 
 
@@ -104,6 +106,28 @@ def _check_optimizer_settings(training: Mapping[str, Any], before: Mapping[str, 
                 f"takes it from the optimizer's state in {checkpoint.name}, so that the new value would be ignored. "
                 f"Resume with {key}={was!r}, or start a new run in another --output_dir"
             )
+
+
+def _text_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe["data"].items() if key != "cache_dir"}
+
+
+def _check_order_of_text(training: Mapping[str, Any], before: Mapping[str, Any], run: Path) -> None:
+    """Sequences are shuffled by a seed, and a resumed run leaves out as many as its checkpoint has seen."""
+    for key in ("seed", "data_seed"):
+        was, now = (_seed(section, key) for section in (before, training))
+        if was != now:
+            raise ValueError(
+                f"training.{key} was {was} when {run} was begun, and is now {now}; text would come in another order, "
+                f"and some of it be left out or repeated. Resume with {key}={was}, or start a new run in another "
+                "--output_dir"
+            )
+
+
+def _seed(training: Mapping[str, Any], key: str) -> Any:
+    """The Trainer shuffles by `data_seed`, or by `seed` where there is none."""
+    value = training.get(key, _FIELDS[key].default)
+    return _seed(training, "seed") if value is None else value
 
 
 def _check_sequences_per_step(recipe: Recipe, args: TrainingArguments, before: Mapping[str, Any], run: Path) -> None:

@@ -229,6 +229,20 @@ def test_a_setting_in_the_optimizer_state_cannot_change_on_resume(dense_run: Pat
     pretrain.prepare_run([*resume, *(["--learning_rate", "0.01"] if key == "learning_rate" else [])])  # the same again
 
 
+@pytest.mark.parametrize("key", ["seed", "data_seed"])
+def test_text_keeps_its_order_on_resume(key: str, dense_run: Path, tmp_path: Path) -> None:
+    """Text that was seen before would come again, and other text never. Another text has another order anyhow."""
+    run = dense_run.parent / "run"
+    resume = [str(dense_run), "--resume_from_checkpoint", "true"]
+    was = read_json(run / "recipe.json")["training"].get("seed", 42)
+    assert f"training.{key} was {was} when {run} was begun, and is now 7" in refusal(*resume, f"--{key}", "7")
+    pretrain.prepare_run([*resume, f"--{key}", str(was)])  # the same seed, named for what it was
+    checkpoint = next(run.glob("checkpoint-*"))
+    new = [str(dense_run), "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", str(checkpoint)]
+    assert f"training.{key} was {was} when" in refusal(*new, f"--{key}", "7")
+    pretrain.prepare_run([*new, f"--{key}", "7", "--max_eval_sequences", "4"])
+
+
 def test_an_optimizer_s_own_options_cannot_change_on_resume(dense_run: Path, tmp_path: Path) -> None:
     """Of AdamW there are none, so the run says that it was trained by another optimizer."""
     shutil.copytree(dense_run.parent / "run", tmp_path / "run")
