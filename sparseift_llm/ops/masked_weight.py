@@ -15,6 +15,8 @@ from sparseift_llm.ops.dense_gradient import DenseGradient
 
 
 class _MaskedGradient(torch.autograd.Function):
+    generate_vmap_rule = True  # for gradients per sequence, vmap(grad(loss))
+
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, sink: DenseGradient | None, leaf: Tensor | None) -> Tensor:
         return weight.view_as(weight)

@@ -67,8 +67,9 @@ def check_step_count(num_steps: int, step: int) -> None:
         ValueError: with both counts.
     """
     if num_steps > step:
+        steps = "a step" if num_steps == 1 else f"{num_steps} steps"
         raise ValueError(
-            f"the optimizer has taken {num_steps} steps, but the controller has counted {step}, so that the schedule "
+            f"the optimizer has taken {steps}, but the controller has counted {step}, so that the schedule "
             f"of mask updates would start again: {_LOAD_STATE}. To train the weights anew, use a new optimizer, or "
             "say so with controller.accept_optimizer_steps()"
         )

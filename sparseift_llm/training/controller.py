@@ -351,7 +351,8 @@ class SparseTrainingController(Joinable):
         if unused and len(unused) == len(layers):
             raise RuntimeError(
                 f"{next(iter(layers))}: no dense gradient reached step {self.step}, nor did one reach any other sparse "
-                "layer; run forward and backward between two optimizer steps"
+                "layer; run forward and backward() between two optimizer steps. Gradients that are put into .grad by "
+                "hand, from torch.autograd.grad or torch.func, are those of active weights alone"
             )
         self._misses = {name: self._misses.get(name, 0) + 1 for name in unused}
         for name in unused:

@@ -331,6 +331,24 @@ def test_functional_gradients_are_those_of_backward(kind: str) -> None:
     assert not found["weight"][~layer.mask].any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_single_inputs_are_masked_each(kind: str) -> None:
+    """`vmap(grad(loss))`, as for per-sample clipping, against one backward pass per input."""
+    layer = sparse_layer(kind)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    weights = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], one: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (one[None],)).square().sum()  # type: ignore[no-any-return]
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)["weight"]
+    for one, gradient in zip(x, found, strict=True):
+        (expected,) = torch.autograd.grad(layer(one[None]).square().sum(), layer.weight)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+    assert not found[:, ~layer.mask].any()
+    assert found[:, layer.mask].any()
+
+
 def test_second_derivatives_are_masked_too() -> None:
     layer = sparse_layer("linear")
     x = torch.randn(4, 5, dtype=torch.float64)

@@ -348,6 +348,26 @@ def test_update_step_without_a_backward_pass() -> None:
         optimizer.step()
 
 
+@pytest.mark.usefixtures("either_structure")
+def test_gradients_that_are_put_there_by_hand_say_nothing_of_inactive_weights() -> None:
+    model = sparse_gpt2(every=2)
+    optimizer = SGD(model.parameters(), lr=0.01)
+    SparseTrainingController(model, optimizer, total_steps=100)
+    before, parameters = masks(model), list(model.parameters())
+
+    def step(tokens: Tensor) -> None:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    first, second = batches(2)
+    step(first)
+    with pytest.raises(RuntimeError, match=r"no dense gradient reached step 2.*by hand, from torch\.autograd\.grad"):
+        step(second)
+    assert not differences(before, masks(model))
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_gradient_that_is_not_finite(value: float) -> None:
     model = toy_model()

@@ -195,6 +195,23 @@ def test_a_new_phase_with_the_same_optimizer_is_said_to_be_one() -> None:
     assert again.step == STEPS
 
 
+@both_structures
+def test_a_new_phase_is_seen_by_sgd_s_momentum_too() -> None:
+    """SGD counts no steps, but what it keeps shows that there were some."""
+    model = sparse_gpt2("rigl")
+    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9)
+    SparseTrainingController(model, optimizer, STEPS).close()
+    again = SparseTrainingController(model, optimizer, STEPS)
+    train(model, optimizer, batches(4))
+    again.close()
+    third = SparseTrainingController(model, optimizer, STEPS)
+    with pytest.raises(ValueError, match=r"has taken a step, but the controller has counted 0"):
+        train(model, optimizer, batches(1))
+    third.accept_optimizer_steps()
+    train(model, optimizer, batches(STEPS))
+    assert third.step == STEPS
+
+
 # ---- schedules
 
 

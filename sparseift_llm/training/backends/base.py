@@ -47,7 +47,10 @@ class OptimizerBackend(ABC):
 
     @abstractmethod
     def num_steps(self, layers: Mapping[str, SparseProjection]) -> int:
-        """Steps that the optimizer's own state counts for the layers' weights, 0 if it has no count."""
+        """Steps that the optimizer's own state counts for the layers' weights.
+
+        Without a count it is 1 where the state shows that there was a step (SGD's momentum), and 0 otherwise.
+        """
 
     @abstractmethod
     def watch(self, layer: SparseProjection) -> GradientWatch | None:

@@ -141,6 +141,8 @@ def _owns(optimizer: Any, parameters: Iterable[int]) -> bool:
 
 
 def _count(state: Mapping[str, Any]) -> int:
+    if isinstance(state.get("momentum_buffer"), Tensor) and "step" not in state:  # SGD counts nothing, but has stepped
+        return 1
     step = state.get("step", 0)
     is_number = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
     return int(step) if is_number else 0
