@@ -5,7 +5,6 @@ What it logs is in log.py, and which checkpoints are complete is decided in chec
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import asdict
@@ -16,7 +15,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
-    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -26,12 +24,16 @@ from transformers.utils import (
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
 from sparseift_llm.checkpoints.saving import tell_before_saving
 from sparseift_llm.checkpoints.trainer_folder import SAVING_NAME, find_resumed_checkpoint, set_aside_incomplete
-from sparseift_llm.config.as_begun import as_begun
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.record.model_record import transformation_values
 from sparseift_llm.trainer.log import SUMMARY, MaskReport, chosen_metrics, go_first
+from sparseift_llm.trainer.resumed_checkpoint import (
+    check_before_loading,
+    check_same_sparsity,
+    check_same_tokens,
+    warn_of_changes,
+)
 from sparseift_llm.trainer.speed import ReportOptions
-from sparseift_llm.training.checks import changed_keys, fits
+from sparseift_llm.training.checks import fits
 from sparseift_llm.training.controller import SparseTrainingController
 
 logger = logging.getLogger(__name__)
@@ -55,8 +57,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: an argument out of range. At the start of training: the model has no sparse layers, DeepSpeed,
-            FSDP1 or DataParallel is in use, the resumed checkpoint's masks are missing, damaged or another model's, or
-            it was written with another `tokens_per_step` or `seq_len`.
+            FSDP1 or DataParallel is in use, the resumed checkpoint is of another sparsity, its masks are missing,
+            damaged or another model's, or it was written with another `tokens_per_step` or `seq_len`.
         RuntimeError: after a step that the controller has not seen.
     """
 
@@ -96,13 +98,15 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         if self in callbacks:
             callbacks.remove(self)
         else:
-            self.on_init_end(trainer.args, trainer.state, trainer.control)
+            self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
         callbacks.insert(0, self)
         self._is_attached = True
         return self
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._output_dir = args.output_dir or "."
+        if (model := kwargs.get("model")) is not None:
+            check_before_loading(model)
         with args.main_process_first(local=False, desc="checking checkpoints"):
             if args.process_index == 0:
                 set_aside_incomplete(self._output_dir)
@@ -160,7 +164,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
                 f"the checkpoint at step {state.global_step} was not written with {name}, so it holds no masks; "
                 "start a new run from its weights instead of resuming"
             )
-        _check_same_tokens(exported[name].get("args", {}), self.options)
+        check_same_tokens(exported[name].get("args", {}), self.options)
         folder = find_resumed_checkpoint(
             (
                 args.resume_from_checkpoint,
@@ -170,6 +174,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             name,
             saved["masks_digest"],
         )
+        check_same_sparsity(folder, model)
         masks = read_masks(folder)
         if digest(masks) != saved["masks_digest"]:  # before a weight is set to 0
             raise ValueError(
@@ -177,7 +182,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             )
         apply_masks(model, masks, folder, check_weights=True)
         if state.is_world_process_zero:
-            _warn_of_changes(folder, model)
+            warn_of_changes(folder, model)
         self.controller.load_counters(saved)
         if self.report is not None:
             self.report.restore(folder, saved.get("metrics"))
@@ -288,38 +293,6 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         for part in (self.controller, self.report):
             if part is not None:
                 part.close()
-
-
-def _check_same_tokens(before: dict[str, Any], now: ReportOptions) -> None:
-    """Refuse steps of another size: `train_flops` of all steps so far are counted by the one that is given now."""
-    for option in ("tokens_per_step", "seq_len"):
-        was, value = before.get(option), getattr(now, option)
-        if None not in (was, value) and was != value:
-            raise ValueError(
-                f"the checkpoint was written with {option}={was}, and the callback has {option}={value}, so that the "
-                f"run's FLOPs would be counted wrongly; resume with {option}={was} and batches of that size, or start "
-                "a new run"
-            )
-
-
-def _warn_of_changes(folder: Path, model: PreTrainedModel) -> None:
-    """Log a warning if the resumed checkpoint was written with other mask updates than are coming."""
-    if not (folder / CONFIG_NAME).is_file():  # so it is beside sharded weights
-        return
-    try:
-        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        before = _mask_options(values["sparse_ift"])
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("whether %s was written with other mask updates cannot be read (%r)", folder, error)
-        return
-    if changed := changed_keys(before, _mask_options(model.config.sparse_ift)):
-        logger.warning("%s was written with other mask updates, and the run goes on with these: %s", folder, changed)
-
-
-def _mask_options(record: Any) -> dict[str, Any]:
-    """What a record says of mask updates."""
-    values = as_begun(transformation_values(record))
-    return {"kinds_apart": values["kinds_apart"], **values["dst"]}
 
 
 def _apply_best_masks(model: PreTrainedModel, folder: Path) -> None:

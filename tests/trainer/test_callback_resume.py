@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from sparseift_llm import SparseTrainingCallback
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, read_masks
@@ -118,6 +120,58 @@ def test_runs_differ_where_they_should(complete: Complete, tmp_path: Path) -> No
     assert trainer.model is not None
     # tiles cannot be told apart from the weights that they hold, so they come with them
     assert bool(differences(read_masks(checkpoint), masks(trainer.model))) == (tiny_runs.STRUCTURE == "unstructured")
+
+
+@pytest.mark.parametrize("is_attached", [False, True])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_a_checkpoint_of_another_sparsity_is_refused(
+    sparsity: float, is_attached: bool, complete: Complete, tmp_path: Path
+) -> None:
+    """Before the Trainer loads its weights, of which torch would say that they have other sizes."""
+    checkpoint = resumable(complete, tmp_path)
+    model = sparse_gpt2("rigl", sparsity=sparsity)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if is_attached:
+        trainer = make_trainer(model, tmp_path, **SAVING)
+        SparseTrainingCallback().attach(trainer)
+    else:
+        trainer = sparse_trainer(model, tmp_path, **SAVING)
+    with pytest.raises(ValueError, match="is a checkpoint of another sparsity") as caught:
+        trainer.train(resume_from_checkpoint=True if is_attached else str(checkpoint))
+    assert f"{checkpoint} is a checkpoint of another sparsity: sparsity is 0.75 there, and {sparsity} here; " in str(
+        caught.value
+    )
+    assert not differences(before, model.state_dict())
+
+
+def test_another_sparsity_in_matrices_of_the_same_sizes_is_refused(complete: Complete, tmp_path: Path) -> None:
+    """Weights and masks would fit, but have another number of active weights than the record says."""
+    resumable(complete, tmp_path)
+    model = sparse_gpt2("rigl")
+    for layer in model.config.sparse_ift["layers"]:
+        for matrix in layer["matrices"]:
+            matrix["num_active"] -= 16
+            matrix.pop("row_groups", None)
+    with pytest.raises(ValueError, match=r"another sparsity: its projections have .* other numbers of active weights"):
+        sparse_trainer(model, tmp_path, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_the_dense_model_is_refused(tmp_path: Path) -> None:
+    sparse = sparse_gpt2("rigl")
+    dense = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2)).double()
+    make_trainer(dense, tmp_path, steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ValueError, match="another sparsity: its model is dense, and this one sparse; resume with"):
+        sparse_trainer(sparse, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_model_that_was_given_to_a_trainer_loads_other_states_as_ever(tmp_path: Path) -> None:
+    """The hook is for Trainers, and goes with a copy or a pickle of the model."""
+    model = sparse_gpt2("rigl")
+    sparse_trainer(model, tmp_path)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.load_state_dict(model.state_dict())
+        sparse_trainer(copied, tmp_path)
+        assert len(copied._load_state_dict_pre_hooks) == len(model._load_state_dict_pre_hooks) == 1
 
 
 def test_restoring_callback_states(complete: Complete, tmp_path: Path) -> None:
