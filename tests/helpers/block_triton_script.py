@@ -6,8 +6,8 @@ object per compiled kernel: what its machine code (SASS), its PTX and its layout
     python -m tests.helpers.block_triton_script FOLDER CAPABILITY:DTYPE:TILE[:PRODUCT[:CONFIGURATION]]...
 
 FOLDER is for files on the way. CAPABILITY is a compute capability (90 for an H100 or H200). A configuration is named
-as `name_of` does: `256/8/4` stands for 256 tokens, 8 warps and 4 stages, `4/3` for 4 warps and 3 stages. What is left
-out stands for all.
+as `name_of` does: `256/8/4` stands for 256 tokens, 8 warps and 4 stages, and of a weight gradient `1/4/3` for two tiles
+(0: one tile), 4 warps and 3 stages. What is left out stands for all.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class StubDriver:
 
 
 def name_of(config: Any) -> str:
-    """E.g. `256/8/4`: tokens where the kernel has them, warps, stages."""
+    """E.g. `256/8/4`: tokens, or whether tiles are paired; warps; stages."""
     return "/".join(map(str, (*config.kwargs.values(), config.num_warps, config.num_stages)))
 
 
@@ -122,7 +122,7 @@ def compile_instead_of_launch(kernel: Any, found: list[tuple[str, str, Any]]) ->
 
     def run(*args: Any, warmup: bool, **kwargs: Any) -> None:
         result = compile_or_launch(*args, warmup=True, **kwargs)
-        sizes = [kwargs[name] for name in ("token_block", "num_warps", "num_stages") if name in kwargs]
+        sizes = [kwargs[name] for name in ("token_block", "paired", "num_warps", "num_stages") if name in kwargs]
         if all(result is not other for _, _, other in found):  # the chosen one is launched again
             name = CALLED[-1] if kernel in TUNED else "add_pieces"
             found.append((name, "/".join(map(str, sizes)), result))

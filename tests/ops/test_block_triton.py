@@ -99,6 +99,21 @@ def test_weight_gradients_summed_in_pieces_of_the_tokens(
         CHECKS["weight_gradient"](given, run(given)["weight_gradient"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tile", "rows", "slots"), [(16, 2, 5), (16, 3, 1), (32, 2, 8), (256, 2, 3)])
+def test_weight_gradients_of_two_tiles_in_a_program(
+    tile: int, rows: int, slots: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even and odd numbers of tiles in a block-row, and none."""
+    given = problem(tile, rows, slots // rows + 2, slots, 37, dtype)
+    single = run(given)["weight_gradient"]
+    config = triton.Config({"paired": 1}, num_warps=8, num_stages=3)
+    monkeypatch.setattr(triton_tuning.weight_gradient, "configs", [config])
+    paired = run(given)["weight_gradient"]
+    CHECKS["weight_gradient"](given, paired)
+    assert torch.equal(single, paired), "configurations differ in bits"
+
+
 class OnlyTheFirstPiece:
     """A planted fault in the place of the kernel that adds pieces."""
 

@@ -30,10 +30,6 @@ if HAS_TRITON:
     def first_slot(row, slots, rows):  # type: ignore[no-untyped-def]
         return (row.to(tl.int64) * slots // rows).to(tl.int32)
 
-    @triton.jit
-    def _row_of(slot, slots, rows):  # type: ignore[no-untyped-def]
-        return (((slot.to(tl.int64) + 1) * rows - 1) // slots).to(tl.int32)
-
     @triton.jit  # type: ignore[untyped-decorator]
     def _add_product(left, right, total, precision: tl.constexpr):  # type: ignore[no-untyped-def]
         if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
@@ -90,29 +86,46 @@ if HAS_TRITON:
     @triton.jit(do_not_specialize=["tokens", "slots", "rows", "piece_tokens", "token_bucket"])  # type: ignore[untyped-decorator]
     def weight_gradient_kernel(  # type: ignore[no-untyped-def]
         grad, grad_stride, x, x_stride, columns, gradient, tokens, slots, rows, piece_tokens, token_bucket,
-        tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
+        tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr, paired: tl.constexpr,
     ):  # fmt: skip
-        """gradient (pieces, N, b, b) = the tiles of grad.T @ x, each summed over a piece of the tokens."""
+        """gradient (pieces, N, b, b) = the tiles of grad.T @ x, each summed over a piece of the tokens.
+
+        A program computes one tile or, if `paired`, two of a block-row, for which `grad` is read once.
+        """
         # Neighbours in the launch order work on one tile, then on its block-row, and walk through the tokens together:
         # the columns of `grad` that they share, and the same rows of `x`, are in the L2 cache.
         parts: tl.constexpr = tile // part
-        piece = tl.program_id(0) // (slots * parts * parts)
-        program = tl.program_id(0) % (slots * parts * parts)
-        slot = program // (parts * parts)
-        out = (program // parts) % parts * part + tl.arange(0, part)
-        beside = program % parts * part + tl.arange(0, part)
-        grad += _row_of(slot, slots, rows) * tile
-        x += tl.load(columns + slot) * tile
-        total = tl.zeros((part, part), tl.float32)
-        for start in range(piece * piece_tokens, tl.minimum((piece + 1) * piece_tokens, tokens), depth):
-            token = start + tl.arange(0, depth).to(tl.int64)
-            present = token < tokens
-            upstream = tl.load(grad + out[:, None] + token[None, :] * grad_stride, mask=present[None, :], other=0.0)
-            values = tl.load(x + token[:, None] * x_stride + beside[None, :], mask=present[:, None], other=0.0)
-            total = _add_product(upstream, values, total, precision)
-        number = piece.to(tl.int64) * slots + slot
-        target = gradient + number * tile * tile + out[:, None] * tile + beside[None, :]
-        tl.store(target, total.to(gradient.dtype.element_ty))
+        tiles: tl.constexpr = 2 if paired else 1
+        in_row = tl.cdiv(tl.cdiv(slots, rows), tiles)  # programs of a block-row, of which the last may have no tile
+        piece = tl.program_id(0) // (rows * in_row * parts * parts)
+        program = tl.program_id(0) % (rows * in_row * parts * parts)
+        row = program // (parts * parts) // in_row
+        slot = first_slot(row, slots, rows) + program // (parts * parts) % in_row * tiles
+        last = first_slot(row + 1, slots, rows) - 1
+        if slot <= last:
+            out = (program // parts) % parts * part + tl.arange(0, part)
+            beside = program % parts * part + tl.arange(0, part)
+            upstream_at = grad + row * tile + out[:, None]
+            values_at = x + tl.load(columns + slot) * tile + beside[None, :]
+            total = tl.zeros((part, part), tl.float32)
+            if paired:
+                beside_at = x + tl.load(columns + tl.minimum(slot + 1, last)) * tile + beside[None, :]
+                second = tl.zeros((part, part), tl.float32)
+            for start in range(piece * piece_tokens, tl.minimum((piece + 1) * piece_tokens, tokens), depth):
+                token = start + tl.arange(0, depth).to(tl.int64)
+                present = token < tokens
+                upstream = tl.load(upstream_at + token[None, :] * grad_stride, mask=present[None, :], other=0.0)
+                values = tl.load(values_at + token[:, None] * x_stride, mask=present[:, None], other=0.0)
+                total = _add_product(upstream, values, total, precision)
+                if paired:
+                    values = tl.load(beside_at + token[:, None] * x_stride, mask=present[:, None], other=0.0)
+                    second = _add_product(upstream, values, second, precision)
+            number = piece.to(tl.int64) * slots + slot
+            target = gradient + number * tile * tile + out[:, None] * tile + beside[None, :]
+            tl.store(target, total.to(gradient.dtype.element_ty))
+            if paired:  # noqa: SIM102 - this is known when it is compiled, the other is not
+                if slot < last:
+                    tl.store(target + tile * tile, second.to(gradient.dtype.element_ty))
 
     @triton.jit(do_not_specialize=["pieces"])  # type: ignore[untyped-decorator]
     def add_pieces_kernel(partial, total, size, pieces, block: tl.constexpr):  # type: ignore[no-untyped-def]

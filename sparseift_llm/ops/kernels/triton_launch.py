@@ -155,9 +155,14 @@ def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -
     sums = gradient if pieces == 1 else _empty_pieces(pieces, gradient)
     piece_tokens = -(-len(x) // (pieces * depth)) * depth
     rows, precision = grad.shape[1] // block_size, precision_of(x.dtype)
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        in_row = math.ceil(math.ceil(len(gradient) / rows) / (2 if meta["paired"] else 1))
+        return (rows * in_row * (block_size // part) ** 2 * pieces,)
+
     bucket = bucket_of(len(x), ("weight", x.device, x.dtype, len(gradient), block_size, precision))
     with torch.cuda.device_of(x):
-        triton_tuning.weight_gradient[(programs * pieces,)](
+        triton_tuning.weight_gradient[grid](
             grad, grad.stride(0), x, x.stride(0), columns, sums, len(x), len(gradient), rows, piece_tokens,
             bucket, block_size, part, depth, precision,
             enable_fp_fusion=True,  # triton's default is about to change

@@ -66,8 +66,9 @@ def fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any
     found = []
     for config in configs:
         block = config.kwargs.get("token_block")
+        tiles = 2 if config.kwargs.get("paired") else 1
         is_for_these = block is None or (block == THIN) == (arguments["token_bucket"] == 0)
-        if is_for_these and (block or part) * part <= largest * 32 * config.num_warps:
+        if is_for_these and (block or part) * part * tiles <= largest * 32 * config.num_warps:
             found.append(config)
     return found
 
@@ -93,7 +94,11 @@ if triton_code.HAS_TRITON:
         for stages in (3, 4)
     ]
     THIN_CONFIGS = [({"token_block": THIN}, warps, stages) for warps, stages in ((4, 4), (2, 5), (4, 6))]
-    WEIGHT_GRADIENT_CONFIGS: list[tuple[dict[str, int], int, int]] = [({}, 4, 3), ({}, 4, 4), ({}, 2, 4), ({}, 8, 3)]
+    # Two tiles in one program read a quarter less, and leave room for no second program.
+    WEIGHT_GRADIENT_CONFIGS = [
+        ({"paired": paired}, warps, stages)
+        for paired, warps, stages in ((0, 4, 3), (0, 4, 4), (0, 2, 4), (0, 8, 3), (1, 8, 3), (1, 8, 4))
+    ]
     product = _tuned(
         triton_product.product_kernel, ["transposed", "activation", "blocks"], [*PRODUCT_CONFIGS, *THIN_CONFIGS]
     )
