@@ -96,6 +96,16 @@ def round_size(size: float, multiple: int, valid: Callable[[int], bool] = lambda
     )
 
 
+def pattern_active(num_weights: int, pattern: tuple[int, int]) -> int:
+    """Active weights of a matrix in which n of every m neighbours are; m divides its inner side.
+
+    >>> pattern_active(6144 * 768, (2, 4))
+    2359296
+    """
+    n, m = pattern
+    return num_weights * n // m
+
+
 @dataclass(frozen=True)
 class FlopCount:
     """Forward FLOPs per token of one model at one sequence length.

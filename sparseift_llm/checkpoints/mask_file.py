@@ -171,7 +171,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], where: str | Path
             )
         if not layer.accepts(masks[name]):
             raise ValueError(
-                f"the masks in {where} are of another model: {name} has other numbers of tiles per block-row"
+                f"the masks in {where} are of another model: {name} has other numbers of tiles per block-row, "
+                "or of active weights per group of n:m neighbours"
             )
         with gathered(layer.weight):
             fits = not check_weights or layer.weights_fit(masks[name])

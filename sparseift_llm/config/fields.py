@@ -14,6 +14,17 @@ from pydantic.fields import FieldInfo
 
 
 @dataclass(frozen=True)
+class Words:
+    """Metadata of a field: what may be given, where a class of its own checks it.
+
+    Args:
+        words: one for each form, e.g. `n:m`.
+    """
+
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class FieldType:
     """The type of one field.
 
@@ -53,7 +64,8 @@ class FieldType:
         if origin is tuple:
             element = cls.of(arguments[0])
             return cls(element.kind, is_list=True, choices=element.choices, members=element.members)
-        return cls(origin or annotation, bounds=_bounds(metadata))
+        choices = next((item.words for item in metadata if isinstance(item, Words)), ())
+        return cls(origin or annotation, choices=choices, bounds=_bounds(metadata))
 
     @classmethod
     def _of_union(cls, arguments: Sequence[Any], metadata: Sequence[Any]) -> FieldType:

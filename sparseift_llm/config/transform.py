@@ -11,9 +11,11 @@ from pydantic_core import ArgsKwargs, to_jsonable_python
 
 from sparseift_llm.config.dst import DSTConfig
 from sparseift_llm.config.families import Family, Wide, with_family_mapping
+from sparseift_llm.config.fields import Words
 from sparseift_llm.config.goals import GOALS
 from sparseift_llm.config.parsing import config_class, from_dict, keyword_arguments
 from sparseift_llm.config.rules import KINDS, FamilyRule, Kinds
+from sparseift_llm.config.structures import STRUCTURES, pattern_of, sparsity_of
 from sparseift_llm.config.yaml_files import load_yaml
 from sparseift_llm.isoflop import BLOCK_SIZES
 from sparseift_llm.utils.words import check_choice
@@ -44,10 +46,11 @@ class SparseIFTConfig:
     name, or a mapping of its options with its name."""
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """Zero fraction s that sets the widths, above 0 except for `wide`. After rounding the widths, each layer's sparsity
-    is solved again so that its multiply-adds equal the dense layer's."""
-    structure: Literal["unstructured", "block"] = "unstructured"
-    """`unstructured` (a dense weight, zeros and a mask; costs dense time and memory) or `block` (only active tiles are
-    stored and multiplied)."""
+    is solved again so that its multiply-adds equal the dense layer's. Structure `n:m` says it: leave it out there."""
+    structure: Annotated[str, Words(STRUCTURES)] = "unstructured"
+    """`unstructured` (a dense weight, zeros and a mask; costs dense time and memory), `block` (only active tiles are
+    stored and multiplied) or `n:m`, e.g. `2:4` (stored as `unstructured`, with n active ones of every m neighbouring
+    inputs; multiply-adds are as near to the dense layer's as rounded widths come)."""
     block_size: int | None = None
     """Side of a tile, 4 to 256 (a power of 2), with structure `block` only; widths are rounded to multiples of it.
     Null: chosen by width. Tiles below 16 have no fast kernel."""
@@ -90,10 +93,11 @@ class SparseIFTConfig:
     @classmethod
     def _options_beside_family(cls, values: Any) -> Any:
         given = keyword_arguments(cls, values)
-        return values if given is None else ArgsKwargs((), with_family_mapping(given))
+        return values if given is None else ArgsKwargs((), _with_sparsity(with_family_mapping(given)))
 
     def __post_init__(self) -> None:
         self._check_block()
+        self._check_pattern()
         self._check_families()
         self._check_heads()
         if self.targets == ():
@@ -123,6 +127,43 @@ class SparseIFTConfig:
             raise ValueError(
                 f"algorithm={self.dst.algorithm!r} starts dense, but structure='block' stores a fixed number of tiles; "
                 "use structure='unstructured', or static, set or rigl"
+            )
+
+    def _check_pattern(self) -> None:
+        """What n:m masks, whose number of active weights follows from their shape, cannot be combined with."""
+        if self.pattern is None:
+            return
+        name, (n, m) = f"structure={self.structure!r}", self.pattern
+        for sparsity in (self.sparsity, *(rule.sparsity for rule in self.rules)):
+            if sparsity is not None and abs(sparsity - sparsity_of(self.pattern)) > 1e-9:
+                raise ValueError(
+                    f"sparsity={sparsity} contradicts {name}, in which {m - n} of {m} weights are zero "
+                    f"({sparsity_of(self.pattern):g}); leave sparsity out, or use another n:m"
+                )
+        fixed = f"but {name} fixes the density of every row at {n} of {m}"
+        if self.distribution != "uniform":
+            raise ValueError(
+                f"distribution={self.distribution!r} gives layers different densities, {fixed}; leave it out"
+            )
+        if self.accounting == "whole_model":
+            raise ValueError(
+                f"accounting='whole_model' solves the sparsity, {fixed}; use accounting='linears', and see in the plan "
+                "(`sparseift plan`, ratio_whole_model) what the whole model costs"
+            )
+        if self.dst.starts_dense:
+            raise ValueError(
+                f"algorithm={self.dst.algorithm!r} starts dense and prunes wherever weights are small, {fixed}; use "
+                "static, set or rigl, or structure='unstructured'"
+            )
+        if self.balance_heads:
+            raise ValueError(
+                f"balance_heads evens out how many active weights heads have, {fixed}, so that they are even anyway; "
+                "leave it out"
+            )
+        if self.init == "pretrained":
+            raise ValueError(
+                f"init='pretrained' keeps the largest trained weights wherever they are, {fixed}; use "
+                "structure='unstructured' or 'block', or another init"
             )
 
     def _check_heads(self) -> None:
@@ -234,6 +275,16 @@ class SparseIFTConfig:
         return values
 
     @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(n, m) of the structure `n:m`; None with others."""
+        return pattern_of(self.structure)
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of sparse matrices are multiples of: the side of a tile, or m of n:m; else 1."""
+        return self.block_size or (self.pattern[1] if self.pattern else 1)
+
+    @property
     def scope(self) -> Literal["model", "ffn", "residual"]:
         """What Wide widens; `model` for the other families, of which all projections may become sparse."""
         return self.family.scope if isinstance(self.family, Wide) else "model"
@@ -265,3 +316,12 @@ class SparseIFTConfig:
         """The projection kinds that become sparse, `exclude` taken off."""
         default = ("mlp_in", "mlp_out") if self.scope == "ffn" else KINDS
         return tuple(kind for kind in self.targets or default if kind not in self.exclude)
+
+
+def _with_sparsity(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a config with the sparsity that a structure `n:m` implies, where none is given."""
+    structure = values.get("structure")
+    if "sparsity" in values or not isinstance(structure, str):
+        return values
+    pattern = pattern_of(structure)
+    return values if pattern is None else {**values, "sparsity": sparsity_of(pattern)}

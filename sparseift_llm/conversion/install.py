@@ -113,8 +113,8 @@ def parts_in(layer: LayerSpec) -> tuple[Part, ...]:
 def _check_supported(layer: LayerSpec) -> None:
     """Refuse what a record may hold, but this version does not build."""
     unknown = [f"a matrix tied to {layer.tied_to}"] if layer.tied_to is not None and layer.kind != "logits" else []
-    for matrix in layer.matrices:
-        unknown += [f"structure {matrix.structure!r}"] if matrix.structure == "n:m" else []
+    if layer.kind in ENDS:
+        unknown += ["structure 'n:m'" for matrix in layer.matrices if matrix.pattern is not None]
     if unknown:
         raise ValueError(
             f"{layer.name} has {unknown[0]} by the sparse_ift record in config.json, which this version cannot build; "

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from sparseift_llm import isoflop
 from sparseift_llm.config.families import FamilyOptions
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.families.trained_start import Start
@@ -123,7 +124,7 @@ class DropInFamily(Family[Options]):
             ValueError: sides are not multiples of the tile, no sizes meet the multiply-adds, or outputs would be left
                 without any input; the message begins with `name`.
         """
-        tile = config.block_size or 1
+        tile, pattern = config.block_size or 1, config.pattern
         for side in shape:
             if side % tile:
                 raise ValueError(
@@ -131,9 +132,11 @@ class DropInFamily(Family[Options]):
                     "block_size that divides it, or leave it dense with exclude"
                 )
         try:
-            parts = self.parts(shape, sparsity, tile, math.lcm(config.width_multiple, tile))
+            parts = self.parts(shape, sparsity, tile, math.lcm(config.width_multiple, config.side_multiple))
         except ValueError as error:
             raise ValueError(f"{name}, family={self.name!r}: {error}") from error
+        if pattern is not None:
+            parts = tuple(_with_pattern(part, name, pattern) for part in parts)
         for part in parts:
             if part.is_sparse and part.num_active < part.shape[0] * tile:
                 raise ValueError(
@@ -142,3 +145,20 @@ class DropInFamily(Family[Options]):
                     "or block_size"
                 )
         return parts
+
+
+def _with_pattern(part: Part, name: str, pattern: tuple[int, int]) -> Part:
+    """A part of the projection `name` with the number of active weights that n:m gives it, if it is sparse.
+
+    Raises:
+        ValueError: m does not divide its inputs.
+    """
+    if not part.is_sparse:
+        return part
+    n, m = pattern
+    if part.shape[1] % m:
+        raise ValueError(
+            f"{name}: {part.name} has {part.shape[1]} inputs, and structure='{n}:{m}' needs a multiple of {m}; use "
+            "another n:m, or leave it dense with exclude"
+        )
+    return replace(part, num_active=isoflop.pattern_active(part.num_weights, pattern))

@@ -50,7 +50,7 @@ class WideFamily(Family[Wide]):
         if config.sparsity == 0:
             return super().sparse_config(dense, config)
         sizes = sizes_of(dense)
-        multiple = math.lcm(config.width_multiple, config.block_size or 1)
+        multiple = math.lcm(config.width_multiple, config.side_multiple)
         if self.options.scope == "ffn":
             target = sizes.ffn * isoflop.wide_ffn_factor(config.sparsity)
             ffn = isoflop.round_size(target, multiple, lambda size: size >= sizes.ffn)
@@ -126,11 +126,11 @@ def _hidden_and_head(dense: PreTrainedConfig, config: SparseIFTConfig, multiple:
 
 
 def _fills_tiles(dense: PreTrainedConfig, config: SparseIFTConfig, head_dim: int) -> bool:
-    """Whether queries, keys and values of heads of this size have widths that are multiples of the tile."""
-    if config.block_size is None or not {"q", "k", "v", "o"} & set(config.target_kinds):
+    """Whether queries, keys and values of heads of this size have widths that are multiples of the tile, or of m."""
+    if config.side_multiple == 1 or not {"q", "k", "v", "o"} & set(config.target_kinds):
         return True
     return all(
-        number * head_dim % config.block_size == 0 for number in (sizes_of(dense).num_heads, num_kv_heads(dense))
+        number * head_dim % config.side_multiple == 0 for number in (sizes_of(dense).num_heads, num_kv_heads(dense))
     )
 
 

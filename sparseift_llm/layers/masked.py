@@ -15,7 +15,7 @@ from sparseift_llm.layers.sharding import local, part_of, whole
 from sparseift_llm.layers.stock import is_conv1d, stock_layer
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.record.specs import MatrixSpec
-from sparseift_llm.topology.groups import EqualGroups, Groups, RowSets, WholeMatrix
+from sparseift_llm.topology.groups import EqualGroups, Groups, InputGroups, RowSets, WholeMatrix
 
 
 class MaskedProjection(SparseProjection):
@@ -30,7 +30,13 @@ class MaskedProjection(SparseProjection):
     _groups: Groups = WholeMatrix()
 
     def divide(self, matrix: MatrixSpec) -> None:
-        """Let each of the row groups and heads that `matrix` names keep its number of active weights from now on."""
+        """Let each of the groups that `matrix` names keep its number of active weights from now on.
+
+        Groups are those of an n:m mask, or row groups, heads, or both.
+        """
+        if matrix.pattern is not None:
+            self._groups = InputGroups(self.output_dim, matrix.num_weights // matrix.pattern[1])
+            return
         side = 0 if matrix.heads is None else matrix.heads[0]
         dim = side ^ self.output_dim
         if matrix.row_groups:
@@ -67,6 +73,11 @@ class MaskedProjection(SparseProjection):
 
     def count_active(self) -> int:
         return int(self.mask.sum())
+
+    def accepts(self, mask: Tensor) -> bool:
+        if not super().accepts(mask) or not isinstance(self._groups, InputGroups):
+            return super().accepts(mask)
+        return torch.equal(self._groups.count(mask).cpu(), self._groups.share(self.num_active))
 
     @torch.no_grad()
     def weights_fit(self, mask: Tensor) -> bool:

@@ -43,10 +43,19 @@ def active_counts(
 
     Returns:
         For each projection one number, or one for each kind of its pattern.
+
+    Raises:
+        ValueError: sides do not fit the structure, outputs would be left without inputs, or no sparsity meets
+            `accounting="whole_model"`.
     """
     counts = [projection.num_weights for projection in sparse]
     result = [[count] for count in counts]
     picked = [index for index, is_chosen in enumerate(chosen) if is_chosen]
+    if config.pattern is not None:
+        for index in picked:
+            _check_inputs(sparse[index], config)
+            result[index] = [isoflop.pattern_active(counts[index], config.pattern)]
+        return result
     twins = [dense[index].num_weights for index in picked]
     total = sum(twins)
     if config.accounting == "whole_model":
@@ -102,6 +111,15 @@ def _check_sides(projection: Projection, block_size: int) -> None:
                 f"multiple of block_size={block_size}; choose a block_size that divides it, another scope, or leave "
                 f"{', '.join(projection.kinds)} dense with exclude and accounting='whole_model'"
             )
+
+
+def _check_inputs(projection: Projection, config: SparseIFTConfig) -> None:
+    if projection.in_features % config.side_multiple:
+        raise ValueError(
+            f"{projection.name} has {projection.in_features} inputs, and structure={config.structure!r} needs a "
+            f"multiple of {config.side_multiple}; use another n:m, or leave {', '.join(projection.kinds)} dense with "
+            "exclude if its sides do not grow"
+        )
 
 
 def _whole_model_total(

@@ -23,8 +23,8 @@ def patterns_of(
 ) -> list[RowPattern | None]:
     """The rows of every sparse projection that is fused of several, by kind; None for the others.
 
-    All are None where kinds are not to be told apart: without `kinds_apart`, and with tiles, whose block-rows keep
-    their numbers anyway, unless `erk` has to know the shapes.
+    All are None where kinds are not to be told apart: without `kinds_apart`, with n:m masks, whose rows keep their
+    numbers anyway, and with tiles, whose block-rows do, unless `erk` has to know the shapes.
 
     Args:
         projections: of a model with `hf_config`.
@@ -35,7 +35,7 @@ def patterns_of(
     Raises:
         ValueError: a projection is fused in an order of rows that is not known, and masks would change.
     """
-    if not config.kinds_apart or (config.structure == "block" and config.distribution != "erk"):
+    if not config.kinds_apart or (config.structure != "unstructured" and config.distribution != "erk"):
         return [None] * len(projections)
     return [
         _pattern(projection, hf_config, config) if chosen else None

@@ -128,7 +128,8 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
     Returns:
         A `Plan`. Under `accounting="linears"` and `distribution="uniform"` every sparse projection
         has exactly as many active weights as its dense twin has weights; with tiles, as near as
-        whole tiles come, and all together to half a tile.
+        whole tiles come, and all together to half a tile; with n:m, as near as rounded widths come
+        (`ratio_linear` says how near).
 
     Raises:
         ValueError: unsupported model, already surgered, no projection matches `targets`/`exclude`,
@@ -269,8 +270,7 @@ def _replaced_layer(
             part.name,
             part.shape,
             part.num_active,
-            structure=config.structure if part.is_sparse else "dense",
-            block_size=config.block_size if part.is_sparse else None,
+            **_structure(config, part.is_sparse),
             row_groups=_row_groups_of_part(part, config, pattern),
         )
         for part in parts
@@ -299,14 +299,21 @@ def _wide_layer(
         "",
         wide.shape,
         sum(by_kind),
-        structure=config.structure if is_sparse else "dense",
-        block_size=block_size,
+        **_structure(config, is_sparse),
         transposed=block_size is None and is_conv1d(widened_model.get_submodule(wide.name)),
         heads=heads if is_sparse else None,
         row_groups=() if block_size else row_groups(pattern, by_kind),
     )
     family = "wide" if is_sparse else "dense"
     return LayerSpec(dense.name, dense.kind, family, dense.shape, (matrix,), layer_index=dense.layer_index)
+
+
+def _structure(config: SparseIFTConfig, is_sparse: bool) -> dict[str, Any]:
+    """The fields of a matrix that say which sets of its weights may be active."""
+    if not is_sparse:
+        return {"structure": "dense"}
+    structure = config.structure if config.pattern is None else "n:m"
+    return {"structure": structure, "block_size": config.block_size, "pattern": config.pattern}
 
 
 def _row_groups_of_part(part: Part, config: SparseIFTConfig, pattern: RowPattern | None) -> tuple[RowGroup, ...]:

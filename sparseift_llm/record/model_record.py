@@ -21,10 +21,6 @@ it has two more, of the kinds `embedding` and `logits`; where the model uses one
 matrices, and `tied_to` names the embedding. The fields of an entry are those of `LayerSpec`, `MatrixSpec` and
 `RowGroup` in specs.py, which say what each means. Where one is absent, it has the default that stands there.
 
-The format has room for what this version cannot build yet. It reads these, and refuses to build layers from them:
-
-- the structure `n:m`, with its `pattern`.
-
 A field that this version does not know, or a later format, is an error. Format 1 had no field `format`; it held the
 options of the transformation and the dense sizes alone, and `checkpoints/upgrade.py` makes format 2 of it.
 """
@@ -70,17 +66,15 @@ class ModelRecord:
 
     @property
     def has_own_layout(self) -> bool:
-        """Whether the model has parameters that no stock class has: all do but unstructured Wide ones."""
+        """Whether the model has parameters that no stock class has: all do but Wide ones without tiles."""
         return any(
-            layer.is_replaced or matrix.structure not in ("dense", "unstructured")
-            for layer in self.layers
-            for matrix in layer.matrices
+            layer.is_replaced or matrix.block_size is not None for layer in self.layers for matrix in layer.matrices
         )
 
     @property
     def has_masked_weights(self) -> bool:
         """Whether a matrix is stored with its zeros, so that its mask is in the mask file alone."""
-        return any(matrix.structure == "unstructured" for layer in self.layers for matrix in layer.matrices)
+        return any(matrix.is_sparse and not matrix.block_size for layer in self.layers for matrix in layer.matrices)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json, from which `from_dict` gives back an equal record."""

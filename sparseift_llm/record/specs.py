@@ -93,7 +93,7 @@ class MatrixSpec:
         num_active: weights that are multiplied at the sparsity that was asked for. Under `gmp` there are more of them
             until the masks have become that sparse.
         structure: which sets of weights may be active: `dense` (all), `unstructured` (any), `block` (whole tiles) or
-            `n:m` (at most n of m neighbours along the inputs).
+            `n:m` (n of every m neighbours along the inputs).
         block_size: side of a tile, with `block` only.
         pattern: (n, m), with `n:m` only.
         transposed: whether weight and mask are stored as (in, out), like those of GPT-2's `Conv1D`.
@@ -190,6 +190,13 @@ class MatrixSpec:
                 raise damaged(f"{where}.row_groups", f"must be whole heads, got heads={self.heads}")
 
     def _check_sizes(self, where: str) -> None:
+        if self.pattern is not None:
+            n, m = self.pattern
+            if n >= m or self.shape[1] % m or self.num_active * m != self.num_weights * n:
+                raise damaged(
+                    f"{where}.pattern",
+                    f"is {self.pattern}, which does not give a matrix of {self.shape} {self.num_active} active weights",
+                )
         if self.block_size is not None:
             unit = self.block_size**2
             if self.num_active % unit or any(side % self.block_size for side in self.shape):

@@ -141,7 +141,10 @@ def test_the_table_of_the_whole_recipe(capsys: pytest.CaptureFixture[str]) -> No
         (["--sparsity", "1.0"], "sparsity must be in [0, 1), got 1.0"),
         (["--family", "serial"], "family='serial' is not one of 'wide'"),
         (["--scope", "modle"], "scope='modle' is not one of 'model', 'ffn', 'residual'; did you mean 'model'?"),
-        (["--structure", "blok"], "structure='blok' is not one of 'unstructured', 'block'; did you mean 'block'?"),
+        (
+            ["--structure", "blok"],
+            "structure='blok' is not one of 'unstructured', 'block', 'n:m (e.g. 2:4)'; did you mean 'block'?",
+        ),
         (["--structure", "block", "--block-size", "7"], "block_size must be one of 4, 8, 16, 32, 64, 128, 256, got 7"),
         (["--targets", "qq"], "sparse_ift.targets[0]='qq' is not one of 'q', 'k', 'v', 'o'"),
         (["--targets", "q"], "holds q, k, v in one matrix"),

@@ -64,6 +64,10 @@ WRONG = [
     ("family: wid", "family='wid' is not one of 'wide'"),
     ("scope: modle", "scope='modle' is not one of 'model', 'ffn', 'residual'; did you mean 'model'?"),
     ("structure: unstructred", "structure='unstructred' is not one of 'unstructured'"),
+    ("structure: 2:4:8", "structure='2:4:8' is not one of 'unstructured', 'block', 'n:m (e.g. 2:4)'"),
+    ("structure: 0:4", "structure='0:4' is not one of"),
+    ("structure: 4:4", "structure='4:4': 4 of 4 neighbours would be active; n must be below m"),
+    ("structure: 24", "structure must be str, got int: 24"),
     ("distribution: uniformly", "distribution='uniformly' is not one of 'uniform', 'erk'; did you mean 'uniform'?"),
     ("accounting: whole", "accounting='whole' is not one of 'linears', 'whole_model'; did you mean 'whole_model'?"),
     ("init: supra", "init='supra' is not one of 'paper', 'preserve', 'supar', 'pretrained'; did you mean 'supar'?"),
@@ -78,6 +82,30 @@ WRONG = [
     ("accounting: whole_model", "accounting='whole_model' needs seq_len"),
     ("{init: supar, dst: {algorithm: gmp}}", "init='supar' assumes a constant sparsity, unlike algorithm='gmp'"),
     ("targets: []", "targets"),
+    (
+        "{structure: 2:4, sparsity: 0.75}",
+        "sparsity=0.75 contradicts structure='2:4', in which 2 of 4 weights are zero (0.5); leave sparsity out",
+    ),
+    (
+        "{structure: 2:4, family: parallel, rules: [{family: doped, targets: [q], sparsity: 0.25}]}",
+        "sparsity=0.25 contradicts structure='2:4'",
+    ),
+    ("{structure: 2:4, block_size: 16}", "block_size=16 needs structure='block'"),
+    ("{structure: 2:4, distribution: erk}", "distribution='erk' gives layers different densities, but structure='2:4'"),
+    (
+        "{structure: 1:4, accounting: whole_model, seq_len: 8}",
+        "accounting='whole_model' solves the sparsity, but structure='1:4' fixes the density of every row at 1 of 4",
+    ),
+    (
+        "{structure: 2:4, dst: {algorithm: gmp}}",
+        "algorithm='gmp' starts dense and prunes wherever weights are small, but",
+    ),
+    ("{structure: 2:4, dst: {algorithm: granet}}", "algorithm='granet' starts dense"),
+    (
+        "{structure: 2:4, balance_heads: true}",
+        "balance_heads evens out how many active weights heads have, but structure",
+    ),
+    ("{structure: 2:4, init: pretrained, scope: ffn}", "init='pretrained' keeps the largest trained weights wherever"),
     # files
     ("sparsity: 0.5\nsparsity: 0.75", "key 'sparsity' stands twice"),
     ("dst:\n  algorithm: set\n  algorithm: rigl", "key 'algorithm' stands twice"),
@@ -90,6 +118,19 @@ WRONG = [
 def test_wrong_configs_are_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read(text, tmp_path)
+
+
+@pytest.mark.parametrize(("structure", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("1:3", 2 / 3), ("7:8", 0.125)])
+def test_a_pattern_says_the_sparsity(structure: str, sparsity: float, tmp_path: Path) -> None:
+    config = SparseIFTConfig(structure=structure)
+    assert config.sparsity == sparsity
+    assert (
+        config == SparseIFTConfig(structure=structure, sparsity=sparsity) == read(f"structure: {structure}", tmp_path)
+    )
+    assert SparseIFTConfig.from_dict(config.to_dict()) == config
+    assert dataclasses.replace(config, seed=1).sparsity == sparsity
+    assert f"{config.pattern[0]}:{config.pattern[1]}" == structure if config.pattern else False
+    assert (SparseIFTConfig().pattern, SparseIFTConfig(structure="block").pattern) == (None, None)
 
 
 def test_defaults() -> None:

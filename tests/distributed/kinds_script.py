@@ -1,6 +1,7 @@
-"""What test_kinds_apart.py runs on two CPU processes: twenty RigL updates of each tiny model.
+"""What test_kinds_apart.py runs on two CPU processes: twenty updates of each tiny model.
 
-Usage: `torchrun --nproc_per_node 2 -m tests.distributed.kinds_script MODEL,... FOLDER`, see torchrun.py.
+Usage: `torchrun --nproc_per_node 2 -m tests.distributed.kinds_script SCENARIO,... FOLDER`, see torchrun.py. A scenario
+is a model's name (RigL, single weights), or one of PATTERNS.
 """
 
 from __future__ import annotations
@@ -17,8 +18,15 @@ from sparseift_llm import SparseTrainingController
 from tests.distributed.torchrun import main
 from tests.helpers.kind_rows import MODELS, kind_counts, sparse_decoder
 from tests.helpers.models import token_ids
+from tests.helpers.patterns import wrong_groups
 
 UPDATES = 20
+PATTERNED = ("gpt2", "llama", "gpt_neox")
+# scenario -> model, algorithm and structure
+PATTERNS = {f"{name}_{algorithm}": (name, algorithm, "2:4") for name in PATTERNED for algorithm in ("rigl", "set")} | {
+    "gpt2_static": ("gpt2", "static", "2:4"),
+    "llama_rigl_1_of_4": ("llama", "rigl", "1:4"),
+}
 
 
 def counts_over_updates(name: str, rank: int | None, **options: Any) -> dict[str, Any]:
@@ -49,7 +57,37 @@ def _scenario(name: str, rank: int, folder: Path) -> dict[str, Any]:
     return counts_over_updates(name, rank)
 
 
+def groups_over_updates(name: str, rank: int | None) -> dict[str, Any]:
+    """The layers with a group of m that has not n active weights after any update, by scenario; and the masks.
+
+    Args:
+        name: of PATTERNS.
+        rank: as above.
+    """
+    model_name, algorithm, structure = PATTERNS[name]
+    n, m = map(int, structure.split(":"))
+    model = sparse_decoder(model_name, algorithm, structure=structure)
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    controller = SparseTrainingController(wrapped, optimizer, total_steps=2 * UPDATES)
+    wrong, digests = wrong_groups(model, n, m), [controller.masks_digest()]
+    for step in range(UPDATES):
+        batch = token_ids(batch=4, seed=step)
+        tokens = batch if rank is None else batch.chunk(2)[rank]
+        wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wrong += wrong_groups(model, n, m)
+        digests.append(controller.masks_digest())
+    return {"wrong": wrong, "digests": digests}
+
+
+def _pattern_scenario(name: str, rank: int, folder: Path) -> dict[str, Any]:
+    return groups_over_updates(name, rank)
+
+
 globals().update({name: partial(_scenario, name) for name in MODELS})
+globals().update({name: partial(_pattern_scenario, name) for name in PATTERNS})
 
 if __name__ == "__main__":
     main("tests.distributed.kinds_script")

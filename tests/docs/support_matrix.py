@@ -92,6 +92,13 @@ GROUPS = {
         "checkpoints pieced together from two steps",
         "2,000 steps, an update every 10",
     ),
+    "n:m masks": (
+        "n:m masks: n of every m over updates, on one rank and on two",
+        "n:m masks: outputs and gradients",
+        "n:m masks: static, SET and RigL, resuming bit for bit in a Trainer",
+        "n:m masks: saving, loading, exporting",
+        "n:m masks: gmp, granet, erk, whole_model, balance_heads, init: pretrained",
+    ),
     "Wide, scope residual": (
         "model types with a head size of their own (39)",
         "GPT-2, GPT-NeoX, OPT and others, whose attention follows the hidden size",

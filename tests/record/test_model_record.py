@@ -30,6 +30,8 @@ TRANSFORMATIONS: dict[str, dict[str, Any]] = {
     "parallel": {"family": "parallel", "exclude": ("mlp_in",)},
     "factorized": {"family": "factorized", "sparse_u_only": True, "nonlinearity": "gelu", "sparsity": 0.5},
     "doped in tiles": {"family": "doped", "structure": "block", "block_size": 4},
+    "wide 2:4": {"structure": "2:4"},
+    "factorized 1:4": {"family": "factorized", "structure": "1:4"},
 }
 
 # A fused matrix with a budget for each of q, k and v, n:m, and embeddings that share their matrix with the logits.
@@ -135,6 +137,7 @@ def test_absent_fields_have_the_defaults_that_specs_name() -> None:
     [
         ({}, False, True),
         ({"structure": "block", "block_size": 8}, True, False),
+        ({"structure": "2:4"}, False, True),
         ({"family": "doped"}, True, True),
         ({"family": "doped", "structure": "block", "block_size": 4}, True, False),
         ({"scope": "ffn", "rules": (FamilyRule("dense", ("q", "k", "v", "o")),)}, False, True),
@@ -218,6 +221,13 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("layers.1.matrices.0.num_active", 60, r"matrices\[0\]\.block_size is 4, which does not divide .* with 60"),
     ("layers.1.matrices.0.num_active", 48, r"matrices\[0\]\.num_active is 48, which leaves block-rows without a tile"),
     ("layers.2.matrices.0.pattern", ..., r"matrices\[0\]\.pattern is None with structure 'n:m'"),
+    ("layers.2.matrices.0.pattern", [4, 4], r"matrices\[0\]\.pattern is \(4, 4\), which does not give"),
+    (
+        "layers.2.matrices.0.pattern",
+        [3, 6],
+        r"pattern is \(3, 6\), which does not give a matrix of \(16, 8\) 64 active",
+    ),
+    ("layers.2.matrices.0.num_active", 63, r"pattern is \(2, 4\), which does not give a matrix of \(16, 8\) 63 active"),
     ("layers.0.matrices.0.transposed", 1, r"matrices\[0\]\.transposed must be true or false"),
     ("layers.0.matrices.0.heads", [0, 5], r"matrices\[0\]\.heads is \(0, 5\), which does not divide"),
     ("layers.0.matrices.0.heads", [2, 4], r"matrices\[0\]\.heads is \(2, 4\), which does not divide"),

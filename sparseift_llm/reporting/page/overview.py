@@ -87,6 +87,8 @@ def _kind(run: Run) -> str:
     sparsity = finite(values.get("sparsity"))
     parts += [] if sparsity is None else [f"{100 * sparsity:g}% sparse"]
     parts += [f"tiles of {values['block_size']}"] if values.get("block_size") else []
+    structure = str(values.get("structure", ""))
+    parts += [f"{structure} masks"] if ":" in structure else []
     parts += [str(mapping(values.get("dst")).get("algorithm", ""))] if mapping(values.get("dst")) else []
     return ", ".join(filter(None, parts))
 
