@@ -58,13 +58,8 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _compare_runs(arguments: argparse.Namespace) -> str:
-    from sparseift_llm.reporting.comparison import (
-        COMPARISON_BEGINNING,
-        COMPARISON_NAME,
-        PICTURE_NAME,
-        comparison_table,
-        loss_picture,
-    )
+    from sparseift_llm.reporting.comparison import COMPARISON_BEGINNING, COMPARISON_NAME, comparison_table
+    from sparseift_llm.reporting.loss_picture import PICTURE_NAME, loss_picture
 
     for option in ("samples", "confidence"):
         if getattr(arguments, option) is not None:

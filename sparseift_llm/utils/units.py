@@ -29,6 +29,33 @@ def readable_bytes(number: float) -> str:
     return f"{text.removesuffix(letter)} {letter}B"
 
 
+def unit_at(largest: float, unit: str) -> tuple[float, str]:
+    """What to divide numbers up to `largest` by, so that they are short, and the unit that they are in then.
+
+    Args:
+        largest: the largest absolute value.
+        unit: `FLOP`, `s`, ..., which take SI prefixes; `tokens`, whose billions are called B.
+
+    >>> [unit_at(n, "FLOP") for n in (900, 2.9e12, 3e18)]
+    [(1.0, 'FLOP'), (1000000000000.0, 'TFLOP'), (1e+18, 'EFLOP')]
+    >>> [unit_at(n, "tokens") for n in (900, 1_228_800, 2e9)]
+    [(1.0, 'tokens'), (1000000.0, 'M tokens'), (1000000000.0, 'B tokens')]
+    """
+    prefixes, space = ("kMBT", " ") if unit == "tokens" else ("kMGTPEZY", "")
+    power = min(int(math.log10(largest) + 1e-9) // 3, len(prefixes)) if largest >= 1000 else 0
+    return 1000.0**power, f"{prefixes[power - 1]}{space}{unit}" if power else unit
+
+
+def readable_flops(number: float) -> str:
+    """FLOPs with four digits and a prefix.
+
+    >>> [readable_flops(n) for n in (900, 2_924_872_728_576)]
+    ['900 FLOP', '2.925 TFLOP']
+    """
+    divisor, unit = unit_at(number, "FLOP")
+    return f"{number / divisor:.4g} {unit}"
+
+
 def readable_seconds(seconds: float) -> str:
     """A duration in its two largest units.
 

@@ -23,7 +23,8 @@ from sparseift_llm import load_pretrained
 from sparseift_llm.data.loading import load_data
 from sparseift_llm.data.options import DataConfig
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.reporting.comparison import comparison_table, loss_picture
+from sparseift_llm.reporting.comparison import comparison_table
+from sparseift_llm.reporting.loss_picture import loss_picture
 from sparseift_llm.runs import pretrain
 from sparseift_llm.runs.preparation import training_arguments
 from sparseift_llm.runs.recipe import load_recipe

@@ -126,6 +126,8 @@ def drawn_points(chart: Node, classes: set[str]) -> list[tuple[float, float]]:
     """The points of a chart's lines with these classes, read back from the numbers printed along its axes."""
     x_ticks, y_ticks = [], []
     for text in chart.all("text"):
+        if "end" in text.classes:
+            continue
         value = float(text.text.replace(",", ""))
         if text.attributes["text-anchor"] == "middle":
             x_ticks.append((float(text.attributes["x"].rstrip("%")) * 10, value))

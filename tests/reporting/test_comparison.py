@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparseift_llm.reporting.comparison import comparison_table, loss_picture, read_summary
+from sparseift_llm.reporting.comparison import comparison_table, read_summary
+from sparseift_llm.reporting.loss_picture import loss_picture
 
 DATA = {
     "corpus": "builtin",
@@ -82,7 +83,7 @@ def test_two_runs_have_a_column_of_ratios(tmp_path: Path) -> None:
     assert cells["stored parameters"] == ["1,200,000", "4,800,000", "4.000"]
     assert cells["linear FLOPs/token (forward)"] == ["2,000,000", "2,000,000", "1.000"]
     assert cells["whole-model FLOPs/token (forward)"] == ["2,500,000", "3,500,000", "1.400"]
-    assert cells["training FLOPs, whole model"] == ["4e+09", "6e+09", "1.500"]
+    assert cells["training FLOPs, whole model"] == ["4 GFLOP", "6 GFLOP", "1.500"]
     assert cells["training tokens"] == ["1,000", "1,000", "1.000"]
     assert cells["tokens/s"] == ["2,000", "500", "0.250"]
     assert cells["linear sparsity"][:2] == ["0.0000", "0.7500"]  # no ratio: a zero stands below
@@ -198,7 +199,7 @@ def test_the_folder_of_a_trainer_is_compared_as_far_as_it_goes(tmp_path: Path) -
     # 10 x 8 tied embeddings, 8 x 8 positions; 768 weights, 72 biases and 32 of norms in the layer; 16 of the last norm
     assert cells["stored parameters"][1] == f"{80 + 64 + 768 + 72 + 32 + 16:,}"
     assert cells["linear sparsity"][:2] == ["0.0000", "0.0000"]
-    assert cells["training FLOPs, whole model"][1] == "1e+04"
+    assert cells["training FLOPs, whole model"][1] == "10 kFLOP"
     assert cells["tokens/s"] == ["2,000", "200", "0.100"]
     assert "| held-out bits per byte | 1.5000 |  |  |" in table
     assert "Of plain only what a Trainer writes is known" in table
@@ -215,14 +216,15 @@ def test_runs_without_tokens_are_drawn_over_steps(tmp_path: Path, monkeypatch: p
 
     drawn: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    monkeypatch.setattr("sparseift_llm.reporting.comparison.written_whole", contextlib.nullcontext)
+    monkeypatch.setattr("sparseift_llm.reporting.loss_picture.written_whole", contextlib.nullcontext)
     runs = [write_metrics(tmp_path / "own"), write_trainer_run(tmp_path / "plain")]
     loss_picture(runs, tmp_path / "loss.png")
     loss_picture(runs[:1], tmp_path / "loss.png")
-    assert [panel.get_xlabel() for panel in drawn[0].axes] == ["training FLOPs"]  # which both have
-    assert [panel.get_xlabel() for panel in drawn[1].axes] == ["training tokens", "training FLOPs"]
+    flops = "training FLOPs, whole model (GFLOP)"
+    assert [panel.get_xlabel() for panel in drawn[0].axes] == [flops]  # which both have
+    assert [panel.get_xlabel() for panel in drawn[1].axes] == ["training tokens (tokens)", flops]
     assert drawn[0].get_suptitle() == "Training and held-out loss: own, plain"
-    assert [text.get_text().strip() for text in drawn[1].axes[0].texts] == ["2.600"]  # the held-out loss at the end
+    assert [text.get_text() for text in drawn[1].axes[0].texts] == ["own\n2.600"]  # the held-out loss at the end
 
 
 # ---- the picture

@@ -172,18 +172,43 @@ def test_characters_that_html_and_utf8_lack(full_run: Path) -> None:
 
 def test_headline_numbers_are_those_of_the_summaries(real_runs: tuple[Path, Path], real_page: tuple[Node, str]) -> None:
     dense, sparse = (read_json(run / "summary.json") for run in real_runs)
-    rows = {row[0]: row[1:] for row in table_rows(real_page[0], "Headline numbers")[""]}
-    assert rows.keys() == {"optimizer steps", *(title for title, _, _ in HEADLINES)}
-    for title, key, form in HEADLINES:
-        assert rows[title][:2] == [form.format(dense[key]), form.format(sparse[key])]
-    assert rows["held-out loss (nats/token)"][2] == f"{sparse['eval_loss'] / dense['eval_loss']:.3f}"
-    assert rows["linear sparsity"][2] == ""
-    assert rows["optimizer steps"] == ["8", "8", ""]
+    rows = {row[0]: row[1:] for row in table_rows(real_page[0], "Ratio: sparse-run / dense-run")[""]}
+    same = real_page[0].by_id("runs").all("p", "note")[0].text.removeprefix("The same in both: ").removesuffix(".")
+    assert "optimizer steps 8" in same.split("; ")
+    for title, key, words in HEADLINES:
+        if words(dense[key]) == words(sparse[key]):
+            assert f"{title} {words(dense[key])}" in same.split("; ")
+            assert title not in rows
+        else:
+            assert rows[title][1:] == [words(dense[key]), words(sparse[key])]
+    assert f"training tokens {dense['train_tokens']:,}" in same.split("; ")
+    assert rows["held-out loss (nats/token)"][0] == f"{sparse['eval_loss'] / dense['eval_loss']:.3f}"
+    assert rows["linear sparsity"][0] == ""
+
+
+def test_ends_of_lines_have_names_and_values(
+    real_runs: tuple[Path, Path], real_page: tuple[Node, str], tmp_path: Path
+) -> None:
+    (figure,) = real_page[0].all("figure", "flops-whole")
+    expected = [f"{read_json(run / 'summary.json')['eval_loss']:.4g}" for run in real_runs]
+    ends = [[part.text for part in end.all("tspan")] for end in figure.all("text", "end")]
+    assert ends == [[run.name, value] for run, value in zip(real_runs, expected, strict=True)]
+    training = write_full_run(tmp_path / "training-alone")
+    lines = [line for line in log_lines() if "eval_loss" not in line]
+    write_lines(training / "metrics.jsonl", lines)
+    (figure,) = report(training)[0].all("figure", "flops-whole")
+    assert [part.text for part in figure.all("text", "end")[0].all("tspan")] == ["train\u2026-alone", "1.123"]
+
+
+def test_units_of_axes_are_those_that_people_say(real_page: tuple[Node, str]) -> None:
+    labels = [figure.all("p", "x-label")[0].text for figure in real_page[0].all("figure", "panel")]
+    assert "training FLOPs, whole model (MFLOP)" in labels
+    assert "training tokens (k tokens)" in labels
 
 
 def test_curves_are_those_of_the_logs(real_runs: tuple[Path, Path], real_page: tuple[Node, str]) -> None:
     root = real_page[0]
-    units = {"flops": ("train_flops", 1e6), "tokens": ("train_tokens", 1), "time": ("wall_seconds", 1)}
+    units = {"flops": ("train_flops", 1e6), "tokens": ("train_tokens", 1e3), "time": ("wall_seconds", 1)}
     for index, run in enumerate(real_runs):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for name, (key, unit) in units.items():
@@ -229,7 +254,8 @@ def test_tiles_and_empty_columns_are_counted(full_run: Path) -> None:
 def test_masks_along_training(full_run: Path) -> None:
     root, _ = report(full_run)
     lines = [line for line in log_lines() if "loss" in line]
-    keys = ("step", "sparsity", "exploration", "mask_churn", "mask_survival")
+    keys = ("step", "exploration", "mask_churn", "mask_survival")
+    assert "The same at every step, so not drawn: sparsity 0.75." in root.by_id("masks").text
     rows = table_rows(root, "Masks along training")["full"]
     assert rows == [[printed(line.get(key)) for key in keys] for line in lines]
     chart = root.by_id("masks-exploration-t")
@@ -241,15 +267,30 @@ def test_masks_along_training(full_run: Path) -> None:
     assert by_layer[0] == ["transformer.h.0.attn.c_attn", "qkv", "0.75", "0.37", printed(0.1 / 6), printed(1 - 0.1 / 6)]
     assert len(by_layer) == 4
     speed = table_rows(root, "Speed and gradients")["full"]
-    assert speed == [
-        [printed(x[key]) for key in ("step", "tokens_per_second", "grad_norm", "dead_units")] for x in lines
-    ]
+    assert speed == [[printed(x[key]) for key in ("step", "tokens_per_second", "grad_norm")] for x in lines]
+    assert "The same at every step, so not drawn: dead units 0." in root.by_id("training").text
+
+
+def test_constants_that_differ_between_runs(tmp_path: Path) -> None:
+    runs = [write_full_run(tmp_path / name) for name in ("first", "second")]
+    write_lines(runs[1] / "metrics.jsonl", [{**line, "sparsity": 0.5} for line in log_lines()])
+    root, _ = report(*runs)
+    assert "not drawn: sparsity 0.75 in first, 0.5 in second." in root.by_id("masks").text
+    lines = [{**line, "sparsity": 0.5 + line["step"] / 100} for line in log_lines()]
+    write_lines(runs[1] / "metrics.jsonl", lines)  # drawn for both, if it changes in one
+    masks = report(*runs)[0].by_id("masks")
+    assert "The same at every step" not in masks.text
+    assert masks.by_id("masks-sparsity-t").text == "Sparsity"
+    only = [{key: line[key] for key in ("step", "loss", "dead_units") if key in line} for line in log_lines()]
+    write_lines(runs[0] / "metrics.jsonl", only)
+    assert "The same at every step, so not drawn: dead units 0." in report(runs[0])[0].by_id("training").text
 
 
 def test_spectral_curves(full_run: Path) -> None:
     root, _ = report(full_run)
     rows = table_rows(root, "Spectral quantities of the whole model")["full"]
-    assert rows == [[str(step), printed(step / 7), "1.75", "0.625"] for step in (2, 4, 6)]  # one is None throughout
+    assert rows == [[str(step), printed(step / 7)] for step in (2, 4, 6)]
+    assert "not drawn: weighted spectral gap 1.75; weighted spectral gap over subgraphs 0.625." in root.text
     by_layer = table_rows(root, "Spectral quantities by layer at step 6, the last analysed")[""]
     assert by_layer[1] == [
         "transformer.h.0.mlp.c_fc", "mlp_in", "16 x 4", "0.75", "3.5", "1.25", "-0.512346", "\u2013", "1.75", "0.625",
@@ -294,6 +335,37 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     ]
 
 
+def test_settings_at_their_defaults_are_left_out(real_page: tuple[Node, str], tmp_path: Path) -> None:
+    root = real_page[0]
+    (caption,) = [t.all("caption")[0].text for t in root.all("table") if "Settings of sparse-run" in t.text]
+    left_out = re.fullmatch(r"Settings of sparse-run, without (\d+) defaults", caption)
+    assert left_out
+    assert int(left_out[1]) >= 20
+    shown = {row[0]: row[1] for row in table_rows(root, caption)[""]}
+    assert shown["sparse_ift.sparsity"] == "0.75"  # a default that names the model
+    assert shown["sparse_ift.dst.update_every_steps"] == str(RIGL["dst"]["update_every_steps"])
+    assert not {"sparse_ift.width_multiple", "sparse_ift.family.reserve", "data.text_field"} & shown.keys()
+    assert not {"sparse_ift.seed", "sparse_ift.seq_len", "sparse_ift.init"} & shown.keys()  # of other sections
+    differing = {row[0] for row in table_rows(root, "Settings that differ")[""]}
+    assert "sparse_ift.dst.update_every_steps" in differing
+    assert "sparse_ift.width_multiple" not in differing
+
+    run = write_full_run(tmp_path / "run")
+    summary = read_json(run / "summary.json")
+    summary["config"]["sparse_ift"] |= {"width_multiple": 8, "seed": 3, "accounting": "linears"}
+    summary["config"]["training"] |= {"logging_steps": 500.0, "seed": 4}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (rows,) = [
+        table_rows(root, t.all("caption")[0].text)[""]
+        for root in [report(run)[0]]
+        for t in root.all("table")
+        if "Settings of run" in t.text
+    ]
+    assert ["sparse_ift.width_multiple", "8"] in rows
+    assert ["sparse_ift.seed", "3"] in rows  # not what the training section says
+    assert not {"sparse_ift.accounting", "training.logging_steps"} & {row[0] for row in rows}  # 500, an int or not
+
+
 def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     first, second = (write_full_run(tmp_path / name) for name in ("first", "second"))
     assert not report(first, second)[0].all("ul", "warnings")
@@ -304,15 +376,16 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     result["subtasks"]["pick"]["num_fewshot"] = 0
     (second / "eval_tiny.json").write_text(json.dumps(result))
     (warnings,) = report(first, second)[0].all("ul", "warnings")
-    assert "first and second cannot be compared: data.seq_len is 128 and 256" in warnings.text
-    assert "cannot be compared: pick: the number of shots is 5 and 0" in warnings.text
+    (notice,) = warnings.all("li")
+    assert notice.text.startswith("second cannot be compared with first: data.seq_len is 128 and 256; ")
+    assert "pick: the number of shots is 5 and 0" in notice.text
 
 
 def test_two_runs_are_compared_at_a_glance(real_runs: tuple[Path, Path], real_page: tuple[Node, str]) -> None:
     dense, sparse = (read_json(run / "summary.json") for run in real_runs)
     (cards,) = real_page[0].all("ul", "cards")
     assert len(cards.all("li")) == 4
-    for title, key in (("Held-out loss", "eval_loss"), ("Bytes of training", "train_state_bytes")):
+    for title, key in (("Held-out loss", "eval_loss"), ("Weights, gradients", "train_state_bytes")):
         (card,) = (item for item in cards.all("li") if title in item.text)
         assert f"{sparse[key] / dense[key]:.3f}x" in card.text
     assert f"{sparse['eval_loss']:.4f} instead of {dense['eval_loss']:.4f}" in cards.text
@@ -328,6 +401,9 @@ def test_a_single_run_has_no_cards_and_empty_sections_name_a_command(tmp_path: P
     assert "run: dense." in root.all("header")[0].text
     assert "sparseift evaluate --model RUN --suite builtin" in root.by_id("evaluation").text
     assert "sparseift analyze RUN" in root.by_id("spectral").text
+    assert "sparseift report RUN OTHER_RUN" in root.by_id("settings").text
+    for section in ("loss", "degrees", "masks", "training"):
+        assert "sparseift pretrain" in root.by_id(section).text, section
 
 
 def test_a_run_on_other_text_has_one_notice(tmp_path: Path) -> None:
@@ -336,7 +412,7 @@ def test_a_run_on_other_text_has_one_notice(tmp_path: Path) -> None:
     summary["config"]["data"] |= {"seq_len": 256, "tokenizer": "mine"}
     (second / "summary.json").write_text(json.dumps(summary))
     (warnings,) = report(first, second)[0].all("ul", "warnings")
-    assert warnings.text.count("The losses of first and second cannot be compared") == 1
+    assert warnings.text.count("second cannot be compared with first") == 1
     assert "data.seq_len is 128 and 256; data.tokenizer is bpe and mine." in warnings.text
 
 
@@ -372,6 +448,8 @@ def test_contrast_in_both_schemes() -> None:
         for ground in ("--page", "--panel"):
             for name in ("--text", "--soft", "--link", "--good", "--open", "--bad"):
                 assert contrast(scheme[name], scheme[ground]) >= 4.5, (name, ground)
+        for index in range(6):  # names at the ends of lines are text, too
+            assert contrast(scheme[f"--run-{index}"], scheme["--page"]) >= 4.5, index
         for name in ("--edge", *(f"--run-{index}" for index in range(6))):
             assert contrast(scheme[name], scheme["--page"]) >= 3, name
         shades = [contrast(scheme[f"--h{index}"], scheme["--page"]) for index in range(9)]

@@ -33,6 +33,14 @@ document.getElementById("frame").addEventListener("load", (event) => {{
     ground: view.getComputedStyle(page.body).backgroundColor,
     beyond: [...page.querySelectorAll("main *")].filter((e) => e.getBoundingClientRect().right > {width} + 1
       && e.getBoundingClientRect().width && !e.closest(".scroll")).map((e) => e.outerHTML.slice(0, 80)),
+    covered: [...page.querySelectorAll(".chart")].flatMap((chart) => {{
+      const boxes = [...chart.querySelectorAll(".end")].map((e) => e.getBoundingClientRect()).filter((b) => b.width);
+      return boxes.filter((a, i) => boxes.slice(i + 1).some((b) => a.top < b.bottom - 1 && b.top < a.bottom - 1));
+    }}).length,
+    ends: [...page.querySelectorAll(".panel .end")].filter((e) => e.getBoundingClientRect().width).length,
+    first: [".flops-whole .chart", "#runs table", "#runs thead th"]
+      .map((name) => page.querySelector(name).getBoundingClientRect())
+      .map((box) => [box.left, box.top, box.right, box.bottom]),
     small: [...page.querySelectorAll("svg text")].map((e) => e.getBoundingClientRect().height)
       .filter((height) => height && height < 9).length,
   }});
@@ -79,18 +87,35 @@ def look(folder: Path, width: int, dark: bool) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("width", "dark"), [(320, False), (390, True), (1280, False)])
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (390, True), (1440, False)])
 def test_the_page_in_a_browser(folder: Path, width: int, dark: bool) -> None:
     found = look(folder, width, dark)
     for state in (found["before"], found["after"]):
         assert state["wide"] == 0
         assert state["beyond"] == []
         assert state["small"] == 0
+        assert state["covered"] == 0
+        assert state["ends"] == 2
         assert state["ground"] == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
     assert found["before"]["panels"] == ["panel flops-whole"]
     assert found["after"]["panels"] == ["panel tokens-half"]
     last = [line for line in log_lines() if "loss" in line][-1]
     assert f"step 6: training loss {last['loss']:.6g}" in found["read"]
+
+
+def test_what_the_first_screen_shows(tmp_path: Path) -> None:
+    runs = [write_full_run(tmp_path / name) for name in ("dense", "sparse")]
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    numbers = {key: 2 * value for key, value in summary.items() if isinstance(value, int | float)}
+    (runs[1] / "summary.json").write_text(json.dumps({**summary, **numbers, "step": 6}))  # as many rows as there can be
+    write_report(runs, tmp_path / "report.html")
+    chart, table, ratio = look(tmp_path, 1440, False)["before"]["first"]
+    assert table[2] <= chart[0]  # side by side
+    assert max(table[3], chart[3]) <= 900
+    chart, table, ratio = look(tmp_path, 390, False)["before"]["first"]
+    assert chart[1] > table[3]  # below each other, the curve wide enough to be read
+    assert chart[2] - chart[0] > 390 / 2
+    assert ratio[2] < 390 / 2  # the ratio needs no scrolling
 
 
 def test_complaints_are_noticed(folder: Path) -> None:

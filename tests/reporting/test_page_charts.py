@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
 from sparseift_llm.reporting.page.charts import Series, downsampled, line_chart, make_axis, marker_of, style_class
 from sparseift_llm.reporting.page.degrees import binned, short_names
 from sparseift_llm.reporting.page.heat import NUM_SHADES, HeatMap, draw, shade
+from sparseift_llm.reporting.page.line_ends import End, labelled_ends, shortened, spread
 from sparseift_llm.reporting.page.markup import element, short
 from sparseift_llm.reporting.page.page import write_report
 from sparseift_llm.runs.reading import read_lines
-from tests.helpers.html_pages import drawn_points, parse, write_full_run, write_lines, write_masks
+from tests.helpers.html_pages import Node, drawn_points, parse, write_full_run, write_lines, write_masks
 
 
 def ticks(low: float, high: float) -> tuple[list[str], str]:
@@ -43,6 +46,12 @@ def ticks(low: float, high: float) -> tuple[list[str], str]:
 )
 def test_axes(low: float, high: float, expected: tuple[list[str], str]) -> None:
     assert ticks(low, high) == expected
+
+
+def test_axes_with_a_unit() -> None:
+    axes = [make_axis(0, high, "x", unit=unit) for high, unit in ((4e12, "FLOP"), (2.4e9, "tokens"), (900, "FLOP"))]
+    assert [axis.label for axis in axes] == ["x (TFLOP)", "x (B tokens)", "x (FLOP)"]
+    assert [axis.ticks[-1][1] for axis in axes] == ["4", "2.0", "800"]
 
 
 @given(st.floats(-1e30, 1e30), st.floats(-1e30, 1e30))
@@ -95,6 +104,61 @@ def test_a_chart_draws_its_points() -> None:
     assert root.by_id("c-t").text == "<Loss>"
     assert "a & b: 3 at the start, 1.25 at the end." in root.by_id("c-d").text
     assert line_chart("c", "t", [Series("a", 0, [(0.0, math.nan)])], "x", "y") is None
+
+
+@pytest.mark.parametrize(
+    ("heights", "expected"),
+    [
+        ([50.0, 20.0], [50.0, 20.0]),
+        ([50.0, 50.0], [45.0, 55.0]),
+        ([50.0, 52.0, 80.0], [46.0, 56.0, 80.0]),
+        ([0.0, 1.0, 100.0], [3.0, 13.0, 94.0]),
+        ([95.0, 94.0], [94.0, 84.0]),
+        ([], None),
+        ([50.0] * 11, None),
+    ],
+)
+def test_names_are_moved_apart(heights: list[float], expected: list[float] | None) -> None:
+    assert spread(heights, 10.0) == (expected if expected is None else pytest.approx(expected))
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.floats(1, 12))
+def test_no_name_covers_another(heights: list[float], gap: float) -> None:
+    placed = spread(heights, gap)
+    assert placed is not None
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    ascending = [placed[index] for index in order]
+    assert all(after - before >= gap - 1e-9 for before, after in pairwise(ascending))
+    assert ascending[0] >= 3 - 1e-9
+    assert ascending[-1] <= 94 + 1e-9
+
+
+def test_names_beside_a_chart() -> None:
+    ends = [End("dense", 3.48182, "s0", 70.0, 50.0), End("a-name-that-is-long", 14183.2, "s1", 100.0, 50.0)]
+    root = parse(f"<!DOCTYPE html><svg>{Markup('').join(labelled_ends(ends, False))}</svg>")
+    texts = root.all("text", "end")
+    assert [[part.text for part in text.all("tspan")] for text in texts] == [
+        ["dense", "3.482"],
+        ["a-nam\u2026s-long", "14,183"],
+    ]
+    leaders = root.all("line", "leader")
+    assert (leaders[0].attributes["x1"], leaders[0].attributes["y1"]) == ("70.00%", "50.00%")
+    assert labelled_ends([End("x", 1.0, "s0", 100.0, 50.0)] * 9, False) == []
+    assert labelled_ends([End("x", 1.0, "s0", 100.0, 50.0)] * 9, True)
+    assert [len(shortened("x" * size)) for size in (12, 13, 40)] == [12, 12, 12]
+
+
+def test_maps_of_one_value_are_a_sentence(tmp_path: Path) -> None:
+    run = write_full_run(tmp_path / "run")
+    root = report_of(run)
+    assert "The same everywhere, so not drawn: sparsity 0.75; exploration" not in root.text
+    assert "The same everywhere, so not drawn: sparsity 0.75." in root.by_id("masks").text
+    assert "Sparsity" not in [caption.text for caption in root.by_id("masks").all("figcaption")]
+
+
+def report_of(run: Path) -> Node:
+    write_report([run], run.parent / "report.html")
+    return parse((run.parent / "report.html").read_text(encoding="utf-8"))
 
 
 def test_runs_are_told_apart_without_colour() -> None:
@@ -170,7 +234,7 @@ def test_a_page_of_four_large_runs_is_below_two_megabytes(tmp_path: Path) -> Non
     page = (tmp_path / "report.html").read_text()
     assert len(page.encode()) < 2_000_000
     root = parse(page)
-    (loss, *others) = root.all("p", "note")
+    (_, _, loss, *others) = root.all("p", "note")
     assert "of 4,000 log lines are drawn: for every curve the smallest and the largest value" in loss.text
     assert len(others) == 2
     (figure,) = root.all("figure", "tokens-whole")

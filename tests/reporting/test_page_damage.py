@@ -167,8 +167,8 @@ def test_a_folder_beside_a_finished_run(run: Path, tmp_path: Path) -> None:
     runs, root = read(tmp_path / "empty", run)
     assert [found.state for found in runs] == ["broken", "finished"]
     assert "none of summary.json, recipe.json and metrics.jsonl is there" in root.by_id("runs").text
-    rows = table_rows(root, "Headline numbers")[""]
-    assert rows[0] == ["optimizer steps", "\u2013", "6", ""]
+    rows = table_rows(root, "Ratio: run / empty")[""]
+    assert rows[0] == ["optimizer steps", "", "\u2013", "6"]
 
 
 def test_an_unfinished_run(run: Path) -> None:

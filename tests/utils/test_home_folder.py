@@ -17,7 +17,8 @@ from sparseift_llm.evaluation import command, fetch_command
 from sparseift_llm.evaluation.lm_eval_model import SparseIFTLM
 from sparseift_llm.evaluation.task_loading import load_suite
 from sparseift_llm.models.presets import load_config
-from sparseift_llm.reporting.comparison import comparison_table, loss_picture
+from sparseift_llm.reporting.comparison import comparison_table
+from sparseift_llm.reporting.loss_picture import loss_picture
 from sparseift_llm.reporting.page.page import write_report
 from tests.helpers.evaluation import own_tasks_only, save_model, write_quiz
 from tests.helpers.html_pages import write_full_run

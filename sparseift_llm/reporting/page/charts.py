@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from sparseift_llm.reporting.page.line_ends import End, labelled_ends
 from sparseift_llm.reporting.page.markup import element
+from sparseift_llm.utils.units import unit_at
 
 NUM_STYLES = 6
 _SIZE = 1000  # width and height of the box that curves are drawn in, before it is stretched to the chart
@@ -44,12 +46,19 @@ class Series:
         style: the number of its run, which decides colour, dash and marker.
         points: pairs (x, y). A y that is not finite leaves a gap.
         is_main: whether the line is thick and has markers; otherwise it is thin and has none.
+        end: the name that is written where the line ends, with its last value; None writes nothing.
     """
 
     label: str
     style: int
     points: Sequence[tuple[float, float]]
     is_main: bool = True
+    end: str | None = None
+
+    @property
+    def finite(self) -> list[tuple[float, float]]:
+        """Its points without those that leave gaps."""
+        return [point for point in self.points if math.isfinite(point[1])]
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,12 @@ def marker_of(style: int) -> str:
     return f"#mark-{(style + 2 * (style // NUM_STYLES)) % NUM_STYLES}"
 
 
-def make_axis(low: float, high: float, label: str, num_ticks: int = 5) -> Axis:
+def make_axis(low: float, high: float, label: str, num_ticks: int = 5, unit: str | None = None) -> Axis:
     """An axis from `low` to `high` with round numbers along it.
 
-    Very large and very small numbers are divided by a power of 1000, which the label then says. Limits that are equal,
-    or so close that ticks could not be told apart, are moved apart.
+    Very large and very small numbers are divided by a power of 1000, which the label then says, in the prefix of `unit`
+    where one is given (see `unit_at`). Limits that are equal, or so close that ticks could not be told apart, are moved
+    apart.
     """
     # Written as "not above", so that limits of 0 and 0 are moved apart, too.
     if not high - low > 1e-9 * max(abs(low), abs(high)):
@@ -94,7 +104,11 @@ def make_axis(low: float, high: float, label: str, num_ticks: int = 5) -> Axis:
     largest = max(abs(low), abs(high))
     # The power of ten that numbers are divided by: 1.2e7 is printed as 12 (millions). From 0.001 to 100,000 it is 0.
     power = 3 * (math.floor(math.log10(largest)) // 3) if largest >= 1e5 or largest < 1e-3 else 0
-    if power:
+    if unit is not None:
+        divisor, words = unit_at(largest, unit)
+        power = round(math.log10(divisor))
+        label = f"{label} ({words})"
+    elif power:
         label = f"{label} ({_SCALES.get(power) or _TIMES_TEN + str(power).translate(_SUPERSCRIPTS)})"
     # As many decimals as the first digit of the printed step needs, and one more for steps of 2.5, 0.25, ...
     decimals = max(0, -math.floor(math.log10(step / 10.0**power) + 1e-9))
@@ -121,6 +135,8 @@ def line_chart(
     starts_at_zero: bool = False,
     columns: Mapping[str, str] | None = None,
     x_low: float | None = None,
+    x_unit: str | None = None,
+    is_tall: bool = False,
 ) -> Markup | None:
     """A chart of all series, or None if there is no point to draw.
 
@@ -132,8 +148,10 @@ def line_chart(
         starts_at_zero: the y axis includes 0.
         columns: which columns of the figure's table hold `x` and `y`, for the script that reads values out.
         x_low: where the x axis begins; None: at the first point.
+        x_unit: of the x axis, see `make_axis`.
+        is_tall: whether the style sheet draws it taller, so that more names fit beside it.
     """
-    points = [point for line in series for point in line.points if math.isfinite(point[1])]
+    points = [point for line in series for point in line.finite]
     if not points:
         return None
     x_values, y_values = [x for x, _ in points], [y for _, y in points]
@@ -142,7 +160,7 @@ def line_chart(
     margin = (high - low) * 0.05
     low, high = (min(low, 0.0) if starts_at_zero else low - margin), high + margin
     x_low = min(x_values) if x_low is None else min(x_low, *x_values)
-    x, y = make_axis(x_low, max(x_values), x_label), make_axis(low, high, y_label)
+    x, y = make_axis(x_low, max(x_values), x_label, unit=x_unit), make_axis(low, high, y_label)
     names = Markup("").join(
         [element("title", title, id=f"{chart_id}-t"), element("desc", _description(series, x, y), id=f"{chart_id}-d")]
     )
@@ -150,7 +168,8 @@ def line_chart(
     lines = element("svg", *(path for line in series for path in _lines(line, x, y)), **box)
     marks = [mark for line in series if line.is_main for mark in _marks(line, x, y)]
     labels = {"role": "img", "aria_labelledby": f"{chart_id}-t {chart_id}-d", "class_": "chart"}
-    drawing = element("svg", names, *_grid(x, y), lines, *marks, **labels)
+    ends = [_end(line, x, y) for line in series if line.end is not None and line.finite]
+    drawing = element("svg", names, *_grid(x, y), lines, *marks, *labelled_ends(ends, is_tall), **labels)
     around = element("p", y.label, class_="y-label"), drawing, element("p", x.label, class_="x-label")
     data = {f"data_{key}": value for key, value in (columns or {}).items()}
     return element("div", *around, class_="plot", data_low=x.low, data_high=x.high, **data)
@@ -160,9 +179,8 @@ def _description(series: Sequence[Series], x: Axis, y: Axis) -> str:
     """Where each line starts and ends, for readers who do not see it."""
     parts = []
     for line in series:
-        finite = [point for point in line.points if math.isfinite(point[1])]
-        if finite:
-            parts.append(f"{line.label}: {finite[0][1]:.4g} at the start, {finite[-1][1]:.4g} at the end.")
+        if line.finite:
+            parts.append(f"{line.label}: {line.finite[0][1]:.4g} at the start, {line.finite[-1][1]:.4g} at the end.")
     return f"Lines of {y.label} over {x.label}. {' '.join(parts)} The numbers are in the table below."
 
 
@@ -205,7 +223,7 @@ def _lines(line: Series, x: Axis, y: Axis) -> list[Markup]:
 
 def _marks(line: Series, x: Axis, y: Axis, most: int = 12) -> list[Markup]:
     """Markers on at most `most` points, spread evenly; they stand in the outer SVG, where nothing is stretched."""
-    finite = [point for point in line.points if math.isfinite(point[1])]
+    finite = line.finite
     most = min(most, len(finite))
     chosen = sorted({round(place) for place in np.linspace(0, len(finite) - 1, most).tolist()})
     return [
@@ -213,6 +231,12 @@ def _marks(line: Series, x: Axis, y: Axis, most: int = 12) -> list[Markup]:
                 x=f"{100 * x.share(finite[index][0]):.2f}%", y=f"{100 * (1 - y.share(finite[index][1])):.2f}%")
         for index in chosen
     ]  # fmt: skip
+
+
+def _end(line: Series, x: Axis, y: Axis) -> End:
+    """Where a line ends, and what is written there."""
+    at, value = line.finite[-1]
+    return End(line.end or "", value, style_class(line.style).split()[0], 100 * x.share(at), 100 * (1 - y.share(value)))
 
 
 def downsampled(values: Sequence[float], limit: int) -> list[int]:

@@ -19,13 +19,16 @@ from sparseift_llm.runs.reading import finite, mapping, number
 
 MOST_LOSSES = 500  # points of a loss curve
 NUM_LINES, NUM_STRETCHES = 200, 10  # other curves: lines spread evenly, stretches whose extremes are kept
-X_AXES = (  # name, key, label, words of the switch
-    ("flops", "train_flops", "training FLOPs, whole model", "FLOPs"),
-    ("tokens", "train_tokens", "training tokens", "tokens"),
-    ("time", "wall_seconds", "wall-clock time, evaluation included (s)", "wall-clock time"),
-    ("steps", "step", "optimizer steps", "steps"),  # all that a plain Trainer's log has
+X_AXES = (  # name, key, label, unit, words of the switch
+    ("flops", "train_flops", "training FLOPs, whole model", "FLOP", "FLOPs"),
+    ("tokens", "train_tokens", "training tokens", "tokens", "tokens"),
+    ("time", "wall_seconds", "wall-clock time, evaluation included (s)", None, "wall-clock time"),
+    ("steps", "step", "optimizer steps", None, "steps"),  # all that a plain Trainer's log has
 )
-SPANS = (("whole", 0.0, "whole training"), ("half", 0.5, "from the middle of the shortest run"))
+SPANS = (  # name, where it begins as a share of the shortest run, words, words of the switch
+    ("whole", 0.0, "whole training", "all"),
+    ("half", 0.5, "from the middle of the shortest run", "second half"),
+)
 _EXTREMES = "for every curve the smallest and the largest value of equal stretches"
 _EVENLY = f"{NUM_LINES} a run, spread evenly, and for every curve the extremes of each tenth of training"
 _LOSSES = (("loss", "training", False), ("eval_loss", "held-out", True))
@@ -41,6 +44,7 @@ class Figure:
         drawn: numbers of the runs that have lines.
         table: of the points drawn.
         note: what is left out; empty if nothing is.
+        constants: quantities that never changed and are not drawn, in one sentence; empty if there are none.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Figure:
     drawn: Sequence[int]
     table: Table
     note: str
+    constants: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,22 +105,29 @@ def loss_figure(runs: Sequence[Run]) -> Figure | None:
     plots = []
     keys = ["step", "train_flops", "train_tokens", "wall_seconds", "loss", "eval_loss"]  # columns of the table
     has_tokens = all(any("train_tokens" in line for line in run.metrics) for run in runs if run.metrics)
-    for name, key, label, words in X_AXES:
+    for name, key, label, unit, words in X_AXES:
         if name == "steps" and has_tokens:
             continue  # every run can be drawn over axes that say more
         logged = [[x for line in run.metrics if (x := finite(line.get(key))) is not None] for run in runs]
-        for span, start, span_words in SPANS:
+        for span, start, span_words, _ in SPANS:
             begin = start * min((max(values) for values in logged if values), default=0)
             series = [
-                Series(f"{run.name}, {title}", index, _points(kept[index][loss], key, loss, begin), is_main)
+                Series(
+                    f"{run.name}, {title}",
+                    index,
+                    _points(kept[index][loss], key, loss, begin),
+                    is_main,
+                    _end(run, loss),
+                )
                 for loss, title, is_main in _LOSSES
                 for index, run in enumerate(runs)
             ]
             title = f"Loss over {words}, {span_words}"
             columns = {"x": str(keys.index(key)), "y": f"{keys.index('loss')} {keys.index('eval_loss')}"}
             chart = line_chart(
-                f"loss-{name}-{span}", title, series, label, "nats per token", columns=columns, x_low=begin
-            )
+                f"loss-{name}-{span}", title, series, label, "nats per token", columns=columns, x_low=begin,
+                x_unit=unit, is_tall=True,
+            )  # fmt: skip
             if chart is not None:
                 plots.append((f"{name}-{span}", title, chart))
     header = ["step", "FLOPs", "tokens", "seconds", "training loss", "held-out loss"]
@@ -124,10 +136,16 @@ def loss_figure(runs: Sequence[Run]) -> Figure | None:
     return Figure("loss", plots, _drawn(kept), table, _note(table.num_rows, total, _EXTREMES)) if plots else None
 
 
+def _end(run: Run, loss: str) -> str | None:
+    """The name at the end of a run's held-out loss, or of its training loss where it has no other."""
+    has_held_out = any(finite(line.get("eval_loss")) is not None for line in run.metrics)
+    return run.name if loss == ("eval_loss" if has_held_out else "loss") else None
+
+
 def drawn_axes(loss: Figure | None) -> list[tuple[str, str]]:
     """The axes over which there are losses: their names, and their words for the switch."""
     names = {name for name, _, _ in loss.plots} if loss else set()
-    return [(name, words) for name, _, _, words in X_AXES if any(f"{name}-{span}" in names for span, _, _ in SPANS)]
+    return [(name, words) for name, *_, words in X_AXES if any(f"{name}-{span}" in names for span, *_ in SPANS)]
 
 
 def multiples(
@@ -147,12 +165,14 @@ def multiples(
         lines_of: mappings with a `step` and quantities.
     """
     logged = [lines_of(run) for run in runs]
-    found = [q for q in quantities if any(finite(line.get(q.key)) is not None for lines in logged for line in lines)]
+    values = {q: [_values(lines, q.key) for lines in logged] for q in quantities}
+    constant = [q for q in quantities if any(values[q]) and all(len(set(found)) <= 1 for found in values[q])]
+    found = [q for q in quantities if any(values[q]) and q not in constant]
     kept = [_shared(lines, [q.key for q in found]) for lines in logged]
     plots = []
     for place, quantity in enumerate(found, start=1):
         series = [
-            Series(run.name, index, _points(kept[index][quantity.key], "step", quantity.key))
+            Series(run.name, index, _points(kept[index][quantity.key], "step", quantity.key), end=run.name)
             for index, run in enumerate(runs)
         ]
         chart = line_chart(
@@ -168,7 +188,25 @@ def multiples(
     )
     total = sum(any(q.key in line for q in found) for lines in logged for line in lines)
     note = _note(table.num_rows, total, _EVENLY)
-    return Figure(name, plots, _drawn(kept), table, note) if plots else None
+    sentence = _constants(runs, {q: values[q] for q in constant})
+    return Figure(name, plots, _drawn(kept), table, note, sentence) if plots or sentence else None
+
+
+def _values(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [value for line in lines if (value := finite(line.get(key))) is not None]
+
+
+def _constants(runs: Sequence[Run], values: Mapping[Quantity, Sequence[Sequence[float]]]) -> str:
+    """A sentence on quantities of which every run has one value throughout, e.g. `sparsity 0.75`."""
+    parts = []
+    for quantity, of_runs in values.items():
+        having = {run.name: found[0] for run, found in zip(runs, of_runs, strict=True) if found}
+        if len(set(having.values())) == 1:
+            parts.append(f"{quantity.title.lower()} {short(next(iter(having.values())))}")
+        else:
+            each = ", ".join(f"{short(value)} in {name}" for name, value in having.items())
+            parts.append(f"{quantity.title.lower()} {each}")
+    return f"The same at every step, so not drawn: {'; '.join(parts)}." if parts else ""
 
 
 def spectral_lines(run: Run) -> list[dict[str, Any]]:

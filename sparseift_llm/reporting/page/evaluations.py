@@ -144,16 +144,20 @@ def _scored(line: Mapping[str, Any], metric: str) -> str:
         half = float(stats.norm.ppf((1 + _CONFIDENCE) / 2)) * stderr
         words += f" ± {_score(stderr, metric)} ({_score(value - half, metric)} to {_score(value + half, metric)})"
     if "normalized" in line:
-        words += f", {formatted(line['normalized'], '{:.2f}')} normalised"
-    words += f", {formatted(line.get('num_items'), '{:,}')} items"
-    return f"{words}, {formatted(line['truncated_items'], '{:,}')} truncated" if line.get("truncated_items") else words
+        words += f", {formatted(line['normalized'], '{:.2f}'.format)} normalised"
+    words += f", {formatted(line.get('num_items'), '{:,}'.format)} items"
+    return (
+        f"{words}, {formatted(line['truncated_items'], '{:,}'.format)} truncated"
+        if line.get("truncated_items")
+        else words
+    )
 
 
 def _score(value: Any, metric: str) -> str:
     """Accuracies in percent, everything else as it is."""
     if finite(value) is None:
         return short(value)
-    return formatted(value, "{:.4f}") if is_ratio(metric) else formatted(value, "{:.2%}")
+    return formatted(value, "{:.4f}".format) if is_ratio(metric) else formatted(value, "{:.2%}".format)
 
 
 def _shown(value: float, metric: str, sign: str = "") -> str:
@@ -163,7 +167,8 @@ def _shown(value: float, metric: str, sign: str = "") -> str:
 
 
 def _average(result: Mapping[str, Any], key: str) -> str:
-    return formatted(result.get(key), "{:.2f}" if result.get("average_of") == "normalized" else "{:.2%}")
+    words = "{:.2f}" if result.get("average_of") == "normalized" else "{:.2%}"
+    return formatted(result.get(key), words.format)
 
 
 def _seed(result: Mapping[str, Any]) -> str:

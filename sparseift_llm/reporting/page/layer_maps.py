@@ -64,14 +64,30 @@ def degree_figures(runs: Sequence[Run]) -> list[LayerFigure]:
     spread = min(1.0, max(0.1, spread))
     for index, run, masks in having:
         labels = [f"{name} {layer.kind}" for name, layer in zip(_short(masks.layers), masks.layers, strict=True)]
-        maps = []
+        maps, constants = [], []
         for side, title, _ in _SIDES:
+            value = _constant(cells[index, side])
+            if value is not None:
+                constants.append(f"{title.lower()} {short(value)} times the mean")
+                continue
             ends = f"first {side}", "last"
             unit = "degree, 1 is the layer's mean"
             heat = HeatMap(title, unit, labels, cells[index, side], ends, 1 - spread, 1 + spread)
             maps.append((title, draw(f"degrees-{index}-{side}", heat)))
-        figures.append(LayerFigure(run.name, _about(masks), maps, _degree_table(masks.layers, masks.unit)))
+        about = f"{_about(masks)}{_not_drawn(constants)}"
+        figures.append(LayerFigure(run.name, about, maps, _degree_table(masks.layers, masks.unit)))
     return figures
+
+
+def _constant(rows: Sequence[Sequence[float | None]]) -> float | None:
+    """The value that all cells of a map have which are not blank; None if they differ."""
+    values = {value for row in rows for value in row if value is not None}
+    return values.pop() if len(values) == 1 else None
+
+
+def _not_drawn(constants: Sequence[str]) -> str:
+    """A sentence, with a space before it, on maps of which all cells are equal."""
+    return f" The same everywhere, so not drawn: {'; '.join(constants)}." if constants else ""
 
 
 def _about(masks: Masks) -> str:
@@ -146,16 +162,19 @@ def _figures(
         layers = list(dict.fromkeys(layer for step in steps for layer in by_step[step]["layers"]))
         kinds = [_kind(by_step[steps[-1]]["layers"].get(layer)) for layer in layers]
         labels = [f"{name} {kind}" for name, kind in zip(short_names(layers), kinds, strict=True)]
-        maps = []
+        maps, constants = [], []
         for key, title, unit in quantities:
             span = ranges[key]
             rows = [[_value(by_step[step], layer, key) for step in steps] for layer in layers]
-            if span is not None and any(value is not None for row in rows for value in row):
+            value = _constant(rows)
+            if value is not None:
+                constants.append(f"{title.lower()} {short(value)}")
+            elif span is not None and any(value is not None for row in rows for value in row):
                 ends = f"step {steps[0]}", f"step {steps[-1]}"
                 heat = HeatMap(title, unit, labels, rows, ends, *span)
                 maps.append((title, draw(f"{name}-layers-{index}-{key}", heat)))
         shown = f"{len(steps)} of {len(by_step)} steps" if len(steps) < len(by_step) else f"{len(steps)} steps"
-        about = f"One column each for {shown}; blank: not logged."
+        about = f"One column each for {shown}; blank: not logged.{_not_drawn(constants)}"
         figures.append(LayerFigure(run.name, about, maps, make_table(by_step[steps[-1]])))
     return figures
 

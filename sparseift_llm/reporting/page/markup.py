@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -73,10 +73,10 @@ def short(value: object, digits: int = 6) -> str:
     return f"{found:.{digits}g}"
 
 
-def formatted(value: object, form: str) -> str:
-    """A number in a format such as `{:.4f}`; as `short` where the format does not fit."""
+def formatted(value: object, words: Callable[[float], str]) -> str:
+    """A number in `words`, e.g. `"{:.4f}".format`; as `short` where they do not fit."""
     found = finite(value)
     try:
-        return short(value) if found is None else form.format(found)
+        return short(value) if found is None else words(found)
     except ValueError:
         return short(value)

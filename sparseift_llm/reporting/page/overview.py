@@ -1,8 +1,8 @@
-"""Tables that put runs side by side: headline numbers, configurations; and the notes below them."""
+"""What the page says of runs at a glance: headline numbers, cards, notices and notes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,31 +11,46 @@ from sparseift_llm.record.model_record import transformation_values
 from sparseift_llm.reporting.comparison import HEADLINES, MASKED_NOTE, NOTES, WITH_RATIO
 from sparseift_llm.reporting.page.markup import NONE, Body, Table, formatted
 from sparseift_llm.reporting.page.runs import Run
-from sparseift_llm.reporting.page.words import flattened, text
+from sparseift_llm.reporting.page.words import text
 from sparseift_llm.runs.reading import finite, mapping
 from sparseift_llm.runs.same_data import differing_data
-from sparseift_llm.utils.units import readable_bytes, readable_count
+from sparseift_llm.utils.units import readable_bytes, readable_count, readable_flops
 
-_RECORD = ("machine", "versions", "commit", "command", "device", "num_ranks", "data_fingerprint")
 _CARDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("Held-out loss", "eval_loss", "{:.4f}".format),
-    ("Training FLOPs", "train_flops", readable_count),
+    ("Training FLOPs", "train_flops", readable_flops),
     ("Tokens per second", "tokens_per_second", readable_count),
-    ("Bytes of training", "train_state_bytes", readable_bytes),
+    ("Weights, gradients, optimizer state", "train_state_bytes", readable_bytes),
 )
 _FROM_LOG = ("eval_loss", "train_flops", "train_tokens", "tokens_per_second")  # what a log line has, too
 
 
-def headline_table(runs: Sequence[Run]) -> Table:
-    """The headline numbers of every run; of an unfinished one, what its log has last. With two, their ratios."""
-    rows = []
-    for title, key, form in (("optimizer steps", "step", "{:,}"), *HEADLINES):
-        rows.append([title, *(_headline(run, key, form) for run in runs)])
-        if len(runs) == 2:
-            first, second = (finite(run.summary.get(key)) for run in runs)
-            rows[-1].append(f"{second / first:.3f}" if key in WITH_RATIO and first and second is not None else "")
-    ratio = [f"{runs[1].name} / {runs[0].name}"] if len(runs) == 2 else []
-    return Table("Headline numbers", ["", *(run.name for run in runs), *ratio], [Body(rows)])
+def headline_table(runs: Sequence[Run]) -> tuple[Table, str]:
+    """The headline numbers of every run; of an unfinished one, what its log has last.
+
+    Returns:
+        The table, with the ratios of two runs as its first column, which a narrow screen shows without scrolling; and
+        one sentence with what is the same in all of several runs, which has no row then.
+    """
+    rows, same = [], []
+    for title, key, form in (("optimizer steps", "step", "{:,}".format), *HEADLINES):
+        values = [_headline(run, key, form) for run in runs]
+        if len(runs) > 1 and len(set(values)) == 1:
+            same += [] if values[0] == NONE else [f"{title} {values[0]}"]
+        else:
+            rows.append([title, *([_ratio(runs, key)] if len(runs) == 2 else []), *values])
+    names = [run.name for run in runs]
+    if len(runs) == 2:
+        table = Table(f"Ratio: {names[1]} / {names[0]}", ["", "ratio", *names], [Body(rows)])
+    else:
+        table = Table("Headline numbers", ["", *names], [Body(rows)])
+    return table, f"The same in {'both' if len(runs) == 2 else 'all'}: {'; '.join(same)}." if same else ""
+
+
+def _ratio(runs: Sequence[Run], key: str) -> str:
+    """The second run's headline number over the first's, where that says something."""
+    first, second = (finite(run.summary.get(key)) for run in runs)
+    return f"{second / first:.3f}" if key in WITH_RATIO and first and second is not None else ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,7 @@ def _kind(run: Run) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _headline(run: Run, key: str, form: str) -> str:
+def _headline(run: Run, key: str, form: Callable[[float], str]) -> str:
     if key in run.summary:
         return formatted(run.summary[key], form)
     if key == "step":
@@ -102,64 +117,39 @@ def _headline(run: Run, key: str, form: str) -> str:
     return f"{formatted(lines[-1][key], form)} at step {lines[-1]['step']:,}" if lines else NONE
 
 
-def difference_table(runs: Sequence[Run]) -> Table | None:
-    """Settings, versions and machines that are not the same in all runs; None for a single run or if all agree."""
-    values = [settings(run) for run in runs]
-    keys = dict.fromkeys(key for found in values for key in found)
-    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys))
-    rows = [
-        [key, *(_setting(found, key) for found in values)]
-        for key in sorted(keys, key=lambda key: sections.index(key.partition(".")[0]))
-        if len({found.get(key) for found in values}) > 1
-    ]
-    header = ["setting", *(run.name for run in runs)]
-    return Table("Settings that differ", header, [Body(rows)], is_words=True) if rows else None
-
-
-def _setting(found: Mapping[str, str], key: str) -> str:
-    if key in found:
-        return found[key]
-    return "options below" if any(name.startswith(f"{key}.") for name in found) else NONE
-
-
-def setting_tables(runs: Sequence[Run]) -> list[tuple[str, Table]]:
-    """Every run's whole configuration."""
-    tables = []
-    for run in runs:
-        rows = [list(pair) for pair in settings(run).items()]
-        if rows:
-            table = Table(f"Configuration of {run.name}", ["setting", "value"], [Body(rows)], is_words=True)
-            tables.append((run.name, table))
-    return tables
-
-
-def settings(run: Run) -> dict[str, str]:
-    """A run's configuration with dotted keys, and what it ran on."""
-    record = {key: source[key] for source in (run.recipe, run.summary) for key in _RECORD if key in source}
-    return dict(flattened({**run.config, **record}))
-
-
 def comparison_warnings(runs: Sequence[Run]) -> list[str]:
-    """Why numbers of these runs do not belong side by side."""
+    """One sentence for every run that does not belong beside the first: whose numbers cannot be compared, and why."""
     warnings = []
-    for run in runs[1:]:
-        data, first = (mapping(one.config.get("data")) for one in (run, runs[0]))
-        differing = differing_data(first, data) if data and first else []
-        if differing:
-            reasons = "; ".join(f"data.{key} is {text(mine)} and {text(theirs)}" for key, mine, theirs in differing)
-            warnings.append(f"The losses of {runs[0].name} and {run.name} cannot be compared: {reasons}.")
-    for name in dict.fromkeys(name for run in runs for name in run.evaluations):
-        having = [run for run in runs if name in run.evaluations]
-        arms = [Arm(run.name, (Path(f"{run.name}/{name}"),), (run.evaluations[name],)) for run in having]
-        try:
-            check_comparable(arms)
-        except ValueError as error:
-            warnings.append(f"{error}.")
-        except (KeyError, TypeError, AttributeError) as error:
-            warnings.append(
-                f"{name}: whether the same questions were asked is not known, a file is damaged ({error!r})."
-            )
+    for place, run in enumerate(runs[1:], start=1):
+        reasons = [*_differing_data(runs[0], run), *_differing_evaluations(runs[:place], run)]
+        if reasons:
+            warnings.append(f"{run.name} cannot be compared with {runs[0].name}: {'; '.join(reasons)}.")
     return warnings
+
+
+def _differing_data(first: Run, run: Run) -> list[str]:
+    """Why two runs' losses are those of other text."""
+    ours, theirs = mapping(first.config.get("data")), mapping(run.config.get("data"))
+    differing = differing_data(ours, theirs) if ours and theirs else []
+    return [f"data.{key} is {text(value)} and {text(other)}" for key, value, other in differing]
+
+
+def _differing_evaluations(before: Sequence[Run], run: Run) -> list[str]:
+    """Why scores of a run are not those of the first run that was evaluated on the same suite."""
+    reasons = []
+    for name, result in run.evaluations.items():
+        having = [one for one in before if name in one.evaluations]
+        if not having:
+            continue
+        first = having[0]
+        pairs = ((first.name, first.evaluations[name]), (run.name, result))
+        try:
+            check_comparable([Arm(label, (Path(name),), (values,)) for label, values in pairs])
+        except ValueError as error:
+            reasons.append(str(error))
+        except (KeyError, TypeError, AttributeError) as error:
+            reasons.append(f"{name}: whether the same questions were asked is not known, a file is damaged ({error!r})")
+    return reasons
 
 
 def notes(runs: Sequence[Run]) -> list[str]:

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 import sparseift_llm
-from sparseift_llm.reporting.page import curves, evaluations, layer_maps, overview
+from sparseift_llm.reporting.page import curves, evaluations, layer_maps, overview, settings
 from sparseift_llm.reporting.page.charts import MARKERS, marker_of, style_class
 from sparseift_llm.reporting.page.runs import Run, read_runs
 from sparseift_llm.utils.files import written_whole
@@ -76,16 +76,18 @@ def render(runs: Sequence[Run]) -> str:
 
 def _sections(runs: Sequence[Run]) -> dict[str, Any]:
     loss = curves.loss_figure(runs)
+    headline, same = overview.headline_table(runs)
     return {
         "runs": runs,
         "styles": [(run.name, style_class(index), marker_of(index)) for index, run in enumerate(runs)],
         "cards": overview.cards(runs),
         "line": overview.comparison_line(runs),
-        "headline": overview.headline_table(runs),
+        "headline": headline,
+        "same": same,
         "warnings": overview.comparison_warnings(runs),
         "loss": loss,
         "x_axes": curves.drawn_axes(loss),
-        "spans": [(name, words) for name, _, words in curves.SPANS],
+        "spans": [(name, words) for name, *_, words in curves.SPANS],
         "degrees": layer_maps.degree_figures(runs),
         "masks": curves.multiples("masks", "Masks along training", runs, curves.MASK_QUANTITIES),
         "by_kind": curves.by_kind_table(runs),
@@ -101,8 +103,8 @@ def _sections(runs: Sequence[Run]) -> dict[str, Any]:
         "training": curves.multiples("training", "Speed and gradients", runs, curves.TRAINING_QUANTITIES),
         "evaluations": evaluations.evaluation_tables(runs),
         "evaluation_differences": evaluations.difference_tables(runs),
-        "differences": overview.difference_table(runs),
-        "settings": overview.setting_tables(runs),
+        "differences": settings.difference_table(runs),
+        "settings": settings.setting_tables(runs),
         "notes": overview.notes(runs),
     }
 
