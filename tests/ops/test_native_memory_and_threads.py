@@ -79,6 +79,21 @@ def test_what_lay_in_scratch_memory_before_costs_no_time() -> None:
 
 
 @NEEDS_COMPILER
+def test_sums_of_small_tiles_stay_in_registers_too() -> None:
+    """In memory, as a compiler leaves them that does not unroll the loops over them, they take over twice as long."""
+    cases = {size: make_case(tokens=480, rows=256 // size, columns=256 // size, num_tiles=(256 // size) ** 2, size=size)
+             for size in (16, 64)}  # fmt: skip
+    seconds: dict[int, list[float]] = {size: [] for size in cases}
+    with num_threads(1):
+        for _ in range(30):
+            for size, case in cases.items():
+                start = time.thread_time()
+                NATIVE.forward(case.x, case.weight, case.bias, case.columns, case.out_features)
+                seconds[size].append(time.thread_time() - start)
+    assert min(seconds[16]) < 1.5 * min(seconds[64])
+
+
+@NEEDS_COMPILER
 def test_scratch_memory_is_counted_and_given_back() -> None:
     make_case().computed(NATIVE)
     assert NATIVE.scratch_bytes() > 7 * 16 * 16 * 4  # the tiles, packed

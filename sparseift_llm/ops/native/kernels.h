@@ -33,6 +33,7 @@ constexpr int VECTOR_BYTES = 16, NUM_SUMS = 12, MAX_VECTORS = 2;
 constexpr int64_t SUB_CHUNK = 240, CHUNK = 480;  // tokens; multiples of every number of rows below
 constexpr int64_t PACKED_ROWS = 8;               // tokens that a thread copies at a time
 constexpr int64_t WEIGHT_BYTES_IN_L1 = 32768;
+constexpr int64_t PREFETCH_WIDTH = 48;  // columns of the input that are asked for before they are multiplied
 constexpr int64_t FEW_TOKENS = 12;  // with no more, packing the tiles would take longer than multiplying them
 
 static inline float load(float value) { return value; }
@@ -77,6 +78,12 @@ struct Kernels {
     typedef Sum Total;
     typedef Sum Vector __attribute__((vector_size(BYTES), aligned(sizeof(Sum)), may_alias));
     static constexpr int LANES = BYTES / sizeof(Sum), PANEL = VECTORS * LANES, ROWS = NUM_SUMS / VECTORS;
+    static constexpr int64_t GROUP = std::max<int64_t>(1, WEIGHT_BYTES_IN_L1 / int64_t(sizeof(Sum) * PANEL * PANEL));
+    static constexpr int64_t AHEAD = (PREFETCH_WIDTH + PANEL - 1) / PANEL;
+
+    // Loops over sums have to be unrolled whatever their length: registers have no index. A compiler that is not told
+    // stops at 16 and keeps sums in memory.
+#define UNROLLED _Pragma("GCC unroll 32")
 
     // sums[m] += sum over k of a[m * A_ROW + k * A_STEP] * b[k * PANEL + ...]. Every product in this library is summed here.
     template <int NUM_ROWS, int64_t A_ROW, int64_t A_STEP>
@@ -84,6 +91,7 @@ struct Kernels {
         for (int64_t k = 0; k < count; k++) {
             Vector right[VECTORS];
             for (int v = 0; v < VECTORS; v++) right[v] = *(const Vector*)(b + k * PANEL + v * LANES);
+            UNROLLED
             for (int m = 0; m < NUM_ROWS; m++)
                 for (int v = 0; v < VECTORS; v++) sums[m][v] += a[m * A_ROW + k * A_STEP] * right[v];
         }
@@ -91,11 +99,18 @@ struct Kernels {
 
     template <int NUM_ROWS>
     static inline void keep(const Vector (&sums)[NUM_ROWS][VECTORS], Sum* to, bool add) {
+        UNROLLED
         for (int m = 0; m < NUM_ROWS; m++)
             for (int v = 0; v < VECTORS; v++) {
                 Vector* target = (Vector*)(to + m * PANEL + v * LANES);
                 *target = add ? *target + sums[m][v] : sums[m][v];
             }
+    }
+
+    // Ask for ROWS rows of a panel. Which panel comes next depends on the tiles, and no processor guesses it.
+    static inline void prefetch(const Sum* rows) {
+        UNROLLED
+        for (int64_t i = 0; i < ROWS * PANEL; i += 64 / int64_t(sizeof(Sum))) __builtin_prefetch(rows + i);
     }
 
     static inline Vector cut(Vector x, Sum low, Sum high) {  // nan stays nan
@@ -223,19 +238,26 @@ struct Kernels {
         Sum* const sums = scratch<Sum>(SUMS, (SUB_CHUNK + ROWS) * PANEL);
         const int64_t parts = size / PANEL, block = q / parts, part = q % parts, entry = map.starts[block];
         const int64_t steps = (map.starts[block + 1] - entry) * parts;
-        const int64_t group = std::max<int64_t>(1, WEIGHT_BYTES_IN_L1 / int64_t(sizeof(Sum) * PANEL * PANEL));
-        for (int64_t g = 0; g == 0 || g < steps; g += group)
+        const Sum *left[GROUP], *right[GROUP];
+        for (int64_t g = 0; g == 0 || g < steps; g += GROUP) {
+            const int64_t length = std::min(GROUP, steps - g);
+            for (int64_t e = 0; e < length; e++) {
+                const int64_t slot = entry + (g + e) / parts, k = (g + e) % parts;
+                left[e] = input + (map.sources[slot] * parts + k) * PANEL_STRIDE + first * PANEL;
+                right[e] = weights + (map.tiles[slot] * size + part * PANEL) * size + k * PANEL * PANEL;
+            }
             for (int64_t m = 0; m < count; m += ROWS) {
                 Vector local[ROWS][VECTORS] = {};
-                for (int64_t e = g; e < std::min(steps, g + group); e++) {
-                    const int64_t slot = entry + e / parts, k = e % parts;
-                    const Sum* a = input + (map.sources[slot] * parts + k) * PANEL_STRIDE + (first + m) * PANEL;
-                    const Sum* b = weights + (map.tiles[slot] * size + part * PANEL) * size + k * PANEL * PANEL;
-                    multiply<ROWS, PANEL, 1>(PANEL, a, b, local);
+                for (int64_t e = 0; e < length; e++) {
+                    const int64_t next = e + AHEAD;
+                    if (next < length) prefetch(left[next] + m * PANEL);
+                    else if (next < 2 * length) prefetch(left[next - length] + (m + ROWS) * PANEL);
+                    multiply<ROWS, PANEL, 1>(PANEL, left[e] + m * PANEL, right[e], local);
                 }
                 keep<ROWS>(local, sums + m * PANEL, g > 0);
-                if (g + group >= steps) emit(first + m, std::min<int64_t>(ROWS, count - m), sums + m * PANEL);
+                if (g + GROUP >= steps) emit(first + m, std::min<int64_t>(ROWS, count - m), sums + m * PANEL);
             }
+        }
     }
 
     // y = the product for a whole chunk, plus bias.
