@@ -5,10 +5,6 @@ What the processes run is in ddp_script.py.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ from torch.optim import AdamW
 from sparseift_llm import SparseTrainingController
 from sparseift_llm.layers.base import sparse_layers
 from tests.distributed.ddp_script import STEPS
-from tests.helpers.paths import ROOT
+from tests.distributed.torchrun import Results, run_ranks
 from tests.helpers.tiny_runs import (
     STORAGES,
     batches,
@@ -34,35 +30,14 @@ from tests.helpers.tiny_runs import (
 )
 
 SCENARIOS = ("plain", "corrupted", "compiled", "trainer")
-SECONDS = 200  # a hang is a failure
 
 pytestmark = pytest.mark.usefixtures("every_structure")
 
 
 @pytest.fixture(scope="module")
-def results(every_structure: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def results(every_structure: str, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What both ranks report, by scenario."""
-    folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.distributed.ddp_script", ",".join(SCENARIOS), str(folder)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            pytest.fail(f"two processes did not end within {SECONDS} s:\n{output}")
-    assert process.returncode == 0, output
-    return {
-        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in SCENARIOS
-    }
-
-
-Results = dict[str, list[dict[str, Any]]]
+    return run_ranks("tests.distributed.ddp_script", SCENARIOS, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,18 +6,16 @@ import faulthandler
 import gc
 import importlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_within
 
 SECONDS = 270  # a hang is a failure
 Scenario = Callable[[int, Path], Any]
@@ -30,18 +28,8 @@ def start_ranks(
     """`torchrun -m MODULE SCENARIOS FOLDER`; the test fails if it does not end in time."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     command += ["-m", module, scenarios, str(folder)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            pytest.fail(f"{num_ranks} processes did not end within {SECONDS} s:\n{output}")
-    return subprocess.CompletedProcess(command, process.returncode, output)
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings}
+    return run_within(SECONDS, command, environment)
 
 
 def run_ranks(

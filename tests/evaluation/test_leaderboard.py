@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from sparseift_llm.evaluation.model_facts import check_held_out, describe_model,
 from sparseift_llm.evaluation.task_loading import named_suite
 from tests.helpers.evaluation import save_model, tiny_gpt2, tokenizer, write_leaderboard_data
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_within
 
 SPARSE: dict[str, Any] = {"sparsity": 0.75, "init": "paper"}
 BLOCK: dict[str, Any] = {**SPARSE, "structure": "block", "block_size": 16}
@@ -173,18 +172,10 @@ def test_two_processes_give_the_same_scores(model: Path, data: Path, tmp_path: P
         "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "eval/leaderboard.py",
         *shared, *names, "--output", str(tmp_path / "two.json"),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            text, _ = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"two processes did not end within {SECONDS} s:\n{process.communicate()[0]}")
-    assert process.returncode == 0, text[-3000:]
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = run_within(SECONDS, command, environment)
+    assert done.returncode == 0, done.stdout[-3000:]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,12 +1,17 @@
-"""Whole processes, measured. No tests stand here."""
+"""Whole processes: measured, or ended with all that they started. No tests stand here."""
 
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+
+import pytest
+
+from tests.helpers.paths import ROOT
 
 
 def cpu_seconds(command: Sequence[str]) -> float:
@@ -35,6 +40,26 @@ def median_cpu_seconds(programs: Mapping[str, str], repeats: int) -> dict[str, f
             if turn:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run_within(
+    seconds: float, command: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that starts processes of its own, with its output and errors in `stdout`.
+
+    After `seconds` all of them are killed, and the test fails: a hang is a failure.
+    """
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(f"processes did not end within {seconds} s:\n{output}")
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def output_of(program: str) -> str:
