@@ -19,7 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GPT2Config
 
+from sparseift_llm import SparseIFTConfig, sparsify, to_dense, to_semi_structured, use_semi_structured_kernels
 from sparseift_llm.bench.measure import queued_seconds
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.ops.semi_structured import PATTERN, check_device, compress, compressed_linear, semi_structured_linear
@@ -110,6 +112,41 @@ def measure(name: str, shape: tuple[int, int], device: str) -> dict[str, Any]:
     return {"shape": shape, "tokens": TOKENS, "relative_errors": errors, "seconds": seconds, "dense over 2:4": ratio}
 
 
+def check_model(device: str) -> dict[str, float]:
+    """Relative errors of a small 2:4 GPT-2 in bfloat16 against float64: dense with its zeros, and on the kernels.
+
+    Raises:
+        SystemExit: on the kernels it is more than twice as far off as dense.
+    """
+    dense = GPT2Config(n_embd=256, n_layer=2, n_head=4, vocab_size=1024, n_positions=128)
+    model = sparsify(dense, SparseIFTConfig(structure="2:4", width_multiple=16)).eval().to(device, torch.bfloat16)
+    tokens = torch.randint(dense.vocab_size, (2, 128), device=device)
+
+    def logits_and_gradient(which: Any) -> tuple[Tensor, Tensor]:
+        which.zero_grad()
+        output = which(input_ids=tokens, labels=tokens)
+        output.loss.backward()
+        return output.logits.detach(), which.transformer.h[0].attn.c_attn.weight.grad.clone()
+
+    mask = model.transformer.h[0].attn.c_attn.mask
+    logits, gradient = logits_and_gradient(to_dense(model).double())
+    references, found = (logits, gradient * mask), {"dense": logits_and_gradient(model)}
+    use_semi_structured_kernels(model)
+    found["training"] = logits_and_gradient(model)
+    with torch.no_grad():
+        inference_logits = to_semi_structured(model)(input_ids=tokens).logits
+    errors = {
+        f"{key} {what}": relative_error(one, reference)
+        for key, pair in found.items()
+        for what, one, reference in zip(("logits", "gradient"), pair, references, strict=True)
+    }
+    errors["inference logits"] = relative_error(inference_logits, logits)
+    for key in ("training logits", "training gradient", "inference logits"):
+        if not errors[key] < 2 * errors[f"dense {key.split()[1]}"]:
+            raise SystemExit(f"a model on the kernels is wrong against float64: {errors}")
+    return errors
+
+
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="make and check masks alone, on a CPU")
@@ -125,10 +162,15 @@ def main(words: Sequence[str]) -> int:
     except ValueError as problem:
         print(f"{problem}; --dry tests the masks of this program", file=sys.stderr)
         return 2
-    rows = {name: measure(name, shape, device) for name, shape in SHAPES.items()}
+    rows = {}
+    for name, shape in SHAPES.items():
+        rows[name] = measure(name, shape, device)
+        print(json.dumps({name: rows[name]}), file=sys.stderr)  # not lost if a later check fails
+    errors = check_model(device)
     wide = {name: rows[name]["seconds"]["dense output"] for name in ("up", "down")}
     pays = {n: wide[n] / rows[f"wide {n}"]["seconds"]["2:4 output, compressed before"] for n in wide}
-    found = {"device": torch.cuda.get_device_name(), "rows": rows, "dense twin over wide 2:4": pays}
+    found = {"device": torch.cuda.get_device_name(), "model_errors": errors, "rows": rows}
+    found["dense twin over wide 2:4"] = pays
     print(json.dumps({**found, "machine": machine(), "versions": versions(), "commit": commit()}))
     return 0
 

@@ -18,9 +18,10 @@ from sparseift_llm.checkpoints.registration import register_with_transformers
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports them, from `_PUBLIC` below
     from sparseift_llm.analysis.spectral import spectral_report
-    from sparseift_llm.api import load_pretrained, save_export, sparsify, to_dense
+    from sparseift_llm.api import load_pretrained, save_export, sparsify, to_dense, to_semi_structured
     from sparseift_llm.checkpoints.summary import print_sparsity
     from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
+    from sparseift_llm.layers.semi_structured import use_semi_structured_kernels
     from sparseift_llm.planning.cost import count_flops
     from sparseift_llm.planning.planner import plan
     from sparseift_llm.trainer.callback import SparseTrainingCallback
@@ -43,6 +44,8 @@ __all__ = [
     "sparsify",
     "spectral_report",
     "to_dense",
+    "to_semi_structured",
+    "use_semi_structured_kernels",
 ]
 
 # The module that each public name lives in. A test compares this table with `__all__` and with the imports above.
@@ -60,6 +63,8 @@ _PUBLIC = {
     "sparsify": "api",
     "spectral_report": "analysis.spectral",
     "to_dense": "api",
+    "to_semi_structured": "api",
+    "use_semi_structured_kernels": "layers.semi_structured",
 }
 
 

@@ -1,5 +1,5 @@
 """The verbs of the library, each composed of steps that the folders below offer: `sparsify`, `to_dense`,
-`load_pretrained`, `save_export`.
+`to_semi_structured`, `load_pretrained`, `save_export`.
 
 `sparsify` plans, builds and marks a twin; `to_dense` undoes that. Nothing is decided here.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -20,15 +21,17 @@ from sparseift_llm.conversion.from_trained import check_has_weights, check_start
 from sparseift_llm.conversion.install import remove_sparse_layers
 from sparseift_llm.conversion.twin import build_twin
 from sparseift_llm.layers.base import sparse_layers
+from sparseift_llm.layers.semi_structured import SemiStructuredLinear, patterned_layers
 from sparseift_llm.layers.sharding import is_sharded
 from sparseift_llm.models.wrappers import pretrained_model, remove_compiled_parts
+from sparseift_llm.ops.semi_structured import check_device
 from sparseift_llm.planning.planner import plan
 from sparseift_llm.record.model_record import has_record, missing_layers
 from sparseift_llm.utils.files import written_whole
 from sparseift_llm.utils.outputs import user_path
 
 logger = logging.getLogger(__name__)
-__all__ = ["export_run", "load_pretrained", "save_export", "sparsify", "to_dense"]
+__all__ = ["export_run", "load_pretrained", "save_export", "sparsify", "to_dense", "to_semi_structured"]
 _TOKENIZER_NAME = "tokenizer_config.json"
 
 
@@ -93,6 +96,46 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     remove_sparse_layers(dense)
     restore_saving(dense)
     return dense
+
+
+def to_semi_structured(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy for inference whose 2:4 projections are stored compressed and run on torch's semi-structured kernels.
+
+    Everything else is as it was. The copy is in evaluation mode, takes no gradients and cannot be saved: save `model`,
+    and convert it after loading.
+
+    Args:
+        model: a Sparse-IFT model with `structure="2:4"`, in float16 or bfloat16 on an NVIDIA GPU of compute capability
+            8.0 or more; it is not changed.
+
+    Raises:
+        ValueError: another structure or pattern, sides that are not multiples of 16, another device or dtype, or
+            sharded weights; it says what to change.
+    """
+    model = pretrained_model(model)
+    if is_sharded(model):
+        raise ValueError(
+            f"to_semi_structured needs whole weights; {GATHER}, then to_semi_structured(load_pretrained(...))"
+        )
+    for name, layer in patterned_layers(model).items():
+        try:
+            check_device(layer.weight.device, layer.weight.dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    result = copy.deepcopy(model)
+    remove_compiled_parts(result)
+    for name, layer in patterned_layers(result).items():
+        result.set_submodule(name, SemiStructuredLinear(layer))
+    restore_saving(result)
+    result.save_pretrained = result.push_to_hub = _refuse_saving  # type: ignore[method-assign,assignment]
+    return result.requires_grad_(False).eval()
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "a model of to_semi_structured has no file format of its own: save the model that it was made of, and convert "
+        "it again after load_pretrained"
+    )
 
 
 def save_export(model: PreTrainedModel, output: str | Path, format: str = "dense") -> Path:

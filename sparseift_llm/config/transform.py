@@ -72,7 +72,8 @@ class SparseIFTConfig:
     exclude: Kinds = ()
     """Projection kinds to leave dense."""
     width_multiple: Annotated[int, Field(ge=1)] = 1
-    """The widened hidden and FFN sizes are rounded to a multiple of this, and of what the architecture itself needs."""
+    """The widened hidden and FFN sizes are rounded to a multiple of this, and of what the architecture itself needs.
+    With structure `n:m` the widths of queries, keys and values are, too."""
     balance_heads: bool = False
     """Every attention head keeps the same number of active weights (to within one), at the start and in every update:
     per head the rows of q, of k and of v, fused or not, and the input columns of o. With tiles, whose block-rows have

@@ -126,12 +126,14 @@ def _hidden_and_head(dense: PreTrainedConfig, config: SparseIFTConfig, multiple:
 
 
 def _fills_tiles(dense: PreTrainedConfig, config: SparseIFTConfig, head_dim: int) -> bool:
-    """Whether queries, keys and values of heads of this size have widths that are multiples of the tile, or of m."""
-    if config.side_multiple == 1 or not {"q", "k", "v", "o"} & set(config.target_kinds):
+    """Whether queries, keys and values of heads of this size have widths that are multiples of the tile.
+
+    With n:m, of m and of `width_multiple`, so that one number fits all sides to kernels.
+    """
+    multiple = math.lcm(config.side_multiple, config.width_multiple if config.pattern else 1)
+    if not {"q", "k", "v", "o"} & set(config.target_kinds):
         return True
-    return all(
-        number * head_dim % config.side_multiple == 0 for number in (sizes_of(dense).num_heads, num_kv_heads(dense))
-    )
+    return all(number * head_dim % multiple == 0 for number in (sizes_of(dense).num_heads, num_kv_heads(dense)))
 
 
 def widen(rows: Tensor, num_units: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.sharding import local, part_of, whole
 from sparseift_llm.layers.stock import is_conv1d, stock_layer
 from sparseift_llm.ops.masked_weight import masked_weight
+from sparseift_llm.ops.semi_structured import semi_structured_linear
 from sparseift_llm.record.specs import MatrixSpec
 from sparseift_llm.topology.groups import EqualGroups, Groups, InputGroups, RowSets, WholeMatrix
 
@@ -24,9 +25,13 @@ class MaskedProjection(SparseProjection):
     Attributes:
         weight: the dense parameter, exactly 0 wherever the mask is.
         mask: bool buffer of the weight's shape. It is not in the state dict (see checkpoints/mask_file.py).
+        pattern: (n, m) if of every m neighbouring inputs n are active, else None.
+        uses_semi_structured_kernels: whether outputs are computed on torch's kernels for 2:4 matrices.
     """
 
     mask: Tensor
+    pattern: tuple[int, int] | None = None
+    uses_semi_structured_kernels: bool = False
     _groups: Groups = WholeMatrix()
 
     def divide(self, matrix: MatrixSpec) -> None:
@@ -34,8 +39,9 @@ class MaskedProjection(SparseProjection):
 
         Groups are those of an n:m mask, or row groups, heads, or both.
         """
-        if matrix.pattern is not None:
-            self._groups = InputGroups(self.output_dim, matrix.num_weights // matrix.pattern[1])
+        self.pattern = matrix.pattern
+        if self.pattern is not None:
+            self._groups = InputGroups(self.output_dim, matrix.num_weights // self.pattern[1])
             return
         side = 0 if matrix.heads is None else matrix.heads[0]
         dim = side ^ self.output_dim
@@ -75,9 +81,9 @@ class MaskedProjection(SparseProjection):
         return int(self.mask.sum())
 
     def accepts(self, mask: Tensor) -> bool:
-        if not super().accepts(mask) or not isinstance(self._groups, InputGroups):
+        if not super().accepts(mask) or self.pattern is None:
             return super().accepts(mask)
-        return torch.equal(self._groups.count(mask).cpu(), self._groups.share(self.num_active))
+        return bool((self._groups.count(mask) == self.pattern[0]).all())
 
     @torch.no_grad()
     def weights_fit(self, mask: Tensor) -> bool:
@@ -149,7 +155,8 @@ class MaskedLinear(MaskedProjection, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(input, self._masked_weight(), self.bias)
+        linear = semi_structured_linear if self.uses_semi_structured_kernels else F.linear
+        return linear(input, self._masked_weight(), self.bias)
 
 
 class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
@@ -164,7 +171,9 @@ class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
         return f"MaskedConv1D(nf={self.nf}, nx={self.nx}, {self.describe()})"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), by the same operation as `Conv1D`."""
+        """(..., in) -> (..., out), by the same operation as `Conv1D`, unless on kernels for 2:4 matrices."""
+        if self.uses_semi_structured_kernels:
+            return semi_structured_linear(x, self._masked_weight().T, self.bias)
         flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self._masked_weight())
         return flat.view(*x.shape[:-1], self.nf)
 

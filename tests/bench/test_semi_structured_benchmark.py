@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseift_llm.layers import semi_structured as layers_of_kernels
 from sparseift_llm.ops import semi_structured
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -34,6 +35,19 @@ def test_a_mask_that_is_not_2_4_stops_it(script: Any, monkeypatch: pytest.Monkey
 def test_without_a_gpu_it_says_so(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main([]) == 2
     assert "--dry" in capsys.readouterr().err
+
+
+def test_a_whole_model_is_held_to_float64(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (layers_of_kernels, semi_structured):
+        monkeypatch.setattr(module, "compress", lambda weight: weight.detach().clone())
+    for name in ("sparseift_llm.ops.semi_structured.check_device", "sparseift_llm.api.check_device"):
+        monkeypatch.setattr(name, lambda device, dtype: None)
+    errors = script.check_model("cpu")
+    assert 0 < errors["dense logits"] < 0.05
+    assert 0 < errors["inference logits"] < 0.05
+    monkeypatch.setattr(layers_of_kernels, "compress", lambda weight: 1.2 * weight.detach())
+    with pytest.raises(SystemExit, match="a model on the kernels is wrong against float64"):
+        script.check_model("cpu")
 
 
 def test_every_product_is_held_to_float64(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
