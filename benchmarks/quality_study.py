@@ -1,12 +1,18 @@
-"""What tile sizes and families cost and gain in quality: a small GPT-2 and its twins, learning rates swept.
+"""What tile sizes, families and ways to search a mask cost and gain in quality: a small GPT-2 and its twins.
 
-    python benchmarks/quality_study.py {tiles,families,seeds} run [--jobs 2]  # hours; stopped, it goes on where it was
+    python benchmarks/quality_study.py STUDY run [--jobs 2]  # hours; stopped, it goes on where it was
     python benchmarks/quality_study.py {tiles,families} time  # step times, on a quiet machine
-    python benchmarks/quality_study.py {tiles,families,seeds} table
+    python benchmarks/quality_study.py STUDY table
 
-Every row trains on the same tokens with the same linear FLOPs per token; a row's result is that of its best
-learning rate. `seeds` repeats rows of `tiles` at one rate, to tell differences from noise. Summaries are kept in
-results/quality_study, one file a run, step times in times.json beside them.
+STUDY is one of these, each over learning rates of its own:
+
+- tiles, families: structures and families; a row's result is that of its best learning rate;
+- seeds: rows of `tiles` again at one rate, to tell differences from noise;
+- rates: static masks with other factors on the embedding's rate, to find what `search` trains with;
+- search: the algorithms, and the options of RigL on and off one by one, with three seeds.
+
+Every row trains on the same tokens with the same linear FLOPs per token, except for GraNet, which starts dense.
+Summaries are kept in results/quality_study, one file a run, step times in times.json beside them.
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ RUNS = Path("runs") / "quality_study"
 TIMES_NAME = "times.json"
 REPEATS = 15
 SEEDS = (0, 1, 2)
+SEARCH_RATE, SEARCH_EMBEDDING_FACTOR = 4e-3, 4  # the best of `rates` for static masks
 WIDE_HIDDEN = 256  # of the Wide 75% twin with scope model; the dense model's is 128
 
 
@@ -57,6 +64,8 @@ class Row:
         algorithm: of the mask updates.
         drop_fraction: share of weights or tiles that the first update drops.
         seed: of weights, masks and the order of data.
+        options: more fields of `DSTConfig`.
+        embedding_factor: how many times the learning rate the embeddings have.
     """
 
     name: str
@@ -65,14 +74,23 @@ class Row:
     algorithm: str = "rigl"
     drop_fraction: float = 0.3
     seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict, compare=False)
+    embedding_factor: float = 1
 
     def overrides(self) -> list[str]:
         """What this row changes in the recipe."""
-        seed = ["--seed", str(self.seed)] if self.seed else []
+        words = ["--seed", str(self.seed)] if self.seed else []
+        if self.embedding_factor != 1:
+            words += ["--embedding_lr_factor", f"{self.embedding_factor:g}"]
         if self.sparse is None:
-            return seed
-        dst = {"algorithm": self.algorithm, "update_every_steps": 50, "drop_fraction": self.drop_fraction}
-        return [*seed, "--sparse_ift", json.dumps({"sparsity": 0.75, **self.sparse, "dst": dst})]
+            return words
+        dst = {
+            "algorithm": self.algorithm,
+            "update_every_steps": 50,
+            "drop_fraction": self.drop_fraction,
+            **self.options,
+        }
+        return [*words, "--sparse_ift", json.dumps({"sparsity": 0.75, **self.sparse, "dst": dst})]
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,52 @@ def repeated_rows() -> Iterator[Row]:
     title = f"Wide, tiles of 32, {WIDE_HIDDEN // 32} per side, rigl, 10% dropped instead of 30%"
     smaller = Row("tile32-rigl-drop0.1", title, {"scope": "model", **tiles_of(32)}, drop_fraction=0.1)
     for row in (DENSE, *(row for row in tile_rows() if row.name in kept), smaller):
-        yield from (replace(row, name=f"{row.name}-seed{seed}" if seed else row.name, seed=seed) for seed in SEEDS)
+        yield from with_every_seed(row)
+
+
+def with_every_seed(row: Row) -> Iterator[Row]:
+    """The row, and with other names the same with the other seeds."""
+    return (replace(row, name=f"{row.name}-seed{seed}" if seed else row.name, seed=seed) for seed in SEEDS)
+
+
+def rate_rows() -> Iterator[Row]:
+    """The dense model and static masks of single weights, each with several factors on the embeddings' rate."""
+    for row in (DENSE, Row("mask-static", "Wide, unstructured, static", {"scope": "model"}, "static")):
+        for factor in (2, 4, 8):
+            title = f"{row.title}, embeddings' rate {factor} times"
+            yield replace(row, name=f"{row.name}-emb{factor}", title=title, embedding_factor=factor)
+
+
+OF_WEIGHTS: dict[str, dict[str, Any]] = {"every input and output kept connected": {"keep_connected": True}}
+OF_TILES: dict[str, dict[str, Any]] = {
+    "inputs and outputs may lose their last tile": {"keep_connected": False},
+    "10% dropped by saliency, grown at random by the gradient": {
+        "drop_fraction": 0.1,
+        "drop_by": "saliency",
+        "soft_growth": True,
+    },
+}
+OF_ALL: dict[str, dict[str, Any]] = {
+    "Adam's state of grown weights: mean of the row": {"grown_state": "row_mean"},
+    "Adam's step count of grown weights: their own": {"grown_state": "own_count"},
+}
+
+
+def search_rows() -> Iterator[Row]:
+    """Algorithms over single weights and tiles, RigL with its options changed one by one, each with every seed."""
+    rows = [DENSE]
+    for tile in (0, 8, 32):
+        sparse = {"scope": "model", **tiles_of(tile)}
+        name, title = (f"tile{tile}", f"tiles of {tile}") if tile else ("mask", "single weights")
+        algorithms = ("static", "set", "rigl") if tile else ("static", "set", "rigl", "granet")
+        rows += [Row(f"{name}-{algorithm}", f"{title}, {algorithm}", sparse, algorithm) for algorithm in algorithms]
+        for changed, options in {**(OF_TILES if tile else OF_WEIGHTS), **OF_ALL}.items():
+            short = "-".join(f"{key}-{value}".lower() for key, value in options.items())
+            rows.append(Row(f"{name}-rigl-{short}", f"{title}, rigl, {changed}", sparse, options=options))
+    title = "single weights, rigl, one budget for queries, keys and values"
+    rows.append(Row("mask-rigl-kinds-together", title, {"scope": "model", **tiles_of(0), "kinds_apart": False}))
+    for row in rows:
+        yield from with_every_seed(replace(row, embedding_factor=SEARCH_EMBEDDING_FACTOR))
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -139,7 +202,10 @@ STUDIES = {
     "tiles": Study((DENSE, *tile_rows()), (2e-3, 4e-3, 8e-3, 1.6e-2), 1920, "tiles"),
     "seeds": Study(tuple(repeated_rows()), (8e-3,), 1920, "tiles"),
     "families": Study((DENSE, *family_rows()), (4e-3, 8e-3, 1.6e-2), 640, "families"),
+    "rates": Study(tuple(rate_rows()), (2e-3, 4e-3, 8e-3), 640, "search"),
+    "search": Study(tuple(search_rows()), (SEARCH_RATE,), 640, "search"),
 }
+REPEATED = ("seeds", "search")  # with every seed
 
 
 def main(words: list[str] | None = None) -> None:
@@ -149,10 +215,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("command", choices=("run", "time", "table"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     choice = parser.parse_args(words)
-    if (choice.study, choice.command) == ("seeds", "time"):
-        parser.error("a seed changes no step time: time tiles")
+    if choice.command == "time" and choice.study not in ("tiles", "families"):
+        parser.error("neither seeds nor rates change a step's time: time tiles or families")
     if choice.command == "table":
-        print((seed_table if choice.study == "seeds" else table)(choice.study, RESULTS))
+        print((seed_table if choice.study in REPEATED else table)(choice.study, RESULTS))
     elif choice.command == "time":
         times = step_times(STUDIES[choice.study])
         times["command"] = shlex.join(["benchmarks/quality_study.py", *sys.argv[1:]])
@@ -189,7 +255,7 @@ def train(study: str, row: Row, rate: float) -> None:
     """One run, gone on with if it was killed."""
     output = RUNS / STUDIES[study].folder / f"{row.name}-lr{rate:g}"
     output.mkdir(parents=True, exist_ok=True)
-    options = {
+    options: dict[str, Any] = {
         "output_dir": output,
         "learning_rate": rate,
         "max_steps": STUDIES[study].max_steps,

@@ -1,4 +1,4 @@
-"""Level `layer`: an FFN made Wide 75% at the widths of scope `model`, its forward and its backward pass."""
+"""Level `layer`: an FFN made Wide, its forward and its backward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparseift_llm import isoflop
 from sparseift_llm.bench.measure import peak_bytes, take_turns
 from sparseift_llm.bench.results import buffer_bytes, floor_seconds, row_result
-from sparseift_llm.bench.rows import SPARSITY, VARIANTS, Row
+from sparseift_llm.bench.rows import VARIANTS, Row
 from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.layers.block_ffn import BlockFeedForward
 from sparseift_llm.layers.masked import masked_projection
@@ -33,24 +33,28 @@ class FeedForward(nn.Module):
 
 
 def feed_forwards(row: Row) -> dict[str, nn.Module]:
-    """The dense FFN with sides (hidden, 4 hidden), and its two Wide 75% twins with sides twice as long.
+    """The dense FFN with sides (hidden, 4 hidden), and its two Wide twins.
 
-    Both twins have the same active weights: the mask of the masked one covers the tiles of the other.
+    With scope `model` both sides are twice as long and 75% of the weights are zeros; with scope `residual`, the hidden
+    side and 50%. Both twins have the same active weights: the mask of the masked one covers the tiles of the other.
     """
     hidden = row.hidden
-    dense = FeedForward(nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden))
+    up, down = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+    inner = 4 if row.scope == "residual" else 8
     pairs = []
-    for index, (inputs, outputs) in enumerate(((2 * hidden, 8 * hidden), (8 * hidden, 2 * hidden))):
-        wide, dense_shape = nn.Linear(inputs, outputs), (outputs // 2, inputs // 2)
+    for index, linear in enumerate((up, down)):
+        dense_shape = (linear.out_features, linear.in_features)
+        outputs, inputs = (2 * hidden if side == hidden else inner * hidden for side in dense_shape)
+        wide = nn.Linear(inputs, outputs)
         rows, columns = outputs // row.tile, inputs // row.tile
-        slots = random_columns(rows, columns, int((1 - SPARSITY) * rows * columns), seed=index)
+        slots = random_columns(rows, columns, int((1 - row.sparsity) * rows * columns), seed=index)
         block = BlockSparseLinear(wide, slots, row.tile, dense_shape)
         masked = masked_projection(wide, block.num_active, dense_shape)
         tiles = tile_mask(slots, rows, columns)
         masked.set_mask(tiles.repeat_interleave(row.tile, 0).repeat_interleave(row.tile, 1))
         pairs.append((masked, block))
     return {
-        "dense": dense,
+        "dense": FeedForward(up, down),
         "masked": FeedForward(pairs[0][0], pairs[1][0]),
         "block": BlockFeedForward(FeedForward(pairs[0][1], pairs[1][1]), ("up", "act", "down")),
     }

@@ -1,20 +1,21 @@
-"""Level `step`: a training step of a GPT-2 whose FFNs are made Wide 75%, with AdamW and mask updates."""
+"""Level `step`: a training step of a model that is made Wide, with AdamW and mask updates."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import statistics
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, PreTrainedModel
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from sparseift_llm.api import sparsify
 from sparseift_llm.bench.measure import peak_bytes, take_turns
 from sparseift_llm.bench.results import buffer_bytes, floor_seconds, row_result
-from sparseift_llm.bench.rows import SPARSITY, VARIANTS, Row
+from sparseift_llm.bench.rows import VARIANTS, Row
 from sparseift_llm.config.families import Wide
 from sparseift_llm.config.transform import DSTConfig, SparseIFTConfig
 from sparseift_llm.layers.base import sparse_layers
@@ -73,22 +74,27 @@ def measure_step(row: Row, repeats: int) -> dict[str, Any]:
 
 
 def models_of(row: Row) -> dict[str, PreTrainedModel]:
-    """The dense model, and its twins with FFNs made Wide 75%. With a controller, their masks change on every step."""
-    fields: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    # One kernel instead of eight elementwise ones, so that the dense model is as fast as it can be.
-    fields["activation_function"] = "gelu_pytorch_tanh"
-    config = GPT2Config(**row.model) if isinstance(row.model, dict) else load_config(row.model)
-    for key, value in fields.items():
-        setattr(config, key, value)
+    """The dense model, and its twins made Wide. With a controller, their masks change on every step."""
+    config = _dense_config(row)
     dst = DSTConfig("rigl", update_every_steps=1)
-    masked = SparseIFTConfig(family=Wide("ffn"), sparsity=SPARSITY, dst=dst)
-    block = SparseIFTConfig(family=Wide("ffn"), sparsity=SPARSITY, dst=dst, structure="block", block_size=row.tile)
+    masked = SparseIFTConfig(family=Wide(row.scope), sparsity=row.sparsity, dst=dst)
+    block = dataclasses.replace(masked, structure="block", block_size=row.tile)
     models = {
         "dense": build_model(copy.deepcopy(config)),
         "masked": sparsify(config, masked),
         "block": sparsify(config, block),
     }
     return {name: model.to(row.device) for name, model in models.items()}  # type: ignore[arg-type]
+
+
+def _dense_config(row: Row) -> PretrainedConfig:
+    if row.scope == "residual":
+        return LlamaConfig(**row.model) if isinstance(row.model, dict) else load_config(row.model)
+    config = GPT2Config(**row.model) if isinstance(row.model, dict) else load_config(row.model)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    # One kernel instead of eight elementwise ones, so that the dense model is as fast as it can be.
+    config.activation_function = "gelu_pytorch_tanh"
+    return config
 
 
 def _state_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:

@@ -13,7 +13,12 @@ RESULT_BEGINNING = r'\{\s*"rows": \[\s*\{\s*"name": "\w+",\s*"level": "'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `sparseift bench`."""
-    parser.add_argument("--only", metavar="NAME", help="one row: ffn_fp32, ffn_bf16, step_cpu, ffn_gpu or step_gpu")
+    parser.add_argument(
+        "--only",
+        metavar="NAME",
+        help="one row: ffn_fp32, ffn_bf16, step_cpu, residual_ffn_64, residual_ffn_128, residual_step_64, "
+        "residual_step_128, ffn_gpu or step_gpu",
+    )
     parser.add_argument("--crossover", action="store_true", help="FFNs of several widths and tiles instead")
     parser.add_argument("--repeats", type=int, default=9, help="timed turns of each contestant")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -12,10 +12,12 @@ import torch
 from sparseift_llm.bench.measure import peak_bytes, queued_seconds, take_turns
 from sparseift_llm.bench.rows import CROSSOVER, ROWS, Row
 from sparseift_llm.bench.run import bench
+from sparseift_llm.bench.step import models_of
 from sparseift_llm.bench.tables import render
 from sparseift_llm.cli import main
 from sparseift_llm.cli.bench import RESULT_BEGINNING
 from sparseift_llm.ops.kernels.native import NATIVE
+from sparseift_llm.planning.cost import count_flops
 from sparseift_llm.utils.outputs import refuse_foreign
 from tests.helpers.paths import ROOT
 
@@ -28,10 +30,22 @@ GPT = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 16,
+    "vocab_size": 64,
+}
 TINY = {
     "layer": Row("tiny_layer", "layer", "cpu", torch.float32, 8, 24, 16),
     "half": Row("tiny_half", "layer", "cpu", torch.bfloat16, 16, 24, 16),
-    "step": Row("tiny_step", "step", "cpu", torch.float32, 8, 32, 32, GPT, 16),
+    "step": Row("tiny_step", "step", "cpu", torch.float32, 8, 32, 32, GPT, 16, "ffn"),
+    "residual layer": Row("tiny_residual_layer", "layer", "cpu", torch.float32, 8, 24, 16, scope="residual"),
+    "residual step": Row("tiny_residual_step", "step", "cpu", torch.float32, 8, 32, 32, LLAMA, 16, "residual"),
 }
 
 
@@ -60,6 +74,19 @@ def test_a_layers_bytes_by_hand(results: dict[str, dict[str, Any]]) -> None:
     masked = 2 * 4 * (2 * 32 * 128 + 128 + 32) + 2 * 32 * 128
     assert results["layer"]["state_bytes_ratio"] == block / dense
     assert results["layer"]["state_bytes_ratio_masked"] == masked / dense
+
+
+def test_bytes_of_a_layer_with_a_wider_stream_by_hand(results: dict[str, dict[str, Any]]) -> None:
+    """FFN 16 -> 64 -> 16, made 32 -> 64 -> 32 with 16 of 32 tiles of 8."""
+    dense = 2 * 4 * (2 * 16 * 64 + 64 + 16)
+    block = 2 * 4 * (2 * 16 * 64 + 64 + 32) + 4 * (3 * 16 + 2 * 4 + 1) + 4 * (3 * 16 + 2 * 8 + 1)
+    assert results["residual layer"]["state_bytes_ratio"] == block / dense
+
+
+def test_contestants_of_a_step_cost_the_same(results: dict[str, dict[str, Any]]) -> None:
+    for row in (TINY["step"], TINY["residual step"]):
+        flops = {name: count_flops(model, row.seq_len).linear for name, model in models_of(row).items()}
+        assert flops["dense"] == flops["masked"] == flops["block"]
 
 
 def test_a_steps_bytes_and_updates(results: dict[str, dict[str, Any]]) -> None:
@@ -172,5 +199,6 @@ def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[
 
 
 def test_rows_have_the_promised_names() -> None:
-    assert list(ROWS) == ["ffn_fp32", "ffn_bf16", "step_cpu", "ffn_gpu", "step_gpu"]
+    residual = [f"residual_{level}_{tile}" for level in ("ffn", "step") for tile in (64, 128)]
+    assert list(ROWS) == ["ffn_fp32", "ffn_bf16", "step_cpu", *residual, "ffn_gpu", "step_gpu"]
     assert len({row.name for row in CROSSOVER}) == len(CROSSOVER) == 16

@@ -27,7 +27,7 @@ def write_result(results: Path, study: str, name: str, rate: float, loss: float,
     path.write_text(json.dumps({"eval_loss": loss, "forward_flops_per_token": flops}))
 
 
-@pytest.mark.parametrize("name", ["tiles", "seeds", "families"])
+@pytest.mark.parametrize("name", ["tiles", "seeds", "families", "rates", "search"])
 def test_rows_are_valid_recipes_with_names_of_their_own(study: ModuleType, name: str) -> None:
     rows = study.STUDIES[name].rows
     assert len({row.name for row in rows}) == len(rows)
