@@ -1,8 +1,9 @@
-"""The package's shape: folders import from those below them, files stay readable, the core needs few packages."""
+"""The package's shape: folders import from those below them, files stay readable and are where the pages say."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "sparseift_llm"
 MAX_LINES = 400  # without docstrings, comments and blank lines
+DEVELOPERS = ROOT / "docs" / "developers"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -23,6 +25,12 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     )
     command = [sys.executable, "-c", program, "--no-cache"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def missing_files(page: str) -> list[str]:
+    """Files that a page names with their folder, in backticks, and that are neither in the package nor in the clone."""
+    named = re.findall(r"`(\w+/[\w/.-]+\.(?:py|cpp|md|yaml|toml))`", page)
+    return [path for path in named if not any((top / path).is_file() for top in (PACKAGE, ROOT, ROOT / "tests"))]
 
 
 def code_lines(source: str) -> int:
@@ -54,6 +62,17 @@ def test_an_import_from_above_is_caught(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_is_short_enough_to_be_one_idea(file: str) -> None:
     assert code_lines((PACKAGE / file).read_text(encoding="utf-8")) <= MAX_LINES
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DEVELOPERS.glob("*.md")))
+def test_pages_for_developers_name_files_that_are_there(page: str) -> None:
+    assert missing_files((DEVELOPERS / page).read_text(encoding="utf-8")) == []
+
+
+def test_a_file_that_is_gone_is_noticed() -> None:
+    assert missing_files("`layers/base.py`, `tests/conftest.py`, `helpers/models.py`; `layers/gone.py`") == [
+        "layers/gone.py"
+    ]
 
 
 def test_lines_are_counted_without_prose() -> None:

@@ -43,6 +43,8 @@ ROWS = EqualGroups(0, 2)
         ([[0, 0, 9, 8], [8, 0, 0, 9]], [1, 1], "1010 0110", "0110 0011"),
         # nothing has a growth score: 2, or what else would have been dropped, stays
         ([[0, 0, 0, 0], [0, 0, 0, 0]], [1, 1], "1100 0110", "1100 1010"),
+        # 3 stays in place of the unit in column 0, which is the first of those that have no growth score
+        ([[0, 0, 0, 0], [0, 0, 0, 0]], [0, 1], "1100 0110", "1100 1010"),
         # one unit has: of the two that would go, the larger stays
         ([[0, 0, 0, 5], [0, 0, 0, 0]], [2, 0], "1001 0110", "1001 0110"),
     ],
@@ -71,7 +73,7 @@ def test_no_line_is_lost_and_nothing_is_grown_for_nothing(
     generator = torch.Generator().manual_seed(seed)
 
     def drawn() -> Tensor:
-        highest = 3 if few else 1000
+        highest = 2 if few else 1000
         return torch.randint(0, highest, (rows, columns), generator=generator).double()
 
     mask = torch.rand(shape, generator=generator) < 0.5
