@@ -161,10 +161,14 @@ class SparseIFTConfig:
                 f"balance_heads evens out how many active weights heads have, {fixed}, so that they are even anyway; "
                 "leave it out"
             )
-        if self.init == "pretrained":
+        if self.init == "pretrained" and self.scope == "residual":
             raise ValueError(
-                f"init='pretrained' keeps the largest trained weights wherever they are, {fixed}; use "
-                "structure='unstructured' or 'block', or another init"
+                f"init='pretrained' of scope='residual' keeps the trained weights of old channels, {fixed}, which "
+                "drops some of them; use scope='ffn', family='parallel', or structure='unstructured'"
+            )
+        if isinstance(self.family, Wide) and self.family.reserve != Wide.reserve:
+            raise ValueError(
+                f"reserve={self.family.reserve} shares active weights out to new units, {fixed}; leave it out"
             )
 
     def _check_heads(self) -> None:

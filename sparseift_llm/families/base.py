@@ -161,4 +161,4 @@ def _with_pattern(part: Part, name: str, pattern: tuple[int, int]) -> Part:
             f"{name}: {part.name} has {part.shape[1]} inputs, and structure='{n}:{m}' needs a multiple of {m}; use "
             "another n:m, or leave it dense with exclude"
         )
-    return replace(part, num_active=isoflop.pattern_active(part.num_weights, pattern))
+    return replace(part, num_active=isoflop.pattern_active(part.num_weights, pattern), pattern=pattern)

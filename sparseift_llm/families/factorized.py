@@ -56,7 +56,7 @@ class FactorizedFamily(DropInFamily[Factorized]):
 
         One is the truncated singular value decomposition, singular values split evenly, of which the largest entries
         (or tiles) of each factor stay; inner units beyond the weight's rank are new: random in U, 0 in V. The other is
-        `pass_through`, which comes nearer where few entries stay.
+        `pass_through`, which comes nearer where few entries stay; not with n:m, as it does not choose within groups.
         """
         weight, (u, v) = trained.weight, parts
         inner, outer = singular_factors(weight, u.shape[0])
@@ -67,7 +67,7 @@ class FactorizedFamily(DropInFamily[Factorized]):
                 start_of_outputs(outer, is_old, v, tile, derive_seed(seed, "v")),
             )
         ]
-        passing = pass_through(weight.to(inner), u, v, tile, seed)
+        passing = None if u.pattern else pass_through(weight.to(inner), u, v, tile, seed)
         ways += [passing] if passing else []
         best = min(ways, key=lambda way: float((weight - way[1].values @ way[0].values).square().sum()))
         return {u.name: best[0], v.name: best[1]}

@@ -37,6 +37,8 @@ class Start:
 def start_of_largest(values: Tensor, part: Part, tile: int) -> Start:
     """Keep the part's number of active units where `values` are largest; tiles by L1 norm, within each block-row.
 
+    Of an n:m matrix the n largest of every m.
+
     Args:
         values: (out, in).
         part: the matrix to start; if it is not sparse, all values are kept.
@@ -56,7 +58,8 @@ def start_of_inputs(
     """The matrix into hidden units, some of which are new: they get random weights, of the old units' output variance.
 
     Old units share what the new ones leave by magnitude. With single weights, new ones together get
-    `share` of the active weights, spread evenly; with tiles every block-row has its fixed number.
+    `share` of the active weights, spread evenly; with tiles every block-row has its fixed number, and so has every
+    group of an n:m matrix.
 
     Args:
         values: (units, in); rows of new units are not looked at.
@@ -132,7 +135,10 @@ def fill_up(mask: Tensor, part: Part, tile: int, seed: int) -> Tensor:
 
 
 def counts_per_row(part: Part, tile: int) -> Tensor:
-    """Active units in every row within which they may be chosen: a block-row, or all single weights in one row."""
+    """Active units in every row within which they may be chosen: all single weights, a block-row, or a group of n:m."""
+    if part.pattern is not None:
+        n, m = part.pattern
+        return torch.full((part.num_weights // m,), n)
     num_units = part.num_active // tile**2
     return torch.tensor([num_units]) if tile == 1 else row_starts(num_units, part.shape[0] // tile).diff()
 
@@ -165,8 +171,9 @@ def _scores(values: Tensor, tile: int) -> Tensor:
 
 def _choose(scores: Tensor, priority: Tensor, is_new: Tensor, part: Part, tile: int, share: float) -> Tensor:
     """The part's number of active units: a share of those of new hidden units by `priority`, the others by `scores`."""
-    groups = WholeMatrix() if tile == 1 else EqualGroups(0, len(scores))
-    return share_out(scores, priority, is_new, groups, groups.share(part.num_active // tile**2), share)
+    counts = counts_per_row(part, tile).long()
+    groups = WholeMatrix() if len(counts) == 1 else EqualGroups(0, len(counts))
+    return share_out(scores, priority, is_new, groups, counts, share)
 
 
 def share_out(scores: Tensor, priority: Tensor, is_new: Tensor, groups: Groups, counts: Tensor, share: float) -> Tensor:

@@ -23,6 +23,7 @@ class Part:
         num_active: weights that are multiplied.
         is_sparse: whether it gets a mask; a dense part has all its weights active.
         makes_outputs: whether its outputs are those of the projection, row by row.
+        pattern: (n, m) if of every m neighbouring inputs n are active, else None.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Part:
     num_active: int
     is_sparse: bool = True
     makes_outputs: bool = True
+    pattern: tuple[int, int] | None = None
 
     @property
     def num_weights(self) -> int:

@@ -105,7 +105,11 @@ WRONG = [
         "{structure: 2:4, balance_heads: true}",
         "balance_heads evens out how many active weights heads have, but structure",
     ),
-    ("{structure: 2:4, init: pretrained, scope: ffn}", "init='pretrained' keeps the largest trained weights wherever"),
+    ("{structure: 2:4, init: pretrained, scope: residual}", "init='pretrained' of scope='residual' keeps the trained"),
+    (
+        "{structure: 2:4, init: pretrained, scope: ffn, reserve: 0.2}",
+        "reserve=0.2 shares active weights out to new units",
+    ),
     # files
     ("sparsity: 0.5\nsparsity: 0.75", "key 'sparsity' stands twice"),
     ("dst:\n  algorithm: set\n  algorithm: rigl", "key 'algorithm' stands twice"),

@@ -29,6 +29,7 @@ from sparseift_llm.families.trained_start import (
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from tests.helpers.models import gradients_of, logits_of
+from tests.helpers.patterns import wrong_groups
 from tests.helpers.pretrained_starts import dense_model, every_arch, every_structure, ffn_matrices, matrix_of, started
 
 
@@ -72,6 +73,30 @@ def test_tiles_by_l1_norm_are_the_best_choice_of_every_block_row() -> None:
         best = max(combinations(range(4), number), key=lambda chosen: float(tiles[row][list(chosen)].sum()))
         assert tuple(start.mask[row].nonzero()[:, 0].tolist()) == best
     assert torch.equal(start.values, torch.where(spread(start.mask, 2, values), values, 0))
+
+
+def test_two_of_four_are_the_largest_of_every_four() -> None:
+    values = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    start = start_of_largest(values, Part("w", (3, 8), 12, pattern=(2, 4)), 1)
+    assert start.mask is not None
+    for row, mask in zip(values.tolist(), start.mask.tolist(), strict=True):
+        for first in (0, 4):
+            group = [abs(value) for value in row[first : first + 4]]
+            assert [size in sorted(group)[2:] for size in group] == mask[first : first + 4]
+    assert torch.equal(start.values, values * start.mask)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_wider_ffn_of_2_4_keeps_the_largest_of_every_four(arch: str) -> None:
+    dense = dense_model(arch)
+    model = started(dense, "wide", "2:4")
+    assert wrong_groups(model, 2, 4) == []
+    for name, module in ffn_matrices(dense).items():
+        before, after = matrix_of(module), matrix_of(model.get_submodule(name))
+        kept = after[: before.shape[0], : before.shape[1]]  # new units stand behind the old ones
+        smallest = before.abs().unflatten(1, (-1, 4)).sort(2).values[:, :, :2].amax(2, keepdim=True)
+        expected = before * (before.abs() > smallest.expand(-1, -1, 4).flatten(1))
+        assert torch.equal(kept, expected), name
 
 
 @pytest.mark.parametrize("tile", [1, 2])

@@ -97,7 +97,7 @@ GROUPS = {
         "n:m masks: outputs and gradients",
         "n:m masks: static, SET and RigL, resuming bit for bit in a Trainer",
         "n:m masks: saving, loading, exporting",
-        "n:m masks: gmp, granet, erk, whole_model, balance_heads, init: pretrained",
+        "n:m masks: gmp, granet, erk, whole_model, balance_heads, init: pretrained of a wider stream",
         "n:m masks: semi-structured kernels on a CPU, in float32, for another pattern or sides",
     ),
     "Wide, scope residual": (

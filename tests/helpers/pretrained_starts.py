@@ -23,7 +23,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "wide": {"scope": "ffn"},
     "wide, doped attention": {"scope": "ffn", "rules": (FamilyRule("doped", targets=("q", "k", "v", "o")),)},
 }
-STORAGES: dict[str, dict[str, Any]] = {"unstructured": {}, "block": {"structure": "block", "block_size": 8}}
+STORAGES: dict[str, dict[str, Any]] = {
+    "unstructured": {},
+    "block": {"structure": "block", "block_size": 8},
+    "2:4": {"structure": "2:4"},
+}
 FFN = {"gpt2": "n_inner", "opt": "ffn_dim"}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_structure = pytest.mark.parametrize("structure", STORAGES)

@@ -203,7 +203,9 @@ def test_masks_with_another_number_in_a_group_are_refused() -> None:
     assert patterns.wrong_groups(model, 2, 4) == []  # nothing was changed
 
 
-@pytest.mark.support("n:m masks: gmp, granet, erk, whole_model, balance_heads, init: pretrained", refused=True)
+@pytest.mark.support(
+    "n:m masks: gmp, granet, erk, whole_model, balance_heads, init: pretrained of a wider stream", refused=True
+)
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -212,7 +214,7 @@ def test_masks_with_another_number_in_a_group_are_refused() -> None:
         ({"distribution": "erk"}, "distribution='erk'"),
         ({"accounting": "whole_model", "seq_len": 8}, "accounting='whole_model'"),
         ({"balance_heads": True}, "balance_heads"),
-        ({"init": "pretrained", "scope": "ffn"}, "init='pretrained'"),
+        ({"init": "pretrained", "scope": "residual"}, "init='pretrained' of scope='residual'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
