@@ -55,7 +55,7 @@ MODULES = {
     "html_report.markup": "reporting.page.markup",
     "html_report.overview": "reporting.page.overview",
     "html_report.page": "reporting.page.page",
-    "html_report.reading": "runs.reading",
+    "html_report.reading": "runs.lenient_json",
     "html_report.runs": "reporting.page.runs",
     "json_lines": "utils.json_lines",
     "layers.shards": "layers.sharding",

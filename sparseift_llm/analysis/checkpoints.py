@@ -22,7 +22,7 @@ from sparseift_llm.checkpoints.mask_file import MASKS_NAME, read_digest
 from sparseift_llm.checkpoints.trainer_folder import is_complete, numbered_checkpoints
 from sparseift_llm.runs.folder import read_folder, read_summary
 from sparseift_llm.runs.formats import SPECTRAL_FORMAT, SPECTRAL_NAME, SUMMARY_NAME, TRAINER_STATE_NAME
-from sparseift_llm.runs.reading import read_object
+from sparseift_llm.runs.lenient_json import read_object
 from sparseift_llm.utils.files import write_json
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.models.projections import find_projections
 from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.runs.formats import RECIPE_NAME, SUMMARY_NAME
-from sparseift_llm.runs.reading import mapping, read_object
+from sparseift_llm.runs.lenient_json import mapping, read_object
 
 # Entries of a configuration that do not change what a model computes.
 _IDLE_ENTRIES = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version")

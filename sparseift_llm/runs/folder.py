@@ -30,7 +30,7 @@ from sparseift_llm.runs.formats import (
     SUMMARY_NAME,
     TRAINER_STATE_NAME,
 )
-from sparseift_llm.runs.reading import Lines, Object, finite, mapping, number, read_lines, read_object
+from sparseift_llm.runs.lenient_json import Lines, Object, finite, mapping, number, read_lines, read_object
 
 Values = Mapping[str, Any]
 

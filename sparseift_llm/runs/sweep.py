@@ -28,7 +28,7 @@ from typing import IO, Any
 from sparseift_llm.config.yaml_files import parse_yaml
 from sparseift_llm.runs.folder import read_folder
 from sparseift_llm.runs.formats import DATA_NAME, RECIPE_NAME, SUMMARY_NAME
-from sparseift_llm.runs.reading import number
+from sparseift_llm.runs.lenient_json import number
 from sparseift_llm.runs.recipe import Recipe, load_recipe, option_path, recorded_recipe, split_overrides
 from sparseift_llm.utils.files import set_aside
 from sparseift_llm.utils.outputs import user_path

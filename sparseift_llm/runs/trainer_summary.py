@@ -22,7 +22,7 @@ from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.record.model_record import has_record
 from sparseift_llm.runs.folder import RunFolder
 from sparseift_llm.runs.formats import SUMMARY_KEYS
-from sparseift_llm.runs.reading import finite
+from sparseift_llm.runs.lenient_json import finite
 
 
 def trainer_summary(run: RunFolder) -> dict[str, Any]:

@@ -29,14 +29,14 @@ from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.sharding import gathered, reshard
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from sparseift_llm.record.model_record import missing_layers
-from sparseift_llm.training import checks, eager, grown_weights, importance
+from sparseift_llm.training import checks, compiler_stance, grown_weights, importance
 from sparseift_llm.training.algorithms import ALGORITHMS
 from sparseift_llm.training.averages import AveragedCopies
 from sparseift_llm.training.backends.choice import backend_of
 from sparseift_llm.training.collectives import Ranks, UpdateCost, gradient_dtype, no_gradient, world_size
 from sparseift_llm.training.compatibility import pretrained_model
+from sparseift_llm.training.gradient_watch import GradientWatch
 from sparseift_llm.training.join import SparseJoinHook, check_join
-from sparseift_llm.training.thrown_away import GradientWatch
 
 logger = logging.getLogger(__name__)
 _attached: WeakSet[SparseTrainingController] = WeakSet()
@@ -392,7 +392,7 @@ class SparseTrainingController(Joinable):
             if (watch := self.backend.watch(layer)) is not None:
                 layer.dense_gradient.is_thrown_away = watch.is_thrown_away
                 self._watches.append(watch)
-        eager.hold(self)  # compiled graphs do not capture
+        compiler_stance.hold(self)  # compiled graphs do not capture
 
     def _disarm(self) -> None:
         for layer in self.layers.values():
@@ -400,4 +400,4 @@ class SparseTrainingController(Joinable):
         for watch in self._watches:
             watch.close()
         self._watches.clear()
-        eager.release(self)
+        compiler_stance.release(self)

@@ -19,7 +19,7 @@ from sparseift_llm.reporting.page.heat import NUM_SHADES, HeatMap, draw, shade
 from sparseift_llm.reporting.page.line_ends import End, labelled_ends, shortened, spread
 from sparseift_llm.reporting.page.markup import element, short
 from sparseift_llm.reporting.page.page import write_report
-from sparseift_llm.runs.reading import read_lines
+from sparseift_llm.runs.lenient_json import read_lines
 from tests.helpers.html_pages import Node, drawn_points, parse, write_full_run, write_lines, write_masks
 
 

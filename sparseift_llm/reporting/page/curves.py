@@ -15,7 +15,7 @@ from markupsafe import Markup
 from sparseift_llm.reporting.page.charts import Series, downsampled, line_chart
 from sparseift_llm.reporting.page.markup import Body, Table, short
 from sparseift_llm.reporting.page.runs import Run
-from sparseift_llm.runs.reading import finite, mapping, number
+from sparseift_llm.runs.lenient_json import finite, mapping, number
 
 MOST_LOSSES = 500  # points of a loss curve
 NUM_LINES, NUM_STRETCHES = 200, 10  # other curves: lines spread evenly, stretches whose extremes are kept

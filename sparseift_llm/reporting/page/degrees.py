@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from sparseift_llm.analysis.matrices import matrix_entries
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, read_masks
 from sparseift_llm.record.model_record import transformation_values
-from sparseift_llm.runs.reading import finite, mapping, read_object
+from sparseift_llm.runs.lenient_json import finite, mapping, read_object
 
 
 @dataclass(frozen=True)

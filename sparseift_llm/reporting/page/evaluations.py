@@ -14,7 +14,7 @@ from sparseift_llm.evaluation.suites import is_ratio
 from sparseift_llm.reporting.page.markup import NONE, Body, Table, formatted, short
 from sparseift_llm.reporting.page.runs import Run
 from sparseift_llm.reporting.page.words import flattened, text
-from sparseift_llm.runs.reading import finite, mapping
+from sparseift_llm.runs.lenient_json import finite, mapping
 
 _NUM_RESAMPLES = 1000
 _CONFIDENCE = 0.95

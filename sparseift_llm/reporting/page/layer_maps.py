@@ -16,7 +16,7 @@ from sparseift_llm.reporting.page.heat import HeatMap, draw
 from sparseift_llm.reporting.page.markup import Body, Table, short
 from sparseift_llm.reporting.page.runs import Run
 from sparseift_llm.reporting.page.words import text
-from sparseift_llm.runs.reading import finite, mapping
+from sparseift_llm.runs.lenient_json import finite, mapping
 
 NUM_BINS, MOST_COLUMNS = 48, 32
 _BY_LAYER = (

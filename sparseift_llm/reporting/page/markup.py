@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from sparseift_llm.runs.reading import finite, number
+from sparseift_llm.runs.lenient_json import finite, number
 
 NONE = "\u2013"  # printed where there is no value
 

@@ -12,7 +12,7 @@ from sparseift_llm.reporting.comparison import HEADLINES, MASKED_NOTE, NOTES, WI
 from sparseift_llm.reporting.page.markup import NONE, Body, Table, formatted
 from sparseift_llm.reporting.page.runs import Run
 from sparseift_llm.reporting.page.words import text
-from sparseift_llm.runs.reading import finite, mapping
+from sparseift_llm.runs.lenient_json import finite, mapping
 from sparseift_llm.runs.same_data import differing_data
 from sparseift_llm.utils.units import readable_bytes, readable_count, readable_flops
 

@@ -12,7 +12,7 @@ from sparseift_llm.record.model_record import transformation_values
 from sparseift_llm.reporting.page.markup import NONE, Body, Table
 from sparseift_llm.reporting.page.runs import Run
 from sparseift_llm.reporting.page.words import flattened
-from sparseift_llm.runs.reading import finite
+from sparseift_llm.runs.lenient_json import finite
 from sparseift_llm.runs.recipe import recipe_options
 
 _RECORD = ("machine", "versions", "commit", "command", "device", "num_ranks", "data_fingerprint")

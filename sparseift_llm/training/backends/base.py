@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sparseift_llm.layers.base import SparseProjection
-from sparseift_llm.training.thrown_away import GradientWatch
+from sparseift_llm.training.gradient_watch import GradientWatch
 
 
 class OptimizerBackend(ABC):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.sharding import local, part_of
 from sparseift_llm.training.backends.base import OptimizerBackend
-from sparseift_llm.training.thrown_away import GradientWatch
+from sparseift_llm.training.gradient_watch import GradientWatch
 
 
 def unwrap_accelerate(optimizer: Any) -> Any:

@@ -15,7 +15,7 @@ from sparseift_llm.layers.base import SparseProjection
 from sparseift_llm.layers.sharding import is_zero3
 from sparseift_llm.training.backends.base import OptimizerBackend
 from sparseift_llm.training.collectives import world_size
-from sparseift_llm.training.thrown_away import GradientWatch
+from sparseift_llm.training.gradient_watch import GradientWatch
 
 # a weight whose gradient and state are 0 stays 0, so that nothing need be gathered between mask updates
 _KEEPS_ZEROS = ("SGD", "Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "Adagrad", "DeepSpeedCPUAdagrad")
