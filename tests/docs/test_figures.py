@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from sparseift_llm import SparseIFTConfig, plan
@@ -12,6 +13,7 @@ from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.presets import load_config
 from sparseift_llm.reporting.comparison import comparison_table
 from tests.docs.does_it_pay import table
+from tests.docs.family_pictures import ACTIVE, FOLDER, PICTURES
 from tests.helpers.pages import ALL_TEXT, PAGES
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -142,3 +144,10 @@ def test_what_choosing_promises_is_in_result_files() -> None:
         for page in ("README.md", "docs/guides/choose.md"):
             assert gain in PAGES[page]
             assert f"{time} " in PAGES[page]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_family_s_picture_has_the_dense_weights_twice(name: str) -> None:
+    picture = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert picture == PICTURES[name]().svg()  # python -m tests.docs.family_pictures
+    assert picture.count('class="cell"') == 2 * ACTIVE  # the dense matrix, and what stands in its place
