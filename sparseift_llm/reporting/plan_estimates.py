@@ -66,8 +66,9 @@ def estimates_table(estimates: Mapping[str, Any]) -> str:
     executed = f"{readable_count(flops['dense'])} dense, {readable_count(flops['sparse'])} sparse"
     note = (
         f"Estimates, not measurements. Time: tokens x 3 x executed forward FLOPs ({executed}; masks skip no zeros, "
-        f"tiles do) over {estimates['utilization']:.0%} of the peak in bfloat16. State: weights, gradients and AdamW's "
-        "moments in float32, masks or indices, in 90% of the memory; activations come on top."
+        f"tiles do) over {estimates['utilization']:.0%} of the data sheet's peak in bfloat16, a "
+        "share that large dense models reach and small ones do not (--utilization changes it). State: weights, "
+        "gradients and AdamW's moments in float32, masks or indices, in 90% of the memory; activations come on top."
     )
     return f"{terminal_table(header, rows)}\n\n{note}"
 

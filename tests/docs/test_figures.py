@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sparseift_llm import SparseIFTConfig, plan
 from sparseift_llm.bench.tables import render, render_crossover
 from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.presets import load_config
+from sparseift_llm.planning.devices import DEVICES, UTILIZATION
 from sparseift_llm.reporting.comparison import comparison_table
 from tests.docs.does_it_pay import table
 from tests.docs.family_pictures import ACTIVE, FOLDER, PICTURES
@@ -124,6 +126,30 @@ def test_the_sizes_of_dense_exports_are_those_of_the_models() -> None:
         assert f"| {made_with} | {size / 1e6:.1f} M | {2 * size / 1e6:.0f} MB |" in page
     linear = plan(dense, SparseIFTConfig(family="doped")).hf_config
     assert sizes_of(linear) == sizes_of(dense)
+
+
+def test_the_sizes_of_exports_of_active_weights_alone_are_those_of_the_plans() -> None:
+    """Two bytes for an active weight and for every weight beside sparse matrices, a bit for each place of a mask."""
+    page, configs = PAGES["docs/guides/serving.md"], {"ffn": "gpt3-small", "model": "gpt3-small"}
+    for scope, name in {**configs, "residual": "llama-gpt3-small"}.items():
+        found = plan(load_config(name), SparseIFTConfig(scope=scope))
+        matrices = [matrix for layer in found.layers if layer.is_sparse for matrix in layer.matrices]
+        places = sum(math.prod(matrix.shape) for matrix in matrices)
+        active = sum(matrix.num_active for matrix in matrices)
+        size = 2 * (found.sparse.stored_params - places + active) + places / 8
+        line = next(line for line in page.splitlines() if line.startswith(f"| `wide`, `scope: {scope}`"))
+        assert line.endswith(f"| {size / 1e6:.0f} MB |"), size / 1e6
+    line = next(line for line in page.splitlines() if "`scope: residual`" in line and line.startswith("|"))
+    assert f"| {found.sparse.stored_params / 1e6:.1f} M | {2 * found.sparse.stored_params / 1e6:.0f} MB |" in line
+    assert f"{found.dense.stored_params / 1e6:.1f} M" in page
+
+
+def test_the_devices_of_plans_are_named_with_their_sources() -> None:
+    for device in DEVICES:
+        memory, rate = f"{device.memory_bytes / 1e9:g} GB", f"{device.peak_flops_per_second / 1e12:g} TFLOP/s"
+        assert f"| {device.name} | {memory} | {rate} | {device.source} |" in PAGES["docs/guides/plan.md"]
+        assert "NVIDIA" in device.source
+    assert f"reaches {UTILIZATION:.0%} of the GPU's peak" in PAGES["docs/guides/plan.md"]
 
 
 def test_what_choosing_promises_is_in_result_files() -> None:

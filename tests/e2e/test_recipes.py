@@ -36,6 +36,7 @@ PAIRS = [
 ]
 _SIZES = ("small_cpu", "gpt3_small", "gpt3_medium", "gpt3_large", "gpt3_xl")
 RESIDUAL = [f"llama_{size}_residual50_static" for size in _SIZES]
+LLAMA = ["llama_small_cpu_wide75_static", *RESIDUAL]
 
 
 def recipe_of(name: str) -> Recipe:
@@ -43,7 +44,7 @@ def recipe_of(name: str) -> Recipe:
 
 
 def test_all_recipes_are_known_here() -> None:
-    assert set(NAMES) == {"demo", "wikitext2_cpu_wide75_static", *RESIDUAL} | {name for pair in PAIRS for name in pair}
+    assert set(NAMES) == {"demo", "wikitext2_cpu_wide75_static", *LLAMA} | {name for pair in PAIRS for name in pair}
     assert (len(WIKITEXT), len(PILE)) == (3, 2)
 
 
@@ -229,6 +230,17 @@ def test_a_pair_is_written_alike(dense: str, sparse: str) -> None:
     assert first == second
 
 
+def test_the_two_small_llamas_differ_in_how_they_are_made_sparse_alone() -> None:
+    plain, residual = recipe_of("llama_small_cpu_wide75_static").to_dict(), recipe_of(RESIDUAL[0]).to_dict()
+    assert (plain.pop("sparse_ift")["family"]["scope"], residual.pop("sparse_ift")["family"]["scope"]) == (
+        "model",
+        "residual",
+    )
+    for recipe in (plain, residual):
+        del recipe["training"]["output_dir"]
+    assert plain == residual
+
+
 # ---- two real steps
 
 
@@ -239,7 +251,7 @@ def tiny_words(name: str, folder: Path) -> list[str]:
         files.append(text.with_suffix(".jsonl"))  # it has rows, as WikiText has
         files[-1].write_text(json.dumps({"text": text.read_text()}) + "\n")
     fields = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    if name in RESIDUAL:
+    if name in LLAMA:
         heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
         fields = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, **heads}
         fields["max_position_embeddings"] = 16
@@ -283,7 +295,7 @@ def test_two_tiny_steps(name: str, tmp_path: Path) -> None:
     summary = pretrain.train(recipe, args, model, data, resume_from)
     assert math.isfinite(summary["eval_loss"])
     assert summary["step"] == 2
-    per_layer = 4 * 16**2 + 3 * 16 * 32 if name in RESIDUAL else 12 * 16**2
+    per_layer = 4 * 16**2 + 3 * 16 * 32 if name in LLAMA else 12 * 16**2
     assert summary["linear_active_params"] == 2 * per_layer  # the dense model's, whatever the width
     moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert any(key.endswith(("mlp.c_fc.weight", "mlp.up_proj.weight")) for key in moved)

@@ -1,4 +1,4 @@
-"""A wider residual stream around training: rates of SµPar, FLOPs of a run, metrics, spectra."""
+"""A wider residual stream around training and with other options: SµPar, FLOPs, metrics, spectra, heads, densities."""
 
 from __future__ import annotations
 
@@ -80,3 +80,43 @@ def test_spectra_of_model_and_folder_agree(storage: str, tied: bool, tmp_path: P
     spectrum = live.layers[0]
     assert (spectrum.name, spectrum.kind) == (EMBEDDING, "embedding")
     assert spectrum.mean_degree_left == 25 or storage == "tiles"  # a channel is read by a quarter of 100 words
+
+
+@pytest.mark.parametrize("algorithm", ["set", "rigl"])
+def test_heads_stay_balanced_through_updates(algorithm: str) -> None:
+    model = residual_model(algorithm=algorithm, balance_heads=True)
+    controller, _ = trained(model)
+    assert controller.cost.num_updates > 0
+    heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 4}
+    counted = {}
+    for name, layer in sparse_layers(model).items():
+        kind = name.rpartition(".")[2]
+        if kind in heads:
+            mask = layer.current_mask()  # (out, in); the heads of o are its inputs
+            counts = (mask.T if kind == "o_proj" else mask).reshape(heads[kind], -1).sum(1)
+            assert int(counts.max() - counts.min()) <= 1, name
+            counted[kind] = True
+    assert counted.keys() == heads.keys()
+
+
+def test_heads_in_tiles_keep_whole_tiles() -> None:
+    model = residual_model(algorithm="rigl", balance_heads=True, structure="block", block_size=8)
+    trained(model)
+    for name, layer in sparse_layers(model).items():
+        if name.endswith("q_proj"):
+            counts = layer.current_mask().reshape(4, -1).sum(1)  # a head of 8 is one block-row
+            assert int(counts.max() - counts.min()) <= 1, name
+
+
+@every_storage
+def test_erk_moves_density_between_projections_alone(storage: str) -> None:
+    uniform, erk = (residual_model(distribution=name, **STORAGES[storage]) for name in ("uniform", "erk"))
+    layers, even = sparse_layers(erk), sparse_layers(uniform)
+    projections = [name for name, layer in layers.items() if layer.role == "projection"]
+    assert sum(layers[name].num_active for name in projections) == sum(even[name].num_active for name in projections)
+    assert {name for name in projections if layers[name].num_active != even[name].num_active}
+    ends = layers.keys() - set(projections)
+    assert ends
+    assert all(layers[name].num_active == even[name].num_active for name in ends)
+    ids = token_ids()
+    assert torch.isfinite(erk(input_ids=ids, labels=ids).loss)

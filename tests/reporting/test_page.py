@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from sparseift_llm.checkpoints.mask_file import read_masks
 from sparseift_llm.cli import main
@@ -423,6 +424,31 @@ def test_notes(full_run: Path) -> None:
     assert "Unstructured masks" not in notes
     (full_run / "spectral.json").unlink()
     assert "full lacks: spectral.json (spectral curves)." in report(full_run)[0].by_id("notes").text
+
+
+def test_a_run_with_a_wider_residual_stream(tmp_path: Path) -> None:
+    sparse = {"family": {"name": "wide", "scope": "residual"}, "sparsity": 0.5, "dst": {"algorithm": "static"}}
+    recipe = tiny_recipe(tmp_path, sparse, max_steps=4)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 16, **heads}
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**values, "model": {"name": "llama-gpt3-small", "config": sizes}}))
+    load_script("recipes/pretrain.py").main([str(recipe)])
+    run = tmp_path / "run"
+    main(["analyze", str(run), "--output", str(tmp_path / "analysis")])
+    root, text = report(run)
+    check_page(root, text)
+    assert "run: wide, scope residual, 50% sparse, static." in root.all("header")[0].text
+    masks = read_masks(run)
+    rows = table_rows(root, "Sparsity and degrees by layer, counted in weights")[""]
+    assert [row[0] for row in rows] == list(masks)
+    assert [row[1] for row in rows if row[0] == "model.embed_tokens"] == ["embedding"]
+    (caption,) = [
+        found
+        for table in root.all("table")
+        if (found := table.all("caption")[0].text).startswith("Spectral quantities by")
+    ]
+    assert {row[1] for row in table_rows(root, caption)[""]} >= {"embedding", "q", "mlp_out"}
 
 
 # ---- colours
