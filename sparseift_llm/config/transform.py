@@ -158,8 +158,8 @@ class SparseIFTConfig:
             )
         if self.balance_heads:
             raise ValueError(
-                f"balance_heads evens out how many active weights heads have, {fixed}, so that they are even anyway; "
-                "leave it out"
+                f"balance_heads evens out how many active weights heads have, {fixed}, so that heads of q, k and v are "
+                "even anyway; leave it out"
             )
         if self.init == "pretrained" and self.scope == "residual":
             raise ValueError(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 from sparseift_llm.checkpoints.summary import dense_summary, sparsity_summary
 from sparseift_llm.data.loading import LoadedData, check_not_read, load_data
+from sparseift_llm.layers.semi_structured import use_semi_structured_kernels
 from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.runs.formats import DATA_NAME, SUMMARY_NAME, WRITTEN_NAMES
 from sparseift_llm.runs.metrics_log import MetricsLog
@@ -106,9 +107,11 @@ def checked_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
     """The recipe's model, of which it is known that it has all that the recipe's learning rates are for.
 
     Raises:
-        ValueError: see `make_model` and `group_factors`.
+        ValueError: see `make_model`, `use_semi_structured_kernels` and `group_factors`.
     """
     model = make_model(recipe, data)
+    if recipe.model.semi_structured_kernels:
+        use_semi_structured_kernels(model)
     factors = LearningRateFactors.of(recipe.training)
     group_factors(model, factors.embedding_lr_factor, factors.head_lr_factor)
     return model

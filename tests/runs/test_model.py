@@ -10,7 +10,9 @@ import pytest
 
 from sparseift_llm.config import SparseIFTConfig
 from sparseift_llm.data.options import DataConfig
+from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.runs.model import make_model, model_config
+from sparseift_llm.runs.pretrain import checked_model
 from sparseift_llm.runs.recipe import ModelConfig, Recipe
 
 SMALL = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
@@ -84,3 +86,20 @@ def test_values_that_look_unusual_but_are_fine() -> None:
     changes = {"attn_pdrop": 0, "eos_token_id": 0, "n_inner": 40, "initializer_range": 1}
     config = model_config(recipe(changes))
     assert {key: getattr(config, key) for key in changes} == changes
+
+
+@pytest.mark.parametrize("on_kernels", [False, True])
+def test_semi_structured_kernels_are_switched_on_by_the_recipe(on_kernels: bool) -> None:
+    model = ModelConfig(config=SMALL, semi_structured_kernels=on_kernels)
+    sparse_ift = SparseIFTConfig(structure="2:4", width_multiple=16)
+    layers: Any = sparse_layers(
+        checked_model(Recipe(model, DataConfig(seq_len=16), sparse_ift, {"output_dir": "run"}), DATA)
+    )
+    assert {layer.uses_semi_structured_kernels for layer in layers.values()} == {on_kernels}
+
+
+@pytest.mark.parametrize("sparse_ift", [None, SparseIFTConfig(), SparseIFTConfig(structure="block")])
+def test_semi_structured_kernels_are_refused_without_2_4_masks(sparse_ift: SparseIFTConfig | None) -> None:
+    model = ModelConfig(config={**SMALL, "n_embd": 64}, semi_structured_kernels=True)
+    with pytest.raises(ValueError, match=r"no n:m masks, .*structure='2:4'"):
+        checked_model(Recipe(model, DataConfig(seq_len=16), sparse_ift, {"output_dir": "run"}), DATA)
