@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, ReLUSquaredActivation, SiLUActivation
@@ -115,11 +116,7 @@ class BlockFeedForward(nn.Module):
         up, activation, down, gate, _ = self.parts
         if any(child is not None and _is_called_by_others(child) for child in (up, activation, down, gate)):
             return False
-        return can_be_fused(self, self._chain, self._is_gated) and self._pays_on(up.weight.device.type)
-
-    def _pays_on(self, device: str) -> bool:
-        """Whether one operator is no slower than the children: on a CPU, where the C++ has code for the whole block."""
-        return device != "cpu" or (not self._is_gated and _name_of(self.parts.activation) == "gelu_tanh")
+        return can_be_fused(self, self._chain, self._is_gated)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -162,10 +159,9 @@ class BlockFeedForward(nn.Module):
     def _as_one(self, input: Tensor) -> Tensor:
         up, activation, down, gate, _ = self.parts
         x, operands = _operands(input.reshape(-1, up.in_features), (up, gate, down))
-        y, *_ = call_operator(
-            block_feed_forward, x, *operands, up.out_features, down.out_features, _name_of(activation),
-            kept_on(x.device.type),
-        )  # fmt: skip
+        name = _name_of(activation)
+        keep = kept_on(x.device.type, str(name), self._is_gated) if torch.is_grad_enabled() else "nothing"
+        y, *_ = call_operator(block_feed_forward, x, *operands, up.out_features, down.out_features, name, keep)
         result: Tensor = y.view(*input.shape[:-1], down.out_features)
         return result
 

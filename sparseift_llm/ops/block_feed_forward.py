@@ -32,7 +32,8 @@ def keep_activations(keep: str | None) -> None:
     Args:
         keep: `nothing`: the up projection is computed again. `hidden`: what it gave, tokens * hidden * element size
             bytes per block, and as much for a gate; the activation is computed again, which costs one more write of it.
-            `all`: the activation, too, as much again. None stands for `nothing` on a CPU and `hidden` elsewhere.
+            `all`: the activation, too, as much again. None stands for `hidden`, except on a CPU with the GELU (tanh
+            formula) and no gate. There it stands for `nothing`, with which no time is lost to single layers.
 
     Raises:
         ValueError: another word.
@@ -43,14 +44,14 @@ def keep_activations(keep: str | None) -> None:
     _keep = keep
 
 
-def kept_on(device: str) -> str:
-    """What is kept on a type of device.
+def kept_on(device: str, activation: str, is_gated: bool) -> str:
+    """What is kept on a type of device for the backward pass of such a block.
 
     Raises:
         ValueError: SPARSEIFT_BLOCK_KEEP is another word than `keep_activations` takes.
     """
     if _keep is None:
-        return "nothing" if device == "cpu" else "hidden"
+        return "nothing" if device == "cpu" and activation == "gelu_tanh" and not is_gated else "hidden"
     check_choice(KEEP_VARIABLE, _keep, KEEP)
     return _keep
 

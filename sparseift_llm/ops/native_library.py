@@ -26,7 +26,8 @@ from sparseift_llm.utils.files import written_whole
 
 logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "native"
-_SOURCES = [_FOLDER / name for name in ("arguments.h", "scratch.h", "kernels.h", "linear.cpp", "feed_forward.cpp")]
+_HEADERS = ("arguments.h", "scratch.h", "kernels.h", "activations.h")
+_SOURCES = [_FOLDER / name for name in (*_HEADERS, "linear.cpp", "feed_forward.cpp")]
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 
 

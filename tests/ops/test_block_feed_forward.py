@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.autograd.gradcheck import GradcheckError
 from sparseift_llm.ops import block_feed_forward
 from sparseift_llm.ops.activations import ACTIVATIONS
 from sparseift_llm.ops.block_feed_forward import KEEP, block_feed_forward_op, keep_activations, kept_on
+from sparseift_llm.ops.kernels.base import FeedForwardShape
 from sparseift_llm.ops.kernels.choice import use_block_kernel
 from sparseift_llm.ops.kernels.native import NATIVE
 from tests.helpers.block_cases import LAYOUTS, NEEDS_COMPILER, num_threads
@@ -60,17 +62,18 @@ def test_equals_the_dense_one(name: str, case: Case, keep: str) -> None:
 
 
 def test_what_is_kept_is_said_once_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [kept_on(device) for device in ("cpu", "cuda")] == ["nothing", "hidden"]
+    assert [kept_on(device, "gelu_tanh", False) for device in ("cpu", "cuda")] == ["nothing", "hidden"]
+    assert [kept_on("cpu", *block) for block in (("gelu_tanh", True), ("silu", False))] == ["hidden", "hidden"]
     keep_activations("all")
     try:
-        assert kept_on("cpu") == "all"
+        assert kept_on("cpu", "gelu_tanh", False) == "all"
         with pytest.raises(ValueError, match=r"keep.*'hiden'.*hidden"):
             keep_activations("hiden")
     finally:
         keep_activations(None)
     monkeypatch.setattr(block_feed_forward, "_keep", "everything")  # as it comes from the environment
     with pytest.raises(ValueError, match="SPARSEIFT_BLOCK_KEEP"):
-        kept_on("cpu")
+        kept_on("cpu", "gelu_tanh", False)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -128,26 +131,52 @@ def test_faults_are_caught(kernel: str, fault: str, monkeypatch: pytest.MonkeyPa
 
 
 @NEEDS_COMPILER
-def test_native_results_do_not_depend_on_the_number_of_threads() -> None:
-    case = make_case(tokens=700, block_counts=(5, 7, 4), tiles=(12, 11), size=32)
+@pytest.mark.parametrize("keep", ["nothing", "hidden"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_native_results_do_not_depend_on_the_number_of_threads(gated: bool, keep: str) -> None:
+    case = make_case(tokens=700, block_counts=(5, 7, 4), tiles=(12, 11), size=32, gated=gated)
+    use_block_kernel("native")
     results = []
-    for threads in (1, 2):
-        with num_threads(threads):
-            results.append(case.computed())
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    try:
+        for threads in (1, 2, 1):
+            with num_threads(threads):
+                results.append(case.computed(keep))
+    finally:
+        use_block_kernel(None)
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
 
 
 @NEEDS_COMPILER
+def test_the_native_kernel_has_code_for_every_activation() -> None:
+    for activation in ACTIVATIONS:
+        for keep in ("nothing", "hidden"):
+            assert NATIVE.fused.supports(FeedForwardShape(80, 48, activation, True, keep))
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf", "silu", "relu"])
 @pytest.mark.parametrize("dtype", NATIVE.dtypes)
-def test_native_gelu_does_not_overflow(dtype: torch.dtype) -> None:
+def test_native_activations_do_not_overflow(dtype: torch.dtype, activation: str) -> None:
     """The cube of an activation may be too large for a float although its GELU is not."""
-    x = torch.tensor([[-1e30, -1e13, -100.0, -3.0, 3.0, 100.0, 1e13, 1e30]], dtype=dtype)
+    x = torch.tensor([[-1e30, -1e13, -100.0, -13.1, 13.1, 100.0, 1e13, 1e30]], dtype=dtype)
     eye, zero = torch.eye(8, dtype=dtype)[None], torch.zeros(1, dtype=torch.int32)
-    case = Case(x, eye, None, zero, eye, None, zero, torch.ones_like(x), (1, 1, 1))
+    case = Case(x, eye, None, zero, eye, None, zero, torch.ones_like(x), (1, 1, 1), activation=activation)
     found = case.computed()
     assert all(value.isfinite().all() for name, value in found.items() if name in ("y", "x"))
     torch.testing.assert_close(found["y"].double(), x.double().clamp(min=0), rtol=1e-2, atol=5e-3)
-    torch.testing.assert_close(found["x"][0, [0, 1, 2, 5, 6, 7]].double(), torch.tensor([0.0, 0, 0, 1, 1, 1]).double())
+    torch.testing.assert_close(found["x"][0].double(), (x[0] > 0).double(), rtol=0, atol=5e-3)
+
+
+@NEEDS_COMPILER
+def test_native_tails_are_right_to_their_size() -> None:
+    """Where an activation is small it has as many correct digits as elsewhere: no cancellation of 1 - erf."""
+    x = torch.linspace(-12.5, 6, 800)[:, None].expand(-1, 8)
+    eye, zero = torch.eye(8)[None], torch.zeros(1, dtype=torch.int32)
+    for activation in ("gelu_erf", "silu"):
+        case = Case(x, eye, None, zero, eye, None, zero, torch.ones_like(x), (1, 1, 1), activation=activation)
+        exact = x.double()
+        tail = exact * torch.erfc(-exact / 2**0.5) / 2 if activation == "gelu_erf" else F.silu(exact)
+        torch.testing.assert_close(case.computed()["y"].double(), tail, rtol=1e-5, atol=0)
 
 
 @NEEDS_COMPILER

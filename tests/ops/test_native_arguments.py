@@ -20,21 +20,29 @@ from tests.helpers.block_cases import NEEDS_COMPILER, check, make_case
 from tests.helpers.block_feed_forward_cases import make_case as make_feed_forward
 
 pytestmark = NEEDS_COMPILER
-Argument = Tensor | bool | None
+Argument = Tensor | int | None
 
 
 def linear() -> None:
     make_case().computed(NATIVE)
 
 
-def feed_forward() -> None:
+def feed_forward(gated: bool = False) -> None:
     # all sides, numbers of tiles and numbers of blocks differ, so that no two arguments look alike by chance
-    case = make_feed_forward(block_counts=(2, 5, 3), tiles=(9, 7))
+    case = make_feed_forward(block_counts=(2, 5, 3), tiles=(9, 7), gated=gated)
     up = Projection(case.up, case.up_bias, case.up_columns, by_column(case.up_columns, 5, 2))
     down = Projection(case.down, case.down_bias, case.down_columns, by_column(case.down_columns, 3, 5))
-    shape = FeedForwardShape(80, 48, "gelu_tanh", False, "nothing")
-    _, kept = NATIVE.fused.forward(case.x, up, None, down, shape)
-    NATIVE.fused.gradient(case.grad, case.x, kept, up, None, down, shape, [True] * 6)
+    gate = None
+    if case.gate is not None and case.gate_columns is not None:
+        gate = Projection(case.gate, case.gate_bias, case.gate_columns, by_column(case.gate_columns, 5, 2))
+    shape = FeedForwardShape(80, 48, "gelu_tanh", gated, "hidden" if gated else "nothing")
+    needed = [True, True, True, gated, gated, True]
+    _, kept = NATIVE.fused.forward(case.x, up, gate, down, shape)
+    NATIVE.fused.gradient(case.grad, case.x, kept, up, gate, down, shape, needed)
+
+
+def gated_feed_forward() -> None:
+    feed_forward(gated=True)
 
 
 def calls_of(run: Callable[[], None]) -> dict[str, tuple[Argument, ...]]:
@@ -65,6 +73,8 @@ def look_alike(one: Argument, other: Argument) -> bool:
         (linear, "outer", 1),  # rows and columns of the tiles
         (feed_forward, "feed_forward", 2),
         (feed_forward, "feed_forward_gradient", 12),  # indices of as many tiles or rows; operands and their gradients
+        (gated_feed_forward, "feed_forward", 11),  # what is up's and what is the gate's
+        (gated_feed_forward, "feed_forward_gradient", 48),
     ],
 )
 def test_every_swapped_pair_is_an_error(run: Callable[[], None], name: str, num_alike: int) -> None:
@@ -72,6 +82,8 @@ def test_every_swapped_pair_is_an_error(run: Callable[[], None], name: str, num_
     native._call(name, *arguments)
     alike = []
     for one, other in itertools.combinations(range(len(arguments)), 2):
+        if arguments[one] is None and arguments[other] is None:
+            continue
         swapped = list(arguments)
         swapped[one], swapped[other] = swapped[other], swapped[one]
         if look_alike(arguments[one], arguments[other]):
@@ -85,10 +97,16 @@ def test_every_swapped_pair_is_an_error(run: Callable[[], None], name: str, num_
     native._call(name, *arguments)
 
 
-@pytest.mark.parametrize("run", [linear, feed_forward])
-def test_every_argument_is_checked(run: Callable[[], None]) -> None:
+@pytest.mark.parametrize(
+    ("run", "num_optional"),
+    [
+        (linear, {"gather": 1, "outer": 0}),
+        (feed_forward, {"feed_forward": 2, "feed_forward_gradient": 5}),
+        (gated_feed_forward, {"feed_forward": 3, "feed_forward_gradient": 8}),
+    ],
+)
+def test_every_argument_is_checked(run: Callable[[], None], num_optional: dict[str, int]) -> None:
     """A shorter tensor, one of another dtype or with holes, and a missing one, wherever one is not optional."""
-    num_optional = {"gather": 1, "outer": 0, "feed_forward": 2, "feed_forward_gradient": 5}
     for name, arguments in calls_of(run).items():
         missing_allowed = 0
         for place, argument in enumerate(arguments):

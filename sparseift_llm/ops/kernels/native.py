@@ -55,17 +55,19 @@ _POINTER = ctypes.POINTER(_Array)
 _ENTRY_POINTS: dict[str, tuple[Any, ...]] = {
     "gather": (_POINTER, _POINTER, ctypes.c_int64, *[_POINTER] * 5),
     "outer": (_POINTER,) * 5,
-    "feed_forward": (_POINTER,) * 12,
-    "feed_forward_gradient": (_POINTER,) * 18,
+    "feed_forward": (_POINTER, ctypes.c_int64, *[_POINTER] * 18),
+    "feed_forward_gradient": (_POINTER, _POINTER, ctypes.c_int64, *[_POINTER] * 28),
 }
+# As ops/native/activations.h numbers them.
+_ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "silu": 2, "relu": 3, "relu_squared": 4}
 
 
 class _NativeFeedForward:
     """A feed-forward block in one pass; the activation lives in cache, a few hundred tokens at a time."""
 
     def supports(self, shape: FeedForwardShape) -> bool:
-        """Whether it is a GELU (tanh formula) without a gate, of which nothing is kept."""
-        return (shape.activation, shape.is_gated, shape.keep) == ("gelu_tanh", False, "nothing")
+        """Whether the activation is not to be kept: to read it from memory takes no less time than to compute it."""
+        return shape.activation in _ACTIVATIONS and shape.keep in ("nothing", "hidden")
 
     def forward(
         self, x: Tensor, up: Projection, gate: Projection | None, down: Projection, shape: FeedForwardShape
@@ -73,13 +75,15 @@ class _NativeFeedForward:
         """As `FusedFeedForward.forward`."""
         x = _unit_stride(x)
         y = torch.empty(len(x), shape.out_features, dtype=x.dtype)
-        up_map = _row_map(up.weight, up.columns, shape.hidden_features)
-        down_map = _row_map(down.weight, down.columns, shape.out_features)
+        hidden, gate_hidden = (
+            torch.empty(len(x), shape.hidden_features, dtype=x.dtype) if is_there and shape.keep == "hidden" else None
+            for is_there in (True, gate is not None)
+        )
         _call(
-            "feed_forward", x, up.weight.contiguous(), _contiguous(up.bias), *up_map,
-            down.weight.contiguous(), _contiguous(down.bias), *down_map, y,
+            "feed_forward", x, _ACTIVATIONS[shape.activation], *_by_rows(up, shape.hidden_features),
+            *_by_rows(gate, shape.hidden_features), *_by_rows(down, shape.out_features), y, hidden, gate_hidden,
         )  # fmt: skip
-        return y, Kept(None, None, None)
+        return y, Kept(hidden, gate_hidden, None)
 
     def gradient(
         self,
@@ -92,20 +96,19 @@ class _NativeFeedForward:
         shape: FeedForwardShape,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """As `FusedFeedForward.gradient`; the activation is computed again."""
+        """As `FusedFeedForward.gradient`; what was not kept is computed again."""
         grad, x = _unit_stride(grad), _unit_stride(x)
-        needs_x, needs_up, needs_bias, _, _, needs_down = needed
-        shapes = (x.shape, up.weight.shape, (shape.hidden_features,), down.weight.shape)
-        grad_x, grad_up, grad_bias, grad_down = (
-            torch.empty(of, dtype=x.dtype) if want else None
-            for of, want in zip(shapes, (needs_x, needs_up, needs_bias, needs_down), strict=True)
-        )
+        bias, of_gate = (shape.hidden_features,), (0,) if gate is None else gate.weight.shape
+        shapes = (x.shape, up.weight.shape, bias, of_gate, bias, down.weight.shape)
+        gradients = [torch.empty(of, dtype=x.dtype) if want else None for of, want in zip(shapes, needed, strict=True)]
         _call(
-            "feed_forward_gradient", grad, x, up.weight.contiguous(), _contiguous(up.bias),
-            *_row_map(up.weight, up.columns, shape.hidden_features), *_column_map(up.by_column),
-            down.weight.contiguous(), *_column_map(down.by_column), grad_x, grad_up, grad_bias, grad_down,
+            "feed_forward_gradient", grad, x, _ACTIVATIONS[shape.activation],
+            *_by_rows(up, shape.hidden_features), *_column_map(up.by_column),
+            *_by_rows(gate, shape.hidden_features), *((None,) * 3 if gate is None else _column_map(gate.by_column)),
+            down.weight.contiguous(), *_column_map(down.by_column),
+            _contiguous(kept.hidden), _contiguous(kept.gate), *gradients,
         )  # fmt: skip
-        return [grad_x, grad_up, grad_bias, None, None, grad_down]
+        return gradients
 
 
 class NativeKernel:
@@ -167,6 +170,14 @@ def _row_map(weight: Tensor, columns: Tensor, out_features: int) -> tuple[Tensor
     return starts, columns.contiguous(), slots
 
 
+def _by_rows(projection: Projection | None, out_features: int) -> tuple[Tensor | None, ...]:
+    """Tiles, bias and map of a product with W^T as the C++ takes them; five times nothing for no projection."""
+    if projection is None:
+        return (None,) * 5
+    weight = projection.weight.contiguous()
+    return weight, _contiguous(projection.bias), *_row_map(weight, projection.columns, out_features)
+
+
 def _column_map(by_column: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(starts, sources, tiles) for a product with W."""
     slots, rows, starts, _ = by_column
@@ -198,15 +209,15 @@ def _gather(
     return y
 
 
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _call(name: str, *arguments: Tensor | bool | None) -> None:
+def _call(name: str, *arguments: Tensor | int | None) -> None:
     """Call an entry point of the C++ library, which checks all dtypes and sizes.
 
     Raises:

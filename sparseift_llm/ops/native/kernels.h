@@ -113,44 +113,6 @@ struct Kernels {
         for (int64_t i = 0; i < ROWS * PANEL; i += 64 / int64_t(sizeof(Sum))) __builtin_prefetch(rows + i);
     }
 
-    static inline Vector cut(Vector x, Sum low, Sum high) {  // nan stays nan
-        x = x < low ? Vector{} + low : x;
-        return x > high ? Vector{} + high : x;
-    }
-
-    // exp(z) to one or two units in the last place, for all lanes at once; z is cut to where floats do not overflow.
-    static inline Vector exponential(Vector z) {
-        if constexpr (std::is_same_v<Sum, float>) {
-            typedef int32_t Bits __attribute__((vector_size(BYTES)));
-            z = cut(z, -87.0f, 88.0f);
-            const Vector shifted = z * 1.44269504f + 12582912.0f;  // rounds to an integer, held in the low bits
-            const Vector n = shifted - 12582912.0f;
-            const Vector r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
-            Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-            p = p * r + 8.3334519073e-3f;
-            p = p * r + 4.1665795894e-2f;
-            p = p * r + 1.6666665459e-1f;
-            p = p * r + 5.0000001201e-1f;
-            p = p * r * r + r + 1.0f;
-            return p * (Vector)(((Bits)shifted - 0x4b400000 + 127) << 23);
-        } else {
-            for (int lane = 0; lane < LANES; lane++) z[lane] = exp(z[lane]);
-            return z;
-        }
-    }
-
-    // GELU with the tanh formula is x * s with s = sigmoid(2 sqrt(2 / pi) * (x + 0.044715 x^3)).
-    // Beyond 64, s is 0 or 1 to the last bit. x is cut there, so that its powers do not overflow.
-    static inline Vector gelu_sigmoid(Vector x) {
-        x = cut(x, -64, 64);
-        return 1 / (1 + exponential(x * (Sum(-1.5957691216057308) - Sum(1.5957691216057308 * 0.044715) * x * x)));
-    }
-    static inline Vector gelu_derivative(Vector x, Vector s) {
-        x = cut(x, -64, 64);
-        const Vector slope = Sum(1.5957691216057308) + Sum(3 * 1.5957691216057308 * 0.044715) * x * x;
-        return s + x * s * (1 - s) * slope;
-    }
-
     template <class From>
     static inline Vector widen(const From* from) {
         Vector x;
@@ -172,6 +134,18 @@ struct Kernels {
                     for (int j = 0; j < PANEL; j += LANES)
                         *(Vector*)(panels + p * PANEL_STRIDE + t * PANEL + j) =
                             t < tokens ? widen(chunk + t * stride + p * PANEL + j) : Vector{};
+    }
+
+    // Copy rows of a panel out to memory whose rows are `stride` apart, and `tokens` of them back in. Behind the last
+    // one follow zeros, as in pack_chunk.
+    static inline void write_rows(const Sum* panel, int64_t rows, IO* to, int64_t stride) {
+        for (int64_t t = 0; t < rows; t++)
+            for (int j = 0; j < PANEL; j++) store(panel[t * PANEL + j], to + t * stride + j);
+    }
+    static inline void read_rows(const IO* from, int64_t stride, int64_t tokens, Sum* panel) {
+        for (int64_t t = 0; t < (tokens + ROWS - 1) / ROWS * ROWS; t++)
+            for (int j = 0; j < PANEL; j += LANES)
+                *(Vector*)(panel + t * PANEL + j) = t < tokens ? widen(from + t * stride + j) : Vector{};
     }
 
     // y = x W^T + bias for at most FEW_TOKENS tokens, from tiles as they are stored. All threads of a team call it.

@@ -20,7 +20,10 @@ static void ask_for_huge_pages(void* start, int64_t bytes) {
 }
 
 // Memory that a thread keeps between calls, one buffer per purpose.
-enum Purpose { WEIGHT, INPUT, GRAD, HIDDEN, HIDDEN_GRAD, SUMS, TOTAL, TOTAL_UP, TOTAL_BIAS, NUM_PURPOSES };
+enum Purpose {
+    WEIGHT, INPUT, GRAD, HIDDEN, HIDDEN_GRAD, UP, SUMS,
+    TOTAL, TOTAL_UP, TOTAL_UP_BIAS, TOTAL_GATE, TOTAL_GATE_BIAS, NUM_PURPOSES
+};
 struct Buffers {
     inline static std::mutex mutex;
     inline static std::set<Buffers*>& all = *new std::set<Buffers*>;  // the buffers of all threads
