@@ -25,7 +25,7 @@ every_kernel = pytest.mark.parametrize("kernel", ["reference", "blas", pytest.pa
 def cases(draw: st.DrawFn) -> Case:
     rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     return make_case(
-        tokens=draw(st.sampled_from([0, 1, 2, 5, 12, 13, 23, 24, 25, 33, 239, 241, 481, 613])),
+        tokens=draw(st.sampled_from([0, 1, 2, 3, 5, 6, 7, 12, 13, 23, 24, 25, 33, 239, 241, 481, 613])),
         rows=rows,
         columns=columns,
         num_tiles=draw(st.integers(1, rows * columns)),
@@ -54,6 +54,12 @@ def test_half_precision_on_a_cpu() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_large_tiles(kernel: str, size: int, dtype: torch.dtype) -> None:
     check(make_case(tokens=250, rows=2, columns=3, num_tiles=3, size=size, dtype=dtype), KERNELS[kernel])
+
+
+@every_kernel
+@pytest.mark.parametrize("tokens", range(1, 14))
+def test_few_tokens(kernel: str, tokens: int) -> None:
+    check(make_case(tokens=tokens), KERNELS[kernel])
 
 
 @every_kernel

@@ -156,9 +156,12 @@ struct Kernels {
         for (int64_t first = 0; first < out_blocks * size; first += 4)
             for (int64_t t = 0; t < tokens;) {
                 Sum sums[4][4];
-                const int64_t count = tokens - t < 4 ? 1 : 4;
-                if (count == 4) dot_products<4>(x + t * stride, stride, weight, map, size, first, sums);
-                else dot_products<1>(x + t * stride, stride, weight, map, size, first, sums);
+                const int64_t count = std::min<int64_t>(4, tokens - t);  // which read the tiles once
+                const From* const rows = x + t * stride;
+                if (count == 4) dot_products<4>(rows, stride, weight, map, size, first, sums);
+                else if (count == 3) dot_products<3>(rows, stride, weight, map, size, first, sums);
+                else if (count == 2) dot_products<2>(rows, stride, weight, map, size, first, sums);
+                else dot_products<1>(rows, stride, weight, map, size, first, sums);
                 for (int64_t m = 0; m < count; m++, t++)
                     for (int i = 0; i < 4; i++)
                         store(sums[m][i] + (bias ? load(bias[first + i]) : 0), y + t * out_blocks * size + first + i);
