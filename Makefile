@@ -16,10 +16,10 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# A dense GPT-2 and its Sparse-IFT twin at the same linear FLOPs, a table and a picture, both on the built-in suite, a page.
+# A dense model and its Sparse-IFT twin at the same whole-model FLOPs and rates tuned for each, a table, a picture, a suite, a page.
 demo: install
 	rm -rf $(DEMO)/dense $(DEMO)/sparse
-	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/dense --sparse_ift null
+	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/dense --sparse_ift null --embedding_lr_factor 8
 	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/sparse
 	$(RUN)/sparseift compare $(DEMO)/dense $(DEMO)/sparse --output $(DEMO)
 	TQDM_DISABLE=1 $(RUN)/python eval/leaderboard.py --model $(DEMO)/dense --suite builtin

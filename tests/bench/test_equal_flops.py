@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,8 @@ from sparseift_llm.planning.planner import plan
 from sparseift_llm.runs.recipe import load_recipe
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
+
+WATCHING = ("logging_steps", "eval_strategy", "eval_steps", "save_steps", "save_total_limit", "disable_tqdm")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,31 @@ def test_the_page_has_the_committed_table_and_its_figures(study: ModuleType) -> 
     seeds = [f"{loss[f'lr0.016-emb8-seed{seed}']:.3f}" for seed in (0, 1)]
     assert f"The dense model's two seeds, {seeds[0]} and {seeds[1]}, differ" in page
     assert f"the dense model from {loss['lr0.016-emb4-seed0']:.3f} (4x) to {seeds[0]} (8x)" in page
+
+
+def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType) -> None:
+    """Both of its models: everything that decides a loss is as in the run of the study."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    words = re.findall(r"recipes/demo\.yaml --output_dir \$\(DEMO\)/(\w+)(.*)", makefile)
+    for row, (name, options) in zip(("dense", "residual2"), words, strict=True):
+        best = study.best_of(study.RESULTS / "builtin" / "width64" / row)
+        corpus = study.Corpus.from_word("builtin")
+        ours = study.Search(study.BY_NAME[row], 64, corpus, None).overrides(best.rates)
+        trained = load_recipe(study.RECIPE, [*ours, "--output_dir=x", "--seed=0"]).to_dict()
+        shown = load_recipe(ROOT / "recipes" / "demo.yaml", [*shlex.split(options), "--output_dir=x"]).to_dict()
+        assert name == ("sparse" if shown["sparse_ift"] else "dense")
+        for recipe in (trained, shown):
+            del recipe["data"]["cache_dir"]
+            for key in (
+                "logging_steps",
+                "eval_strategy",
+                "eval_steps",
+                "save_steps",
+                "save_total_limit",
+                "disable_tqdm",
+            ):
+                recipe["training"].pop(key, None)
+        assert shown == trained
 
 
 def test_the_recipe_stands_beside_the_script(study: ModuleType) -> None:

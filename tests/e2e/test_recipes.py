@@ -36,7 +36,7 @@ PAIRS = [
 ]
 _SIZES = ("small_cpu", "gpt3_small", "gpt3_medium", "gpt3_large", "gpt3_xl")
 RESIDUAL = [f"llama_{size}_residual50_static" for size in _SIZES]
-LLAMA = ["llama_small_cpu_wide75_static", *RESIDUAL]
+LLAMA = ["demo", "llama_small_cpu_wide75_static", *RESIDUAL]
 
 
 def recipe_of(name: str) -> Recipe:
@@ -44,7 +44,7 @@ def recipe_of(name: str) -> Recipe:
 
 
 def test_all_recipes_are_known_here() -> None:
-    assert set(NAMES) == {"demo", "wikitext2_cpu_wide75_static", *LLAMA} | {name for pair in PAIRS for name in pair}
+    assert set(NAMES) == {"wikitext2_cpu_wide75_static", *LLAMA} | {name for pair in PAIRS for name in pair}
     assert (len(WIKITEXT), len(PILE)) == (3, 2)
 
 
