@@ -44,6 +44,17 @@ def test_the_table_of_timings_is_the_committed_one() -> None:
         assert not result["commit"].endswith("-dirty")
 
 
+def test_the_table_of_timings_of_a_wider_stream_is_the_committed_one() -> None:
+    names = [f"residual_{level}_{tile}" for level in ("ffn", "step") for tile in (64, 128)]
+    folder = ROOT / "benchmarks" / "results" / "bench"
+    results = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    rows = [row for result in results for row in result["rows"]]
+    assert render({"rows": rows}) in PAGES["docs/block.md"]
+    peaks = [f"{rows[2][f'{name}_peak_bytes'] / 1e6:.0f} MB" for name in ("block", "dense")]
+    assert f"it takes {peaks[0]} at its peak, the dense model {peaks[1]}" in PAGES["docs/block.md"]
+    assert not any(result["commit"].endswith("-dirty") for result in results)
+
+
 def test_the_crossover_table_is_the_committed_one() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "bench" / "crossover.json").read_text(encoding="utf-8"))
     assert render_crossover(result) in PAGES["docs/block.md"]
