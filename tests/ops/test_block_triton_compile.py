@@ -28,7 +28,7 @@ SHARED_BYTES = 227 * 1024  # the same
 CHOSEN = [
     "128:forward:128/8/3", "128:forward:16/4/4", "128:input_gradient:256/8/4", "64:input_gradient:128/4/3",
     "128:weight_gradient:0/4/4", "128:weight_gradient:1/8/4", "128:up_gelu_tanh:128/8/3",
-    "128:down_gradient_gelu_tanh:128/8/3", "128:down_gradient_silu_gated:256/8/4",
+    "128:up_gelu_tanh_gated:128/4/3", "128:down_gradient_gelu_tanh:128/8/3", "128:down_gradient_silu_gated:256/8/4",
 ]  # fmt: skip
 THIN = [f"128:{product}:16/{rest}" for product in ("forward", "up_gelu_tanh") for rest in ("4/4", "2/5", "4/6")]
 OTHER_GPUS = [("80", "bfloat16"), ("90", "float32"), ("90", "float16"), ("100", "bfloat16")]

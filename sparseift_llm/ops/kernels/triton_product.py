@@ -148,7 +148,7 @@ if HAS_TRITON:
             narrow: tl.constexpr = (
                 (part // 8 if gate is not None else part // 4)
                 if transposed or activation == "gelu_erf"  # whose polynomials take many registers, too
-                else part
+                else (part // 2 if activation == "gelu_tanh" and gate is not None else part)  # else 4 warps spill
             )
             _finish(
                 total, narrow if narrow > 16 else 16, block * tile + (position % parts) * part, result, hidden, gate,
