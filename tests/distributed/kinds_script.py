@@ -43,11 +43,7 @@ def counts_over_updates(name: str, rank: int | None, **options: Any) -> dict[str
     controller = SparseTrainingController(wrapped, optimizer, total_steps=2 * UPDATES)
     history = [kind_counts(model)]
     for step in range(UPDATES):
-        batch = token_ids(batch=4, seed=step)
-        tokens = batch if rank is None else batch.chunk(2)[rank]
-        wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(wrapped, optimizer, step, rank)
         history.append(kind_counts(model))
     assert controller.cost.num_updates == UPDATES
     return {"history": torch.stack(history), "digest": controller.masks_digest()}
@@ -55,6 +51,15 @@ def counts_over_updates(name: str, rank: int | None, **options: Any) -> dict[str
 
 def _scenario(name: str, rank: int, folder: Path) -> dict[str, Any]:
     return counts_over_updates(name, rank)
+
+
+def take_step(wrapped: Any, optimizer: Any, step: int, rank: int | None) -> None:
+    """On the rank's half of a batch, or on all of it in one process."""
+    batch = token_ids(batch=4, seed=step)
+    tokens = batch if rank is None else batch.chunk(2)[rank]
+    wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def groups_over_updates(name: str, rank: int | None) -> dict[str, Any]:
@@ -72,11 +77,7 @@ def groups_over_updates(name: str, rank: int | None) -> dict[str, Any]:
     controller = SparseTrainingController(wrapped, optimizer, total_steps=2 * UPDATES)
     wrong, digests = wrong_groups(model, n, m), [controller.masks_digest()]
     for step in range(UPDATES):
-        batch = token_ids(batch=4, seed=step)
-        tokens = batch if rank is None else batch.chunk(2)[rank]
-        wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(wrapped, optimizer, step, rank)
         wrong += wrong_groups(model, n, m)
         digests.append(controller.masks_digest())
     return {"wrong": wrong, "digests": digests}

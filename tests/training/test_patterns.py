@@ -74,6 +74,16 @@ def test_a_gradient_that_is_not_masked_is_seen(monkeypatch: pytest.MonkeyPatch) 
 # ---- which masks
 
 
+def take_steps(model: Any, optimizer: Any) -> None:
+    """Train, and look after every step whether each group of four has two active weights."""
+    for step in range(STEPS):
+        tokens = token_ids(seed=step)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert patterns.wrong_groups(model, 2, 4) == []
+
+
 @pytest.mark.parametrize("drop_by", ["magnitude", "saliency"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_rigl_gives_the_masks_of_the_rule(arch: str, drop_by: str) -> None:
@@ -96,12 +106,7 @@ def test_rigl_gives_the_masks_of_the_rule(arch: str, drop_by: str) -> None:
         checked.append(bool((mask != next_mask).any()))
 
     controller.listeners.append(check)
-    for step in range(STEPS):
-        tokens = token_ids(seed=step)
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert patterns.wrong_groups(model, 2, 4) == []
+    take_steps(model, optimizer)
     assert len(checked) == STEPS * len(sparse_layers(model))
     assert all(checked)
 
@@ -119,12 +124,7 @@ def test_set_drops_the_smallest_and_grows_in_their_groups() -> None:
         assert size[gone].max() <= size[mask].sort().values[number - 1]
 
     controller.listeners.append(check)
-    for step in range(STEPS):
-        tokens = token_ids(seed=step)
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert patterns.wrong_groups(model, 2, 4) == []
+    take_steps(model, optimizer)
 
 
 @pytest.mark.parametrize("family", ["parallel", "factorized", "doped"])
