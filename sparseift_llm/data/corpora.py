@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = re.compile(r"\.(?:(txt|jsonl|json)(?:\.(gz|xz|zst))?|(parquet))$", re.IGNORECASE)
 KNOWN_SUFFIXES = ".txt, .jsonl, .json (each also with .gz, .xz or .zst after it), .parquet"
-_STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_TESTS = {"test", "tests", "idle_test"}
+_INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
+_GENERATED = {"encodings", "pydoc_data"}  # character tables and one long manual; they were most of the held-out text
+_STDLIB_LEFT_OUT = frozenset(_TESTS | _INSTALLED | _GENERATED)
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ def join_rows(source: Source) -> Source:
 
 
 def builtin_source() -> Source:
-    """The running Python's own standard library: one document per `.py` file, tests left out.
+    """The running Python's own standard library: one document per `.py` file.
 
-    Files come in the order of their relative posix paths, which are also the keys; files whose
-    declared encoding does not decode are left out.
+    Tests and generated files (character tables, the manual's text) are left out. Files come in the order of their
+    relative posix paths, which are also the keys; files whose declared encoding does not decode are left out.
 
     Raises:
         ValueError: this Python has no library source files (a zipped or stripped installation).

@@ -25,7 +25,7 @@ class DataConfig:
     """
 
     corpus: Word = "builtin"
-    """Training text: `builtin` (the Python standard library's source, about 12 MB), a local file, folder or glob (see
+    """Training text: `builtin` (the Python standard library's source, about 10 MB), a local file, folder or glob (see
     `corpora.file_source`), or a hub data set id; a path that exists wins over a hub id."""
     corpus_config: Word | None = None
     """The hub data set's configuration, e.g. `wikitext-103-raw-v1`."""

@@ -19,7 +19,8 @@ from sparseift_llm.data.corpora import builtin_source
 from sparseift_llm.data.held_out import hold_out
 
 EVAL_FRACTION = 0.05  # DataConfig's default; a run that held out less has trained on some of the items
-NUM_ITEMS = 1200
+NUM_CONTINUATIONS = 1200
+NUM_IDENTIFIERS = 700
 NUM_PIECES = 300
 CONTEXT_CHARS, CONTINUATION_CHARS, PIECE_CHARS = 192, 48, 1024  # 240 characters fit a context of 128 small tokens
 _SEED = 20230521
@@ -30,7 +31,7 @@ _MAX_WEIGHT = 40_000  # characters
 _MAX_USES = 15  # of one identifier
 
 
-def continuation_items(documents: Sequence[str], num_items: int = NUM_ITEMS) -> list[dict[str, Any]]:
+def continuation_items(documents: Sequence[str], num_items: int = NUM_CONTINUATIONS) -> list[dict[str, Any]]:
     """Items `{context, choices, answer}`: which of four pieces of code goes on after the context?
 
     All four have CONTINUATION_CHARS characters, all ASCII, and begin where a line's text begins; the
@@ -65,7 +66,7 @@ def continuation_items(documents: Sequence[str], num_items: int = NUM_ITEMS) -> 
     raise _too_little(num_items, "continuations")
 
 
-def identifier_items(documents: Sequence[str], num_items: int = NUM_ITEMS) -> list[dict[str, Any]]:
+def identifier_items(documents: Sequence[str], num_items: int = NUM_IDENTIFIERS) -> list[dict[str, Any]]:
     """Items `{context, identifier}`: complete the last name of a piece of code, greedily and exactly.
 
     The name has 4 to 24 characters, is not a keyword, stands in the context already and is asked for 15

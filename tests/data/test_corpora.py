@@ -39,6 +39,8 @@ def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "idlelib/idle_test/t.py": b"no",
         "site-packages/p.py": b"no",
         "dist-packages/p.py": b"no",
+        "encodings/cp858.py": b"no",
+        "pydoc_data/topics.py": b"no",
     }
     for name, content in contents.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_builtin_is_the_sorted_sources_without_tests(stdlib: Path) -> None:
+def test_builtin_is_the_sorted_sources_without_tests_and_tables(stdlib: Path) -> None:
     source = builtin_source()
     assert [key for key, _ in source.read()] == ["a.py", "a/z.py", "b.py", "empty.py"]
     assert list(source.documents()) == ["# coding: latin-1\nname = 'é'\n", "z = 1\n", "b = 1\n"]
@@ -73,6 +75,12 @@ def test_builtin_of_this_python() -> None:
     assert not [key for key in train_keys + eval_keys if "test" in key.split("/")]
     assert 0.02 < len(eval_keys) / len(train_keys) < 0.1
     assert sum(map(len, train.documents())) > 5_000_000
+
+
+def test_no_file_is_most_of_the_builtin_held_out_text() -> None:
+    _, held_out = hold_out(builtin_source(), 0.05)
+    sizes = [len(text) for text in held_out.documents()]
+    assert max(sizes) < sum(sizes) / 4
 
 
 # Held-out documents

@@ -25,7 +25,7 @@ def test_documents_are_those_that_training_holds_out(documents: tuple[str, ...])
 
 def test_continuations(documents: tuple[str, ...]) -> None:
     items = builtin.continuation_items(documents)
-    assert len(items) == builtin.NUM_ITEMS >= 1000
+    assert len(items) == builtin.NUM_CONTINUATIONS >= 1000
     assert items == builtin.continuation_items(documents)
     assert len({item["context"] for item in items}) == len(items)
     whole = "\0".join(documents)
@@ -43,7 +43,7 @@ def test_continuations(documents: tuple[str, ...]) -> None:
 
 def test_identifiers(documents: tuple[str, ...]) -> None:
     items = builtin.identifier_items(documents)
-    assert len(items) == builtin.NUM_ITEMS
+    assert len(items) == builtin.NUM_IDENTIFIERS
     assert items == builtin.identifier_items(documents)
     uses = collections.Counter(item["identifier"] for item in items)
     assert max(uses.values()) <= 15  # no few names decide
