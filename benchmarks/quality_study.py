@@ -100,14 +100,16 @@ class Study:
     Args:
         rows: to be compared.
         rates: learning rates that every row is trained with.
-        max_steps: optimizer steps of 4,096 tokens.
+        max_steps: optimizer steps.
         folder: of the results.
+        batch_size: sequences of 64 tokens in a step.
     """
 
     rows: tuple[Row, ...]
     rates: tuple[float, ...]
     max_steps: int
     folder: str
+    batch_size: int = 64
 
 
 def tiles_of(size: int) -> dict[str, Any]:
@@ -202,8 +204,8 @@ STUDIES = {
     "tiles": Study((DENSE, *tile_rows()), (2e-3, 4e-3, 8e-3, 1.6e-2), 1920, "tiles"),
     "seeds": Study(tuple(repeated_rows()), (8e-3,), 1920, "tiles"),
     "families": Study((DENSE, *family_rows()), (4e-3, 8e-3, 1.6e-2), 640, "families"),
-    "rates": Study(tuple(rate_rows()), (2e-3, 4e-3, 8e-3), 640, "search"),
-    "search": Study(tuple(search_rows()), (SEARCH_RATE,), 640, "search"),
+    "rates": Study(tuple(rate_rows()), (2e-3, 4e-3, 8e-3), 640, "search", batch_size=32),
+    "search": Study(tuple(search_rows()), (SEARCH_RATE,), 640, "search", batch_size=32),
 }
 REPEATED = ("seeds", "search")  # with every seed
 
@@ -259,6 +261,7 @@ def train(study: str, row: Row, rate: float) -> None:
         "output_dir": output,
         "learning_rate": rate,
         "max_steps": STUDIES[study].max_steps,
+        "per_device_train_batch_size": STUDIES[study].batch_size,
         "resume_from_checkpoint": "true",
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
