@@ -8,7 +8,9 @@ starts at a guess, tries twice and half of each, moves to the best, and ends whe
 best is never at an edge of what was tried. Then it repeats the best with two more seeds. The searches of all rows and
 widths go on at once, and share the runs that train at a time. Runs that have a result are not repeated, so the command
 can be stopped, and goes on where it was. Every row of a width trains on the same tokens and has the same forward FLOPs
-as the dense model, to 0.1%. Results are in results/equal_flops, a file a run.
+as the dense model, to 0.1%. Only the rows dense-half and dense-double train on other tokens: they say what compute is
+worth to the dense model, and so how much more of it would do what another row does. Results are in
+results/equal_flops, a file a run.
 """
 
 from __future__ import annotations
@@ -43,8 +45,18 @@ WIDTHS = (64, 128, 256)
 SEEDS = (0, 1, 2)
 HEAD_DIM, VOCAB, SEQ_LEN, NUM_LAYERS = 32, 1024, 128, 2
 # The recipe's tokens are 42 for each projection weight at width 64, and 10 at 128; four times as many are 10 at 256.
-LONGER: Mapping[int, Mapping[str, int]] = {256: {"max_steps": 2000, "per_device_train_batch_size": 64}}
-HEADER = ("row", "rate, embedding's", "FLOPs", "held-out loss", "95% interval", "seeds", "gain over dense (95%)")
+MAX_STEPS: Mapping[int, int] = {64: 1000, 128: 1000, 256: 2000}
+BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64}
+HEADER = (
+    "row",
+    "rate, embedding's",
+    "FLOPs",
+    "held-out loss",
+    "95% interval",
+    "seeds",
+    "gain over dense (95%)",
+    "dense FLOPs for this loss",
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -79,6 +91,7 @@ class Row:
         sparse: `SparseIFTConfig` as a mapping; None for a dense model.
         shape: width of the dense model -> fields of the model's config that this row changes.
         widths: those of the dense models that it can be compared with.
+        tokens: how many times the other rows' training tokens it has.
     """
 
     name: str
@@ -87,6 +100,7 @@ class Row:
     sparse: Mapping[str, Any] | None = None
     shape: Callable[[int], Mapping[str, Any]] = field(default=lambda width: {})
     widths: tuple[int, ...] = WIDTHS
+    tokens: float = 1
 
 
 def dense_shape(width: int) -> dict[str, Any]:
@@ -143,6 +157,8 @@ NARROWER = partial(other_shape, hidden=0.75, heads=1)
 DEEPER = partial(other_shape, hidden=0.875, heads=0.75, layers=3)
 ROWS = (
     Row("dense", "dense", DENSE_START),
+    Row("dense-half", "dense, half the tokens", DENSE_START, tokens=0.5),
+    Row("dense-double", "dense, twice the tokens", DENSE_START, tokens=2),
     Row("dense-wide", "dense, hidden side 1.5 times, half the heads' size", DENSE_START, shape=WIDER),
     Row("dense-narrow", "dense, hidden side 0.75 times", DENSE_START, shape=NARROWER),
     Row("dense-deep", "dense, hidden side 0.875 times, three layers", DENSE_START, shape=DEEPER),
@@ -231,7 +247,8 @@ class Search:
         shape = {**dense_shape(self.width), **self.row.shape(self.width)}
         return [
             *(f"--model.config.{key}={value}" for key, value in shape.items()),
-            *(f"--training.{key}={value}" for key, value in LONGER.get(self.width, {}).items()),
+            f"--training.max_steps={round(MAX_STEPS[self.width] * self.row.tokens)}",
+            f"--training.per_device_train_batch_size={BATCH_SIZE[self.width]}",
             *self.corpus.overrides(),
             f"--training.learning_rate={rates.rate:g}",
             f"--embedding_lr_factor={rates.embedding_factor:g}",
@@ -298,13 +315,18 @@ class Best:
         rates: the best ones.
         losses: seed -> held-out loss.
         is_inside: whether all neighbours of the best rates were tried.
-        forward_flops: per token.
+        train_flops: of the whole training.
     """
 
     rates: Rates
     losses: Mapping[int, float]
     is_inside: bool
-    forward_flops: float
+    train_flops: float
+
+    @property
+    def mean(self) -> float:
+        """Held-out loss, over the seeds."""
+        return statistics.mean(self.losses.values())
 
 
 def best_of(folder: Path) -> Best | None:
@@ -321,18 +343,35 @@ def best_of(folder: Path) -> Best | None:
         best,
         losses[best],
         all(rates in first for rates in best.neighbours()),
-        results[0]["forward_flops_per_token"],
+        results[0]["train_flops"],
     )
 
 
 def gain(row: Best, dense: Best) -> str:
     """How much lower the row's mean loss is, with the 95% interval of the difference (Welch's t)."""
     ours, theirs = list(row.losses.values()), list(dense.losses.values())
-    difference = statistics.mean(theirs) - statistics.mean(ours)
+    difference = dense.mean - row.mean
     if min(len(ours), len(theirs)) < 2:
         return f"{difference:+.3f}"
     low, high = stats.ttest_ind(theirs, ours, equal_var=False).confidence_interval(0.95)
     return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def nats_per_e_fold(found: Mapping[str, Best]) -> float | None:
+    """How much the dense model's loss falls when its training FLOPs grow e times: a line through its lengths.
+
+    None if it was trained for one length only.
+    """
+    lengths = [found[name] for name in ("dense-half", "dense", "dense-double") if name in found]
+    if len(lengths) < 2:
+        return None
+    fit = stats.linregress([math.log(length.train_flops) for length in lengths], [length.mean for length in lengths])
+    return -float(fit.slope)
+
+
+def equal_loss_flops(row: Best, dense: Best, slope: float) -> str:
+    """How many times its training FLOPs the dense model would need for the row's loss, by `nats_per_e_fold`."""
+    return f"{math.exp((dense.mean - row.mean) / slope):.2f}x"
 
 
 def table(results: Path) -> str:
@@ -340,7 +379,7 @@ def table(results: Path) -> str:
     parts = []
     for folder in sorted(results.glob("*/width*"), key=lambda path: (path.parent.name, int(path.name[len("width") :]))):
         found = {row.name: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
-        dense = found.get("dense")
+        dense, slope = found.get("dense"), nats_per_e_fold(found)
         lines = []
         for name, best in found.items():
             interval = t_interval(list(best.losses.values()))
@@ -349,15 +388,16 @@ def table(results: Path) -> str:
                 [
                     BY_NAME[name].title,
                     rates if best.is_inside else f"{rates} (search not ended)",
-                    f"{best.forward_flops / dense.forward_flops:.4f}" if dense else "",
-                    f"{statistics.mean(best.losses.values()):.4f}",
+                    f"{best.train_flops / dense.train_flops:.4f}" if dense else "",
+                    f"{best.mean:.4f}",
                     f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "",
                     len(best.losses),
                     gain(best, dense) if dense and best is not dense else "",
+                    equal_loss_flops(best, dense, slope) if dense and slope and best is not dense else "",
                 ]
             )
         width = folder.name[len("width") :]
-        parts.append(f"{folder.parent.name}, width {width}\n\n{markdown_table(HEADER, lines, 'llrrlrl')}")
+        parts.append(f"{folder.parent.name}, width {width}\n\n{markdown_table(HEADER, lines, 'llrrlrlr')}")
     return "\n\n".join(parts)
 
 

@@ -75,10 +75,10 @@ def test_the_search_ends_where_no_neighbour_is_better(study: ModuleType, rate: f
     assert set(best.neighbours()) <= set(tried)
 
 
-def write_result(folder: Path, rates: Any, seed: int, loss: float | None) -> None:
+def write_result(folder: Path, rates: Any, seed: int, loss: float | None, flops: float = 100) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {"rate": rates.rate, "embedding_factor": rates.embedding_factor, "seed": seed, "eval_loss": loss}
-    result |= {"forward_flops_per_token": 100}
+    result |= {"train_flops": flops}
     (folder / f"{rates}-seed{seed}.json").write_text(json.dumps(result))
 
 
@@ -92,10 +92,21 @@ def test_the_table_says_where_the_search_did_not_end_and_what_the_gain_is(study:
         write_result(folder / "residual2", best, seed, loss)
     lines = study.table(tmp_path).splitlines()
     assert lines[0] == "novels, width 64"
-    assert lines[4] == "| dense | 0.008, 4x | 1.0000 | 4.0000 | 3.975 to 4.025 | 3 |  |"
+    assert lines[4] == "| dense | 0.008, 4x | 1.0000 | 4.0000 | 3.975 to 4.025 | 3 |  |  |"
     # the difference of means has the standard error sqrt(2 * 0.01**2 / 3) and 4 degrees of freedom: t = 2.776
     assert lines[5].startswith("| residual, 2 times, single weights | 0.008, 4x (search not ended) | 1.0000 | 3.9000 |")
-    assert lines[5].endswith("| 3 | +0.100 (+0.077 to +0.123) |")
+    assert lines[5].endswith("| 3 | +0.100 (+0.077 to +0.123) |  |")
+
+
+def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, tmp_path: Path) -> None:
+    """0.2 nats for each doubling: a gain of 0.1 is worth half a doubling."""
+    folder, rates = tmp_path / "novels" / "width64", study.Rates(8e-3, 4)
+    for row, loss, flops in (("dense-half", 4.2, 50), ("dense", 4.0, 100), ("dense-double", 3.8, 200)):
+        write_result(folder / row, rates, 0, loss, flops)
+    write_result(folder / "residual2", rates, 0, 3.9)
+    lines = study.table(tmp_path).splitlines()
+    assert [line.split("|")[3].strip() for line in lines[4:]] == ["1.0000", "0.5000", "2.0000", "1.0000"]
+    assert [line.split("|")[8].strip() for line in lines[4:]] == ["", "0.50x", "2.00x", "1.41x"]
 
 
 def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: ModuleType) -> None:
@@ -149,3 +160,12 @@ def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType) -> None:
 def test_the_recipe_stands_beside_the_script(study: ModuleType) -> None:
     assert study.RECIPE == ROOT / "benchmarks" / "equal_flops.yaml"
     assert load_recipe(study.RECIPE, []).model.config["hidden_size"] == 128
+
+
+def test_rows_of_other_lengths_train_on_as_many_tokens_as_they_say(study: ModuleType, corpus: Any) -> None:
+    steps = {}
+    for row in study.ROWS:
+        words = study.Search(row, 128, corpus, None).overrides(study.Rates(4e-3, 2))
+        steps[row.name] = load_recipe(study.RECIPE, [*words, "--output_dir=x"]).training["max_steps"]
+    assert (steps.pop("dense-half"), steps.pop("dense-double")) == (500, 2000)
+    assert set(steps.values()) == {load_recipe(study.RECIPE, []).training["max_steps"]}

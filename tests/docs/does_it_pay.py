@@ -50,7 +50,7 @@ def equal_flops() -> Iterator[tuple[str, str, str, str]]:
                 continue
             losses = (mean(dense.losses.values()), mean(ours.losses.values()))
             where = f"{width.parent.name}, hidden {width.name.removeprefix('width')}"
-            flops = ours.forward_flops / dense.forward_flops
+            flops = ours.train_flops / dense.train_flops
             yield _row(f"{TITLES[name]}, {where}", losses, flops, None)  # these runs shared their machine
             break
 
