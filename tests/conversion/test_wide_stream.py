@@ -279,6 +279,24 @@ def test_tiles_keep_the_largest_of_every_block_row() -> None:
     assert math.isfinite(difference(dense, model))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tiled_ends_hold_the_trained_words(tied: bool) -> None:
+    """The vocabulary ends inside of a tile. Every block-row of words keeps some trained tiles, and gets a new one."""
+    vocabulary = 67
+    dense = tiny_model("llama", intermediate_size=64, vocab_size=vocabulary, tie_word_embeddings=tied)
+    model = widened(dense, structure="block", block_size=8)
+    for name, factor in (("model.embed_tokens", 2), ("lm_head", 2 if tied else 1)):
+        layer: Any = sparse_layers(model)["model.embed_tokens" if tied else name]
+        matrix, mask = layer.dense_matrix()[:vocabulary], layer.current_mask()
+        trained: Any = dense.get_submodule(name).weight.detach()
+        kept = matrix[:, :WIDTH] != 0
+        torch.testing.assert_close(matrix[:, :WIDTH][kept], factor * trained[kept])
+        assert torch.equal(kept, mask.repeat_interleave(8, 0).repeat_interleave(8, 1)[:vocabulary, :WIDTH])
+        assert mask[:, WIDTH // 8 :].any(1).all()
+        assert mask[:, : WIDTH // 8].any(1).all()
+        assert matrix[:, WIDTH:].any() == (name == "lm_head" and not tied)
+
+
 def test_options_that_would_have_no_effect_are_refused() -> None:
     with pytest.raises(ValueError, match=r"reserve=0.2 is for init='pretrained', not for init='preserve'"):
         SparseIFTConfig(family=Wide("residual", reserve=0.2), init="preserve")
