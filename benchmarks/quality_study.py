@@ -167,7 +167,7 @@ OF_ALL: dict[str, dict[str, Any]] = {
 
 
 def search_rows() -> Iterator[Row]:
-    """Algorithms over single weights and tiles; RigL, but for the smallest tiles, with its options changed one by one."""
+    """Algorithms over single weights and tiles; options of RigL one by one, but for the smallest tiles."""
     rows = [DENSE]
     for tile in (0, 8, 32):
         sparse = {"scope": "model", **tiles_of(tile)}
