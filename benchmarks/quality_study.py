@@ -49,7 +49,7 @@ RUNS = Path("runs") / "quality_study"
 TIMES_NAME = "times.json"
 REPEATS = 15
 SEEDS = (0, 1, 2)
-SEARCH_RATE, SEARCH_EMBEDDING_FACTOR = 8e-3, 2  # the best of `rates` for static masks
+SEARCH_RATE, SEARCH_EMBEDDING_FACTOR = 1.6e-2, 2  # the best of `rates` for static masks
 WIDE_HIDDEN = 256  # of the Wide 75% twin with scope model; the dense model's is 128
 
 
@@ -206,7 +206,7 @@ STUDIES = {
     "tiles": Study((DENSE, *tile_rows()), (2e-3, 4e-3, 8e-3, 1.6e-2), 1920, "tiles"),
     "seeds": Study(tuple(repeated_rows()), (8e-3,), 1920, "tiles"),
     "families": Study((DENSE, *family_rows()), (4e-3, 8e-3, 1.6e-2), 640, "families"),
-    "rates": Study(tuple(rate_rows()), (4e-3, 8e-3, 1.6e-2), 640, "search", batch_size=32),
+    "rates": Study(tuple(rate_rows()), (8e-3, 1.6e-2, 3.2e-2), 640, "search", batch_size=32),
     "search": Study(tuple(search_rows()), (SEARCH_RATE,), 640, "search", batch_size=32),
 }
 REPEATED = ("seeds", "search")  # with every seed
