@@ -4,21 +4,21 @@
     python benchmarks/gpu.py results.json --dry      # tiny shapes in Triton's interpreter, to test this program
 
 It prints a table and writes one JSON. Every product is checked against a float64 product with the same zeros first. All
-configurations of the kernels are compiled beforehand in processes of their own, as many as there are cores. The formula
-of the predictions is in docs/block.md, "Time on a GPU".
+configurations of the kernels are compiled beforehand in processes of their own, as many as there are cores. Those that
+read by TMA are checked before (gpu_tma.py), and take part only if all are right. The formula of the predictions is in
+docs/block.md, "On a GPU".
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
 import math
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,92 +28,26 @@ if "--dry" in sys.argv:
 
 import torch
 import torch.nn.functional as F
+from gpu_products import (
+    DRY,
+    LARGEST_ERROR,
+    REAL,
+    Setting,
+    Shape,
+    normal,
+    predicted_feed_forward,
+    products,
+    shapes,
+)
 from torch import Tensor
 
 from sparseift_llm.bench.measure import peak_bytes, queued_seconds
 from sparseift_llm.ops.kernels import triton_tuning
 from sparseift_llm.ops.kernels.choice import use_block_kernel
-from sparseift_llm.ops.kernels.triton import TRITON
-from sparseift_llm.ops.kernels.triton_launch import (
-    MULTIPROCESSORS,
-    Epilogue,
-    Operand,
-    empty_token_sums,
-    product,
-    token_pieces,
-)
-from sparseift_llm.topology import blocks
+from sparseift_llm.ops.kernels.triton_descriptors import TMA_VARIABLE, is_wanted
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 from sparseift_llm.utils.tables import markdown_table
-
-TENSOR_FLOPS, BYTES_PER_S = (
-    650e12,
-    4.8e12,
-)  # of an H200: a large dense bfloat16 product, and its memory by its data sheet
-START_STEPS = 2.3  # of 64 features: what a program takes besides its loop
-STEP = 64
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured: sizes, and how often."""
-
-    device: str
-    dtype: torch.dtype
-    tokens: int
-    hidden: int
-    tile: int
-    calls: int
-
-
-REAL = Setting("cuda", torch.bfloat16, 16384, 768, 128, 30)
-DRY = Setting("cpu", torch.float32, 70, 16, 16, 1)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A block-sparse matrix of (rows, columns) tiles of which `tiles` are active."""
-
-    name: str
-    rows: int
-    columns: int
-    tiles: int
-
-
-def shapes(setting: Setting) -> list[Shape]:
-    """Those of an FFN hidden -> 4 hidden made Wide 75%, at the widths of scope `model` and of scope `ffn`."""
-    side = setting.hidden // setting.tile
-    tiles = 4 * side * side
-    wide = [Shape("up", 8 * side, 2 * side, tiles), Shape("down", 2 * side, 8 * side, tiles)]
-    return [*wide, Shape("up, scope ffn", 16 * side, side, tiles), Shape("down, scope ffn", side, 16 * side, tiles)]
-
-
-# ---- what is predicted
-
-
-def predicted_product(setting: Setting, counts: Sequence[int], written: int) -> float:
-    """Seconds of a product whose output blocks have `counts` tiles, and that writes `written` bytes.
-
-    Programs are handed out in order to the first of 2 * MULTIPROCESSORS places that is free, each with half of a
-    multiprocessor's rate. A program takes START_STEPS and one step per 64 features.
-    """
-    block = 128
-    step = 2 * block * setting.tile * STEP / (TENSOR_FLOPS / (2 * MULTIPROCESSORS))
-    places = [0.0] * (2 * MULTIPROCESSORS)
-    for count in sorted(counts, reverse=True):
-        for _ in range(math.ceil(setting.tokens / block)):
-            heapq.heappush(places, heapq.heappop(places) + (START_STEPS + count * setting.tile / STEP) * step)
-    return max(max(places), written / BYTES_PER_S)
-
-
-def predicted_weight_gradient(setting: Setting, tiles: int) -> float:
-    """Seconds of a weight gradient: rounds of pieces on the busiest multiprocessor, and the pieces' sums in memory."""
-    pieces = token_pieces(tiles, setting.tokens)
-    whole = 2 * setting.tokens * setting.tile**2 / (TENSOR_FLOPS / MULTIPROCESSORS)
-    passed_on = 8 * pieces * tiles * setting.tile**2 / BYTES_PER_S if pieces > 1 else 0.0
-    return math.ceil(tiles * pieces / MULTIPROCESSORS) / pieces * whole + passed_on
-
 
 # ---- what is compiled
 
@@ -121,6 +55,8 @@ def predicted_weight_gradient(setting: Setting, tiles: int) -> float:
 def compile_beforehand(setting: Setting) -> None:
     """Fill Triton's cache on disk with every configuration that is tuned, in a process for each."""
     configs = len(triton_tuning.PRODUCT_CONFIGS)
+    if is_wanted():
+        configs += len(triton_tuning.with_tma(triton_tuning.PRODUCT_CONFIGS))
     with ProcessPoolExecutor(min(configs, os.cpu_count() or 1), get_context("spawn")) as pool:
         list(pool.map(compile_configuration, [setting] * configs, range(configs)))
 
@@ -174,10 +110,6 @@ class Results:
         return markdown_table(header, cells, "lrrrrl")
 
 
-def normal(setting: Setting, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=setting.device, dtype=setting.dtype)
-
-
 def measure_ceilings(results: Results) -> None:
     """A copy, a large product, and the dense FFN's six products."""
     setting = results.setting
@@ -198,69 +130,21 @@ def measure_ceilings(results: Results) -> None:
 
 
 def measure_products(results: Results, shape: Shape) -> None:
-    """The three products of a shape, and those of a feed-forward block with their elementwise work; checked first."""
-    setting = results.setting
-    tile, tokens = setting.tile, setting.tokens
-    rows, columns = shape.rows * tile, shape.columns * tile
-    places = blocks.random_columns(shape.rows, shape.columns, shape.tiles, 0).to(setting.device)
-    tables = blocks.by_column(places, shape.rows, shape.columns)
-    weight, bias = normal(setting, shape.tiles, tile, tile) / tile**0.5, normal(setting, rows)
-    x, grad = normal(setting, tokens, columns), normal(setting, tokens, rows)
-    of_slot = blocks.rows_of_slots(shape.tiles, shape.rows).to(setting.device)
-    dense = torch.zeros(shape.rows, shape.columns, tile, tile, device=setting.device, dtype=torch.float64)
-    dense[of_slot, places.long()] = weight.double()
-    dense = dense.transpose(1, 2).reshape(rows, columns)
-    flops = 2 * tokens * shape.tiles * tile**2
-    per_row = torch.bincount(of_slot, minlength=shape.rows).tolist()
-    per_column = tables.starts.diff().tolist()
-
-    def checked(name: str, run: Callable[[], Tensor], expected: Tensor, predicted: float) -> None:
-        error = float((run().double() - expected).norm() / expected.norm())
-        if not error < 1e-2:
-            raise SystemExit(f"{shape.name}, {name} is wrong: relative error {error:.2e}")
-        results.time(f"{shape.name}, {name}", run, flops=flops, predicted_s=predicted, note=f"error {error:.1e}")
-
-    out_bytes, in_bytes = (tokens * width * x.element_size() for width in (rows, columns))
-    y, grad_x = x.double() @ dense.T + bias.double(), grad.double() @ dense
-    straight, transposed = Operand(x, weight, places), Operand.transposed(grad, weight, tables)
-    forward = predicted_product(setting, per_row, out_bytes)
-    checked("forward", lambda: product(straight, bias, rows, rows), y, forward)
-    hidden = torch.empty_like(grad)
-    with_gelu = Epilogue("gelu_tanh", hidden)
-    checked(
-        "forward and GELU",
-        lambda: product(straight, bias, rows, rows, with_gelu),
-        F.gelu(y, approximate="tanh"),
-        predicted_product(setting, per_row, 2 * out_bytes),
-    )
-    del y
-    backward = predicted_product(setting, per_column, in_bytes)
-    checked("input gradient", lambda: product(transposed, None, rows, columns), grad_x, backward)
-    sums = empty_token_sums(tokens, columns, x.device)
-    with_derivative = Epilogue("gelu_tanh", x, active=torch.empty_like(x), sums=sums)
-    slope = torch.ops.aten.gelu_backward(grad_x, x.double(), approximate="tanh")
-    checked(
-        "input gradient and GELU's",
-        lambda: product(transposed, None, rows, columns, with_derivative),
-        slope,
-        predicted_product(setting, per_column, 3 * in_bytes),
-    )
-    del grad_x, slope
-    full = (grad.double().T @ x.double()).view(shape.rows, tile, shape.columns, tile).transpose(1, 2)
-    expected = full[of_slot, places.long()]
-    time = predicted_weight_gradient(setting, shape.tiles)
-    checked("weight gradient", lambda: TRITON.weight_gradient(grad, x, places, tile), expected, time)
+    """The products of a shape; checked first."""
+    for one in products(results.setting, shape):
+        error = one.error(one.run())
+        if not error < LARGEST_ERROR:
+            raise SystemExit(f"{shape.name}, {one.name} is wrong: relative error {error:.2e}")
+        results.time(f"{shape.name}, {one.name}", one.run, flops=one.flops, predicted_s=one.predicted)
+        kernel = triton_tuning.weight_gradient if one.name == "weight gradient" else triton_tuning.product
+        results.rows[-1]["note"] = f"error {error:.1e}; {short_name(kernel.best_config)}"
 
 
-def predicted_feed_forward(setting: Setting) -> float:
-    """Seconds of both passes of the block-sparse FFN: its six products, and the sum of the last bias' gradient."""
-    up, down, *_ = shapes(setting)
-    wide, narrow = (setting.tokens * shape.rows * setting.tile * 2 for shape in (up, down))
-    total = predicted_product(setting, [up.tiles // up.rows] * up.rows, 2 * wide)
-    total += predicted_product(setting, [down.tiles // down.rows] * down.rows, narrow)
-    total += predicted_product(setting, [down.tiles // down.columns] * down.columns, 3 * wide)
-    total += predicted_product(setting, [up.tiles // up.columns] * up.columns, narrow)
-    return total + 2 * predicted_weight_gradient(setting, up.tiles) + narrow / BYTES_PER_S
+def short_name(config: Any) -> str:
+    """E.g. `128 tokens, 8 warps, 3 stages, TMA`."""
+    sizes = config.kwargs
+    size = f"{sizes['token_block']} tokens" if "token_block" in sizes else f"{1 + sizes['paired']} tile(s)"
+    return f"{size}, {config.num_warps} warps, {config.num_stages} stages" + (", TMA" if sizes.get("tma") else "")
 
 
 def measure_feed_forwards(results: Results) -> None:
@@ -338,6 +222,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("output", type=Path, help="where the JSON is written")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in Triton's interpreter")
+    parser.add_argument("--no-tma", action="store_true", help="leave the configurations that read by TMA out")
     parser.add_argument("--no-step", action="store_true", help="leave the training steps out")
     arguments = parser.parse_args(words)
     if not arguments.dry and not torch.cuda.is_available():
@@ -348,6 +233,7 @@ def main(words: Sequence[str]) -> int:
     torch.manual_seed(0)
     use_block_kernel("triton")
     if not arguments.dry:
+        os.environ[TMA_VARIABLE] = "1" if not arguments.no_tma and tma_works() else "0"
         compile_beforehand(setting)
     measure_ceilings(results)
     for shape in shapes(setting):
@@ -356,10 +242,18 @@ def main(words: Sequence[str]) -> int:
     if not arguments.dry and not arguments.no_step:
         measure_steps(results)
     gpu = "Triton's interpreter" if arguments.dry else torch.cuda.get_device_name()
-    found = {"gpu": gpu, "rows": results.rows, "configurations": configurations(), "machine": machine()}
-    write_json(arguments.output, {**found, "versions": versions(), "commit": commit()})
+    found = {"gpu": gpu, "tma": is_wanted(), "rows": results.rows, "configurations": configurations()}
+    write_json(arguments.output, {**found, "machine": machine(), "versions": versions(), "commit": commit()})
     print(f"{gpu}\n\n{results.table()}")
     return 0
+
+
+def tma_works() -> bool:
+    """Whether gpu_tma.py found every configuration that reads by TMA right; what it found is on standard error."""
+    check = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("gpu_tma.py"))], stdout=sys.stderr, check=False
+    )
+    return check.returncode == 0
 
 
 def configurations() -> dict[str, dict[str, str]]:

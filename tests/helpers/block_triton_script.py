@@ -7,7 +7,7 @@ object per compiled kernel: what its machine code (SASS), its PTX and its layout
 
 FOLDER is for files on the way. CAPABILITY is a compute capability (90 for an H100 or H200). A configuration is named
 as `name_of` does: `256/8/4` stands for 256 tokens, 8 warps and 4 stages, and of a weight gradient `1/4/3` for two tiles
-(0: one tile), 4 warps and 3 stages. What is left out stands for all.
+(0: one tile), 4 warps and 3 stages; `tma/256/8/4` for the same with TMA. What is left out stands for all.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import networkx
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 from sparseift_llm.ops.activations import ACTIVATIONS
-from sparseift_llm.ops.kernels import triton_code, triton_launch, triton_tuning
+from sparseift_llm.ops.kernels import triton_code, triton_descriptors, triton_launch, triton_tuning
 from sparseift_llm.ops.kernels.triton import TRITON
 from sparseift_llm.ops.kernels.triton_launch import Epilogue, Operand
 from sparseift_llm.topology.blocks import ByColumn
@@ -59,21 +60,28 @@ class StubDriver:
         return benchmark
 
 
-def name_of(config: Any) -> str:
-    """E.g. `256/8/4`: tokens, or whether tiles are paired; warps; stages."""
-    return "/".join(map(str, (*config.kwargs.values(), config.num_warps, config.num_stages)))
+def name_of(arguments: dict[str, Any]) -> str:
+    """E.g. `256/8/4`: tokens, or whether tiles are paired; warps; stages. TMA comes before them."""
+    sizes = [arguments[name] for name in ("token_block", "paired", "num_warps", "num_stages") if name in arguments]
+    return "/".join(map(str, ["tma", *sizes] if arguments.get("tma") else sizes))
 
 
 def instructions_in_loops(sass: str) -> Counter[str]:
-    """How often each instruction stands between a label and a branch back to it."""
+    """How often each instruction stands where the program can come again: in a cycle of its branches.
+
+    Where code stands says little: a rarely taken part of a loop is at the end of the program.
+    """
     lines = sass.splitlines()
     labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\.L_x_\d+):", line))}
-    inside: set[int] = set()
+    steps = networkx.DiGraph()
     for number, line in enumerate(lines):
         target = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", line)
-        if target and labels.get(target[1], number) < number:
-            inside.update(range(labels[target[1]], number + 1))
-    return Counter(name for number in sorted(inside) if (name := instruction_of(lines[number])))
+        if target and target[1] in labels:
+            steps.add_edge(number, labels[target[1]])
+        if not re.match(r"\s+/\*[0-9a-f]+\*/\s+(BRA `|EXIT|RET)", line):  # without a condition
+            steps.add_edge(number, number + 1)
+    loops = [part for part in networkx.strongly_connected_components(steps) if len(part) > 1]
+    return Counter(name for number in sorted(set().union(*loops)) if (name := instruction_of(lines[number])))
 
 
 def instruction_of(line: str) -> str | None:
@@ -107,6 +115,7 @@ def facts_of(compiled: Any, folder: Path) -> dict[str, Any]:
         "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
         "mma_sync": len(re.findall(r"\bmma\.sync", ptx)),
         "copies_by_size": {str(size): count for size, count in copies.items()},
+        "bulk_copies": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "stores_by_size": dict(Counter(re.findall(r"st\.global\S*?\.(v\d\.b\d+|b\d+)", ptx))),
         "buffers": sorted(
             {int(n) for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x\w?f\d+", layout)}
@@ -122,10 +131,9 @@ def compile_instead_of_launch(kernel: Any, found: list[tuple[str, str, Any]]) ->
 
     def run(*args: Any, warmup: bool, **kwargs: Any) -> None:
         result = compile_or_launch(*args, warmup=True, **kwargs)
-        sizes = [kwargs[name] for name in ("token_block", "paired", "num_warps", "num_stages") if name in kwargs]
         if all(result is not other for _, _, other in found):  # the chosen one is launched again
             name = CALLED[-1] if kernel in TUNED else "add_pieces"
-            found.append((name, "/".join(map(str, sizes)), result))
+            found.append((name, name_of(kwargs), result))
 
     function.run = run
 
@@ -161,6 +169,7 @@ def products(tile: int, dtype: torch.dtype, tokens: int) -> dict[str, Callable[[
 def main() -> None:
     folder, *cases = sys.argv[1:]
     triton_launch.is_available = lambda: True
+    triton_descriptors.use_tma(True)
     every = {kernel: list(kernel.configs) for kernel in TUNED}
     found: list[tuple[str, str, Any]] = []
     for kernel in (*TUNED, triton_code.add_pieces_kernel):
@@ -169,8 +178,11 @@ def main() -> None:
     for case in cases:
         capability, dtype, tile, product, wanted = (*case.split(":"), "", "")[:5]
         triton.runtime.driver.set_active(StubDriver(int(capability)))
+        triton_descriptors.has_tma = lambda device, capability=capability: int(capability) >= 90
+        if wanted and all(name_of(config.all_kwargs()) != wanted for kernel in TUNED for config in every[kernel]):
+            raise SystemExit(f"no kernel has a configuration {wanted}")
         for kernel in TUNED:
-            configs = [config for config in every[kernel] if name_of(config) == wanted]
+            configs = [config for config in every[kernel] if name_of(config.all_kwargs()) == wanted]
             kernel.configs = configs or every[kernel]
             kernel.cache.clear()
         triton_tuning._tuned_buckets.clear()

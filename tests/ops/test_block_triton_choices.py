@@ -66,7 +66,9 @@ def test_configurations_that_would_spill_or_idle_are_not_tuned(size: int, bucket
     sizes = ((16, 4), (64, 4), (128, 4), (256, 4), (256, 8))
     configs = [triton.Config({"token_block": block}, num_warps=warps) for block, warps in sizes]
     weight = torch.empty(0, dtype={2: torch.bfloat16, 4: torch.float32}[size])
-    found = triton_tuning.fitting(configs, {"weight": weight, "part": 128, "token_bucket": bucket}, grid=None)
+    found = triton_tuning.fitting(
+        configs, {"weight": weight, "part": 128, "token_bucket": bucket, "can_describe": 0}, grid=None
+    )
     assert [f"{config.kwargs['token_block']}/{config.num_warps}" for config in found] == kept
 
 

@@ -39,14 +39,18 @@ if HAS_TRITON:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def add_tiles(  # type: ignore[no-untyped-def]
-        total, source, source_stride, weight, others, order, first, count, slots, token, present, beside,
-        tile: tl.constexpr, depth: tl.constexpr, transposed: tl.constexpr, precision: tl.constexpr,
+        total, source, source_stride, source_tma, weight, weight_tma, others, order, first, count, slots, first_token,
+        tokens, first_beside, tile: tl.constexpr, depth: tl.constexpr, transposed: tl.constexpr,
+        precision: tl.constexpr,
     ):  # fmt: skip
         """total (token block, part) + the products of `count` tiles from entry `first` on with blocks of the source.
 
-        others: the block of the source that every entry reads. order: the slot of every entry, if `transposed`.
-        beside: which of a tile's output features this program computes.
+        source_tma, weight_tma: descriptors of both, or None. others: the block of the source that every entry reads.
+        order: the slot of every entry, if `transposed`. first_beside: of a tile's output features that are computed.
         """
+        token = first_token.to(tl.int64) + tl.arange(0, total.shape[0])
+        present = token < tokens
+        beside = first_beside + tl.arange(0, total.shape[1])
         stride_along: tl.constexpr = tile if transposed else 1
         stride_beside: tl.constexpr = 1 if transposed else tile
         # One flat loop, which the compiler pipelines: `depth` features are part of a large tile or several small ones.
@@ -63,6 +67,7 @@ if HAS_TRITON:
             feature = other * tile + along
             row = slot.to(tl.int64) * tile * tile + along * stride_along
             if tile < depth:
+                tl.static_assert(source_tma is None, "several small tiles are no rectangle of a matrix")
                 active = inner < count * tile
                 values = tl.load(
                     source + token[:, None] * source_stride + feature[None, :],
@@ -73,24 +78,35 @@ if HAS_TRITON:
                 )
                 entry = tl.minimum(first + (inner + depth) // tile, slots - 1)
             else:
-                values = tl.load(
-                    source + token[:, None] * source_stride + feature[None, :], mask=present[:, None], other=0.0
-                )
-                weights = tl.load(weight + row[:, None] + beside[None, :] * stride_beside)
+                if source_tma is not None:
+                    values = source_tma.load([first_token, other * tile + start % tile])
+                    if transposed:
+                        weights = weight_tma.load([slot * tile + start % tile, first_beside])
+                    else:
+                        weights = weight_tma.load([slot * tile + first_beside, start % tile]).T
+                else:
+                    values = tl.load(
+                        source + token[:, None] * source_stride + feature[None, :], mask=present[:, None], other=0.0
+                    )
+                    weights = tl.load(weight + row[:, None] + beside[None, :] * stride_beside)
                 entry = tl.minimum(first + (start + depth) // tile, slots - 1)
             other = tl.load(others + entry)
             slot = tl.load(order + entry) if transposed else entry
             total = _add_product(values, weights, total, precision)
         return total
 
-    @triton.jit(do_not_specialize=["tokens", "slots", "rows", "piece_tokens", "token_bucket"])  # type: ignore[untyped-decorator]
+    @triton.jit(  # type: ignore[untyped-decorator]
+        do_not_specialize=["tokens", "slots", "rows", "piece_tokens", "token_bucket", "can_describe"]
+    )
     def weight_gradient_kernel(  # type: ignore[no-untyped-def]
         grad, grad_stride, x, x_stride, columns, gradient, tokens, slots, rows, piece_tokens, token_bucket,
-        tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr, paired: tl.constexpr,
+        can_describe, tile: tl.constexpr, part: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
+        paired: tl.constexpr, grad_tma=None, x_tma=None,
     ):  # fmt: skip
         """gradient (pieces, N, b, b) = the tiles of grad.T @ x, each summed over a piece of the tokens.
 
-        A program computes one tile or, if `paired`, two of a block-row, for which `grad` is read once.
+        A program computes one tile or, if `paired`, two of a block-row, for which `grad` is read once. grad_tma, x_tma:
+        descriptors of both, or None.
         """
         # Neighbours in the launch order work on one tile, then on its block-row, and walk through the tokens together:
         # the columns of `grad` that they share, and the same rows of `x`, are in the L2 cache.
@@ -103,22 +119,31 @@ if HAS_TRITON:
         slot = first_slot(row, slots, rows) + program // (parts * parts) % in_row * tiles
         last = first_slot(row + 1, slots, rows) - 1
         if slot <= last:
-            out = (program // parts) % parts * part + tl.arange(0, part)
-            beside = program % parts * part + tl.arange(0, part)
+            first_out, first_beside = (program // parts) % parts * part, program % parts * part
+            out, beside = first_out + tl.arange(0, part), first_beside + tl.arange(0, part)
+            column = tl.load(columns + slot) * tile
             upstream_at = grad + row * tile + out[:, None]
-            values_at = x + tl.load(columns + slot) * tile + beside[None, :]
+            values_at = x + column + beside[None, :]
             total = tl.zeros((part, part), tl.float32)
             if paired:
-                beside_at = x + tl.load(columns + tl.minimum(slot + 1, last)) * tile + beside[None, :]
+                second_column = tl.load(columns + tl.minimum(slot + 1, last)) * tile
+                beside_at = x + second_column + beside[None, :]
                 second = tl.zeros((part, part), tl.float32)
             for start in range(piece * piece_tokens, tl.minimum((piece + 1) * piece_tokens, tokens), depth):
                 token = start + tl.arange(0, depth).to(tl.int64)
                 present = token < tokens
-                upstream = tl.load(upstream_at + token[None, :] * grad_stride, mask=present[None, :], other=0.0)
-                values = tl.load(values_at + token[:, None] * x_stride, mask=present[:, None], other=0.0)
+                if grad_tma is not None:
+                    upstream = grad_tma.load([start, row * tile + first_out]).T
+                    values = x_tma.load([start, column + first_beside])
+                else:
+                    upstream = tl.load(upstream_at + token[None, :] * grad_stride, mask=present[None, :], other=0.0)
+                    values = tl.load(values_at + token[:, None] * x_stride, mask=present[:, None], other=0.0)
                 total = _add_product(upstream, values, total, precision)
                 if paired:
-                    values = tl.load(beside_at + token[:, None] * x_stride, mask=present[:, None], other=0.0)
+                    if x_tma is not None:
+                        values = x_tma.load([start, second_column + first_beside])
+                    else:
+                        values = tl.load(beside_at + token[:, None] * x_stride, mask=present[:, None], other=0.0)
                     second = _add_product(upstream, values, second, precision)
             number = piece.to(tl.int64) * slots + slot
             target = gradient + number * tile * tile + out[:, None] * tile + beside[None, :]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseift_llm.ops.kernels import triton_code, triton_tuning
+from sparseift_llm.ops.kernels.triton_descriptors import may_describe
 from sparseift_llm.ops.kernels.triton_product import TOKENS_PER_SUM
 from sparseift_llm.ops.kernels.triton_tuning import THIN, bucket_of
 
@@ -113,8 +114,12 @@ def product(
     depth = 128 // source.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
     blocks, second_slots = width // tile, 0 if second is None else len(second.weight)
     activation, *tensors = (None,) * 7 if epilogue is None else epilogue
-    call = (source.device, source.dtype, transposed, len(weight), second_slots, blocks, tile, precision, activation)
-    bucket = bucket_of(len(source), ("product", *call, *(tensor is None for tensor in tensors)))
+    described = (source, weight) if second is None else (source, weight, second.source, second.weight)
+    can_describe = int(len(source) > THIN and tile >= depth and may_describe(*described))
+    call = (source.device, source.dtype, transposed, len(weight), second_slots, blocks, tile, precision)
+    bucket = bucket_of(
+        len(source), ("product", *call, can_describe, activation, *(tensor is None for tensor in tensors))
+    )
     added = (None,) * 6 if second is None else (second.source, second.source.stride(0), second.weight, *second[2:5])
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
@@ -124,7 +129,7 @@ def product(
         triton_tuning.product[grid](
             source, source.stride(0), weight, None if bias is None else bias.contiguous(), *tables, *added,
             result, *tensors, len(source), len(weight), second_slots, out_features // tile, blocks, bucket,
-            tile, part, depth, transposed, activation, precision,
+            can_describe, tile, part, depth, transposed, activation, precision,
             enable_fp_fusion=True,  # triton's default is about to change
         )  # fmt: skip
     return result
@@ -160,11 +165,12 @@ def weight_gradient(grad: Tensor, x: Tensor, columns: Tensor, block_size: int) -
         in_row = math.ceil(math.ceil(len(gradient) / rows) / (2 if meta["paired"] else 1))
         return (rows * in_row * (block_size // part) ** 2 * pieces,)
 
-    bucket = bucket_of(len(x), ("weight", x.device, x.dtype, len(gradient), block_size, precision))
+    can_describe = int(may_describe(grad, x))
+    bucket = bucket_of(len(x), ("weight", x.device, x.dtype, len(gradient), block_size, precision, can_describe))
     with torch.cuda.device_of(x):
         triton_tuning.weight_gradient[grid](
             grad, grad.stride(0), x, x.stride(0), columns, sums, len(x), len(gradient), rows, piece_tokens,
-            bucket, block_size, part, depth, precision,
+            bucket, can_describe, block_size, part, depth, precision,
             enable_fp_fusion=True,  # triton's default is about to change
         )  # fmt: skip
         if pieces > 1:

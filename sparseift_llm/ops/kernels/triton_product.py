@@ -99,18 +99,21 @@ if HAS_TRITON:
             else:
                 _activate(total, result, hidden, gate, at, present, activation, fast)
 
-    @triton.jit(do_not_specialize=["tokens", "slots", "second_slots", "rows", "blocks", "token_bucket"])  # type: ignore[untyped-decorator]
+    @triton.jit(  # type: ignore[untyped-decorator]
+        do_not_specialize=["tokens", "slots", "second_slots", "rows", "blocks", "token_bucket", "can_describe"]
+    )
     def product_kernel(  # type: ignore[no-untyped-def]
         source, source_stride, weight, bias, others, order, starts, heavy_first, second, second_stride, second_weight,
         second_others, second_order, second_starts, result, hidden, gate, grad_gate, active, sums, gate_sums,
-        tokens, slots, second_slots, rows, blocks, token_bucket, tile: tl.constexpr, part: tl.constexpr,
+        tokens, slots, second_slots, rows, blocks, token_bucket, can_describe, tile: tl.constexpr, part: tl.constexpr,
         depth: tl.constexpr, transposed: tl.constexpr, activation: tl.constexpr, precision: tl.constexpr,
-        token_block: tl.constexpr,
+        token_block: tl.constexpr, source_tma=None, weight_tma=None, second_tma=None, second_weight_tma=None,
     ):  # fmt: skip
         """result (T, blocks * b) = source times the tiles, which are transposed if `order` and `starts` are given.
 
         second...: another product of the same shape, transposed, that is added. activation: with a name, `_activate`
-        or, if `transposed`, `_derive` computes the result; hidden to gate_sums are theirs.
+        or, if `transposed`, `_derive` computes the result; hidden to gate_sums are theirs. ..._tma: descriptors of the
+        operands, or None.
         """
         parts = tile // part
         where, position = place_of(tl.program_id(0), tl.cdiv(tokens, token_block), blocks * parts)
@@ -122,35 +125,34 @@ if HAS_TRITON:
         else:
             first = first_slot(block, slots, rows)
             count = first_slot(block + 1, slots, rows) - first
-        token = where.to(tl.int64) * token_block + tl.arange(0, token_block)
-        present = token < tokens
-        beside = (position % parts) * part + tl.arange(0, part)
+        first_token, first_beside = where * token_block, (position % parts) * part
         total = tl.zeros((token_block, part), tl.float32)
         total = add_tiles(
-            total, source, source_stride, weight, others, order, first, count, slots, token, present, beside,
-            tile, depth, transposed, precision,
+            total, source, source_stride, source_tma, weight, weight_tma, others, order, first, count, slots,
+            first_token, tokens, first_beside, tile, depth, transposed, precision,
         )  # fmt: skip
         if second is not None:
             first = tl.load(second_starts + block)
             total = add_tiles(
-                total, second, second_stride, second_weight, second_others, second_order, first,
-                tl.load(second_starts + block + 1) - first, second_slots, token, present, beside,
+                total, second, second_stride, second_tma, second_weight, second_weight_tma, second_others, second_order,
+                first, tl.load(second_starts + block + 1) - first, second_slots, first_token, tokens, first_beside,
                 tile, depth, transposed, precision,
             )  # fmt: skip
-        column = block * tile + beside
+        token = first_token.to(tl.int64) + tl.arange(0, token_block)
+        column = block * tile + first_beside + tl.arange(0, part)
         if bias is not None:
             total += tl.load(bias + column).to(tl.float32)[None, :]
         if activation is None:
             target = result + token[:, None] * (blocks * tile) + column[None, :]
-            tl.store(target, total.to(result.dtype.element_ty), mask=present[:, None])
+            tl.store(target, total.to(result.dtype.element_ty), mask=(token < tokens)[:, None])
         else:
             # A piece of the columns at a time: all at once, a derivative's intermediates would not fit into registers
             narrow: tl.constexpr = (
                 (part // 8 if gate is not None else part // 4)
                 if transposed or activation == "gelu_erf"  # whose polynomials take many registers, too
-                else (part // 2 if activation == "gelu_tanh" and gate is not None else part)  # else 4 warps spill
+                else (part // 2 if gate is not None else part)  # else 4 warps spill
             )
             _finish(
-                total, narrow if narrow > 16 else 16, block * tile + (position % parts) * part, result, hidden, gate,
+                total, narrow if narrow > 16 else 16, block * tile + first_beside, result, hidden, gate,
                 grad_gate, active, sums, gate_sums, token, where, blocks * tile, tokens, transposed, activation,
             )  # fmt: skip

@@ -1,23 +1,27 @@
 """Which configuration the Triton kernels run with: what is tried, for which calls it is tried again, and when not.
 
-A configuration is how many tokens a program computes, in how many warps, with how many operand buffers. It changes the
-time of a product and no bit of its result.
+A configuration is how many tokens a program computes, in how many warps, with how many operand buffers, and whether
+these are filled by TMA (see triton_descriptors.py). It changes the time of a product and no bit of its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import logging
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
-from sparseift_llm.ops.kernels import triton_code, triton_product
+from sparseift_llm.ops.kernels import triton_code, triton_descriptors, triton_product
 
 if triton_code.HAS_TRITON:
     import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
+Sizes = tuple[dict[str, int], int, int]  # of a configuration: what the kernel's arguments are, warps, stages
 THIN = 16  # up to so many tokens, as in generation, a product reads weights and little else
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 6, 15
+_logger = logging.getLogger(__name__)
 _tuned_buckets: dict[Hashable, set[int]] = {}
 
 
@@ -59,7 +63,7 @@ def bucket_of(tokens: int, call: Hashable) -> int:
 def fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
     """The configurations for a call: whose accumulators leave registers for operands, and thin ones for few tokens.
 
-    The others spill and compile slowly.
+    The others spill and compile slowly. Those with TMA are for operands that it can read.
     """
     part = arguments["part"]
     largest = 64 if arguments["weight" if "weight" in arguments else "x"].element_size() == 4 else 128
@@ -68,21 +72,53 @@ def fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any
         block = config.kwargs.get("token_block")
         tiles = 2 if config.kwargs.get("paired") else 1
         is_for_these = block is None or (block == THIN) == (arguments["token_bucket"] == 0)
+        is_for_these &= bool(arguments["can_describe"]) or not config.kwargs.get("tma")
         if is_for_these and (block or part) * part * tiles <= largest * 32 * config.num_warps:
             found.append(config)
     return found
 
 
-def _tuned(kernel: Any, key: list[str], configs: list[tuple[dict[str, int], int, int]]) -> Any:
+def seconds_of(call: Callable[[], Any], quantiles: Sequence[float]) -> list[float]:
+    """Quantiles of a configuration's seconds, as triton measures them; infinite, with a warning, if a launch fails.
+
+    Then another one is taken, where triton would raise. If none can be launched, the one that is taken raises.
+
+    Raises:
+        RuntimeError: there is no memory, or the GPU's context is lost, with which every other launch fails, too.
+    """
+    try:
+        found: list[float] = triton.runtime.driver.active.get_benchmarker()(call, quantiles=quantiles)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as problem:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises if the context is lost
+        _logger.warning("a configuration of a Triton kernel could not be launched and is left out: %s", problem)
+        return [math.inf for _ in quantiles]
+    return found
+
+
+def _tuned(
+    kernel: Any,
+    key: list[str],
+    configs: list[Sizes],
+    descriptors: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Any:
     """The kernel with the best of `configs` (sizes, warps, stages), of which the interpreter takes the first."""
     configs = configs[:1] if triton_code.INTERPRETED else configs
     tuner: Callable[[Any], Any] = triton.autotune(
         [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in configs],
-        [*key, "token_bucket", "tile", "part", "precision", "slots"],
+        [*key, "token_bucket", "can_describe", "tile", "part", "precision", "slots"],
         prune_configs_by={"early_config_prune": fitting},
+        do_bench=seconds_of,
         cache_results=True,
     )
-    return tuner(kernel)
+    return tuner(triton_descriptors.Described(kernel, descriptors))
+
+
+def with_tma(configs: list[Sizes]) -> list[Sizes]:
+    """Those with 8 warps, with TMA: they are for many tokens, and every one that is tried takes time."""
+    return [({**sizes, "tma": 1}, warps, stages) for sizes, warps, stages in configs if warps == 8]
 
 
 if triton_code.HAS_TRITON:
@@ -100,9 +136,17 @@ if triton_code.HAS_TRITON:
         for paired, warps, stages in ((0, 4, 3), (0, 4, 4), (0, 2, 4), (0, 8, 3), (1, 8, 3), (1, 8, 4))
     ]
     product = _tuned(
-        triton_product.product_kernel, ["transposed", "activation", "blocks"], [*PRODUCT_CONFIGS, *THIN_CONFIGS]
+        triton_product.product_kernel,
+        ["transposed", "activation", "blocks"],
+        [*PRODUCT_CONFIGS, *with_tma(PRODUCT_CONFIGS), *THIN_CONFIGS],
+        triton_descriptors.of_product,
     )
-    weight_gradient = _tuned(triton_code.weight_gradient_kernel, [], WEIGHT_GRADIENT_CONFIGS)
+    weight_gradient = _tuned(
+        triton_code.weight_gradient_kernel,
+        [],
+        [*WEIGHT_GRADIENT_CONFIGS, *with_tma(WEIGHT_GRADIENT_CONFIGS)],
+        triton_descriptors.of_weight_gradient,
+    )
 
 
 def use_one_configuration(index: int) -> None:
