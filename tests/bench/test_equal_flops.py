@@ -125,11 +125,17 @@ def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: Modul
 def test_the_page_has_the_committed_table_and_its_figures(study: ModuleType) -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("\n", " ")
     assert study.table(study.RESULTS).replace("\n", " ") in page
-    folder = study.RESULTS / "novels" / "width128" / "dense"
-    loss = {path.stem: json.loads(path.read_text("utf-8"))["eval_loss"] for path in folder.glob("*.json")}
-    seeds = [f"{loss[f'lr0.016-emb8-seed{seed}']:.3f}" for seed in (0, 1)]
-    assert f"The dense model's two seeds, {seeds[0]} and {seeds[1]}, differ" in page
-    assert f"the dense model from {loss['lr0.016-emb4-seed0']:.3f} (4x) to {seeds[0]} (8x)" in page
+    folder = study.RESULTS / "novels" / "width128"
+    dense, half, wide = (study.best_of(folder / name) for name in ("dense", "dense-half", "residual2"))
+    assert f"is {study.gain(wide, dense)} nats better than the dense model, means of three seeds" in page
+    seeds = "{:.3f}, {:.3f} and {:.3f}".format(*(dense.losses[seed] for seed in study.SEEDS))
+    assert f"three seeds are {seeds}. Half the tokens cost it {half.mean - dense.mean:.3f} nats" in page
+    slope = study.nats_per_e_fold({"dense": dense, "dense-half": half})
+    worth = study.equal_loss_flops(wide, dense, slope).removesuffix("x")
+    assert f"so {dense.mean - wide.mean:.3f} nats are worth {worth} times its compute" in page
+    loss = {path.stem: json.loads(path.read_text("utf-8"))["eval_loss"] for path in folder.glob("dense/*.json")}
+    moved = f"from {loss['lr0.016-emb4-seed0']:.3f} (4x) to {loss['lr0.016-emb8-seed0']:.3f} (8x)"
+    assert f"moves the dense model {moved} at the same learning rate" in page
 
 
 def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType) -> None:
