@@ -31,7 +31,7 @@ from typing import Any
 
 from scipy import stats
 
-from sparseift_llm.reporting.sweep import t_interval
+from sparseift_llm.reporting.sweep import difference_interval, t_interval
 from sparseift_llm.runs.sweep import SweepRun, plan_sweep, run_sweep
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.tables import markdown_table
@@ -349,12 +349,8 @@ def best_of(folder: Path) -> Best | None:
 
 def gain(row: Best, dense: Best) -> str:
     """How much lower the row's mean loss is, with the 95% interval of the difference (Welch's t)."""
-    ours, theirs = list(row.losses.values()), list(dense.losses.values())
-    difference = dense.mean - row.mean
-    if min(len(ours), len(theirs)) < 2:
-        return f"{difference:+.3f}"
-    low, high = stats.ttest_ind(theirs, ours, equal_var=False).confidence_interval(0.95)
-    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+    interval = difference_interval(list(dense.losses.values()), list(row.losses.values()))
+    return f"{dense.mean - row.mean:+.3f}" + (f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else "")
 
 
 def nats_per_e_fold(found: Mapping[str, Best]) -> float | None:

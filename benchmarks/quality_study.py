@@ -37,6 +37,7 @@ from sparseift_llm import sparsify
 from sparseift_llm.bench.measure import take_turns
 from sparseift_llm.models.architectures import build_model
 from sparseift_llm.models.presets import load_config
+from sparseift_llm.reporting.sweep import difference_interval
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.utils.files import write_json, write_text
 from sparseift_llm.utils.provenance import commit, machine, versions
@@ -339,17 +340,32 @@ def table(study: str, results: Path) -> str:
 
 
 def seed_table(study: str, results: Path) -> str:
-    """Each row's held-out loss by seed, and their mean: a Markdown table."""
-    losses: dict[str, dict[int, float]] = {row.title: {} for row in STUDIES[study].rows}
+    """Each row's held-out loss by seed, and their mean: a Markdown table. `search` compares it with static masks."""
+    titles = {row.title: row.name for row in STUDIES[study].rows if not row.seed}
+    losses: dict[str, dict[int, float]] = {title: {} for title in titles}
     for (row, _), summary in read_results(study, results).items():
         losses[row.title][row.seed] = summary["eval_loss"]
+    fixed = {titles[title]: found for title, found in losses.items() if titles[title].endswith("-static")}
+    is_compared = study == "search"
     header = ["held-out loss (nats/token)", *(f"seed {seed}" for seed in SEEDS), "mean"]
     lines = []
     for title, found in losses.items():
         cells = [f"{found[seed]:.4f}" if seed in found else "" for seed in SEEDS]
         cells.append(f"{statistics.mean(found.values()):.4f}" if len(found) == len(SEEDS) else "")
+        if is_compared:
+            cells.append(lower_than(found, fixed.get(titles[title].partition("-")[0] + "-static", {})))
         lines.append([title, *cells])
+    header += ["lower than static (95%)"] if is_compared else []
     return markdown_table(header, lines, "l" + "r" * (len(header) - 1))
+
+
+def lower_than(losses: dict[int, float], others: dict[int, float]) -> str:
+    """By how much the mean of losses is lower than that of others, with an interval; empty if there are too few."""
+    interval = difference_interval(list(others.values()), list(losses.values()))
+    if interval is None or losses is others:
+        return ""
+    difference = statistics.mean(others.values()) - statistics.mean(losses.values())
+    return f"{difference:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
 
 
 def cell(loss: float, best: float | None) -> str:

@@ -84,6 +84,16 @@ def t_interval(losses: Sequence[float], confidence: float = CONFIDENCE) -> tuple
     return statistics.fmean(losses) - half, statistics.fmean(losses) + half
 
 
+def difference_interval(
+    first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float] | None:
+    """Welch's t interval of the mean of `first` less that of `second`; None if one has fewer than two values."""
+    if min(len(first), len(second)) < 2:
+        return None
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(confidence)
+    return float(low), float(high)
+
+
 def edges(best: Setting, axes: Sequence[Axis]) -> list[str]:
     """In words, the axes of numbers at whose smallest or largest value the best setting is.
 

@@ -58,6 +58,17 @@ def test_the_table_of_seeds(study: ModuleType, tmp_path: Path) -> None:
     assert lines[3] == "| Wide, unstructured, rigl |  | 3.0000 |  |  |"
 
 
+def test_the_table_of_the_search_compares_with_static_masks(study: ModuleType, tmp_path: Path) -> None:
+    for name, losses in {"mask-static": (2.5, 2.51, 2.49), "mask-rigl": (2.6, 2.61, 2.59), "tile8-set": (1, 2)}.items():
+        for seed, loss in enumerate(losses):
+            write_result(tmp_path, "search", f"{name}-seed{seed}" if seed else name, study.SEARCH_RATE, loss)
+    lines = {line.split("|")[1].strip(): line for line in study.seed_table("search", tmp_path).splitlines()}
+    assert lines["single weights, static"].endswith("| 2.5000 |  |")
+    # the difference of means has the standard error sqrt(2 * 0.01**2 / 3) and 4 degrees of freedom: t = 2.776
+    assert lines["single weights, rigl"].endswith("| 2.6000 | -0.100 (-0.123 to -0.077) |")
+    assert lines["tiles of 8, set"].endswith("| 1.0000 | 2.0000 |  |  |  |")
+
+
 @pytest.mark.parametrize(("name", "page"), [("families", "families.md"), ("tiles", "block.md"), ("seeds", "block.md")])
 def test_the_table_is_the_committed_one(study: ModuleType, name: str, page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")

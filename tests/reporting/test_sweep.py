@@ -15,6 +15,7 @@ from sparseift_llm.reporting.sweep import (
     Setting,
     best_of,
     check_output,
+    difference_interval,
     edges,
     settings_of,
     sweep_table,
@@ -55,6 +56,13 @@ def test_interval_by_hand() -> None:
     assert (low, high) == (pytest.approx(2 - 4.302653 / 3**0.5), pytest.approx(2 + 4.302653 / 3**0.5))
     assert t_interval([3.0, 3.02], 0.5) == (pytest.approx(3.0), pytest.approx(3.02))  # t is 1 and the error 0.01
     assert t_interval([1.0]) is None
+
+
+def test_interval_of_a_difference_by_hand() -> None:
+    """Equal variances and numbers: 4 degrees of freedom, t = 2.776, and the standard error sqrt(2 / 3)."""
+    low, high = difference_interval([11.0, 12.0, 13.0], [1.0, 2.0, 3.0])  # type: ignore[misc]
+    assert (low, high) == (pytest.approx(10 - 2.2671, abs=1e-3), pytest.approx(10 + 2.2671, abs=1e-3))
+    assert difference_interval([1.0, 2.0], [1.0]) is None
 
 
 @pytest.mark.parametrize(
