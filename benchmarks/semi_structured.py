@@ -26,7 +26,7 @@ from sparseift_llm.bench.measure import queued_seconds
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.ops.semi_structured import PATTERN, check_device, compress, compressed_linear, semi_structured_linear
 from sparseift_llm.topology.exchange import drop_and_grow
-from sparseift_llm.topology.groups import InputGroups, first_mask
+from sparseift_llm.topology.groups import InputGroups
 from sparseift_llm.topology.masks import random_scores
 from sparseift_llm.utils.provenance import commit, machine, versions
 
@@ -40,7 +40,7 @@ def mask_of(shape: tuple[int, int], seed: int) -> Tensor:
     """A random 2:4 mask (out, in) after one exchange of 30%, which is checked to be one."""
     n, m = PATTERN
     groups = InputGroups(dim=0, number=shape[0] * shape[1] // m)
-    mask = first_mask(torch.Size(shape), groups.number * n, seed, groups)
+    mask = groups.first_mask(torch.Size(shape), groups.number * n, seed)
     importance, growth = random_scores(torch.Size(shape), seed + 1), random_scores(torch.Size(shape), seed + 2)
     changed = drop_and_grow(mask, importance, growth, groups.num_exchanged(mask, importance, 0.3, 0.0), groups)
     if not bool((changed.view(-1, m).sum(1) == n).all()):

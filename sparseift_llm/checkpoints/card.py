@@ -94,7 +94,8 @@ def _facts(model: PreTrainedModel, record: ModelRecord) -> Iterable[tuple[str, o
     yield "family", config.family.name + (f", scope `{config.scope}`" if config.family == "wide" else "")
     if config.rules:
         yield "rules, the first that covers a projection", "; ".join(rule.family.name for rule in config.rules)
-    yield "structure", config.structure + (f", tiles {config.block_size}" if config.block_size else "")
+    details = f", tiles {config.block_size}" if config.block_size else ""
+    yield "structure", config.structure + (", along both sides" if config.transposable else details)
     yield "masks", config.dst.algorithm
     yield "sparsity asked for", f"{config.sparsity:g}"
     yield "sparsity of the sparse matrices", f"{inactive / size:.6f}"

@@ -68,7 +68,7 @@ def _parts(model: PreTrainedModel, seq_len: int | None) -> Iterator[str]:
     size = sum(layer.num_weights for layer in layers)
     inactive = sum(layer.num_weights - layer.count_active() for layer in layers)
     tiles = f", in tiles of {config.block_size}" if config.block_size else ""
-    tiles = f", {config.structure}" if config.pattern else tiles
+    tiles = f", {config.structure}{' along both sides' if config.transposable else ''}" if config.pattern else tiles
     matrices = f"{readable_count(size)} weights in {len(layers)} sparse matrices"
     yield f"{100 * inactive / size:.4g}% of {matrices} are zero{tiles}"
     seq_len = seq_len or default_seq_len(model.config, config)

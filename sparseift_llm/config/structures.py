@@ -7,6 +7,7 @@ import re
 from sparseift_llm.utils.words import not_one_of
 
 STRUCTURES = ("unstructured", "block", "n:m (e.g. 2:4)")  # in words
+MAX_TRANSPOSABLE_M = 4  # of a block's patterns 2:4 has 90, but 2:5 has 2,040 and 4:8 more than 10^11
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -28,6 +29,18 @@ def pattern_of(structure: str) -> tuple[int, int] | None:
     if n >= m:
         raise ValueError(f"structure={structure!r}: {n} of {m} neighbours would be active; n must be below m")
     return n, m
+
+
+def misfit(shape: tuple[int, int], pattern: tuple[int, int], transposable: bool) -> str | None:
+    """Which side of a matrix (out, in) does not divide into groups of n:m, in words; None if all do.
+
+    >>> misfit((6, 8), (2, 4), True)
+    '6 outputs'
+    """
+    outputs, inputs = shape
+    if inputs % pattern[1]:
+        return f"{inputs} inputs"
+    return f"{outputs} outputs" if transposable and outputs % pattern[1] else None
 
 
 def sparsity_of(pattern: tuple[int, int]) -> float:

@@ -15,7 +15,7 @@ from sparseift_llm.config.fields import Words
 from sparseift_llm.config.goals import GOALS
 from sparseift_llm.config.parsing import config_class, from_dict, keyword_arguments
 from sparseift_llm.config.rules import KINDS, FamilyRule, Kinds
-from sparseift_llm.config.structures import STRUCTURES, pattern_of, sparsity_of
+from sparseift_llm.config.structures import MAX_TRANSPOSABLE_M, STRUCTURES, pattern_of, sparsity_of
 from sparseift_llm.config.yaml_files import load_yaml
 from sparseift_llm.isoflop import BLOCK_SIZES
 from sparseift_llm.utils.words import check_choice
@@ -54,6 +54,9 @@ class SparseIFTConfig:
     block_size: int | None = None
     """Side of a tile, 4 to 256 (a power of 2), with structure `block` only; widths are rounded to multiples of it.
     Null: chosen by width. Tiles below 16 have no fast kernel."""
+    transposable: bool = False
+    """With structure `n:m` (m of at most 4) only: masks are n:m along the outputs, too, so that the gradient of the
+    input can be computed on the semi-structured kernels as well. Mask updates exchange fewer weights then."""
     distribution: Literal["uniform", "erk"] = "uniform"
     """`uniform` (each layer keeps its dense twin's multiply-adds) or `erk` (Erdos-Renyi; the total is kept, layers
     differ)."""
@@ -133,7 +136,17 @@ class SparseIFTConfig:
     def _check_pattern(self) -> None:
         """What n:m masks, whose number of active weights follows from their shape, cannot be combined with."""
         if self.pattern is None:
+            if self.transposable:
+                raise ValueError(
+                    f"transposable=True needs structure='n:m', e.g. '2:4', not {self.structure!r}; set it or leave "
+                    "transposable out"
+                )
             return
+        if self.transposable and self.pattern[1] > MAX_TRANSPOSABLE_M:
+            raise ValueError(
+                f"transposable=True chooses among all patterns of an m x m block, which are too many with "
+                f"structure={self.structure!r}; use an m of at most {MAX_TRANSPOSABLE_M}, e.g. '2:4', or leave it out"
+            )
         name, (n, m) = f"structure={self.structure!r}", self.pattern
         for sparsity in (self.sparsity, *(rule.sparsity for rule in self.rules)):
             if sparsity is not None and abs(sparsity - sparsity_of(self.pattern)) > 1e-9:

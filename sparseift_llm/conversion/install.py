@@ -107,7 +107,10 @@ def remove_ends(model: PreTrainedModel) -> None:
 
 def parts_in(layer: LayerSpec) -> tuple[Part, ...]:
     """The matrices of a projection as the families take them; names are paths inside its module."""
-    return tuple(Part(m.path, m.shape, m.num_active, m.is_sparse, pattern=m.pattern) for m in layer.matrices)
+    return tuple(
+        Part(m.path, m.shape, m.num_active, m.is_sparse, pattern=m.pattern, transposable=m.transposable)
+        for m in layer.matrices
+    )
 
 
 def _check_supported(layer: LayerSpec) -> None:

@@ -19,7 +19,6 @@ from sparseift_llm.planning.planner import Plan
 from sparseift_llm.record.model_record import ModelRecord
 from sparseift_llm.topology.blocks import random_columns
 from sparseift_llm.topology.connected import reconnect
-from sparseift_llm.topology.groups import first_mask
 from sparseift_llm.topology.masks import derive_seed, random_rows, random_scores
 
 
@@ -95,7 +94,7 @@ def _set_initial_masks(model: PreTrainedModel, record: ModelRecord) -> None:
         elif config.dst.starts_dense:
             continue
         else:
-            mask = first_mask(layer.mask_shape, layer.num_active, seed, layer.groups)
+            mask = layer.groups.first_mask(layer.mask_shape, layer.num_active, seed)
             if config.dst.keeps_connected("unstructured"):
                 mask = reconnect(mask, random_scores(layer.mask_shape, seed), layer.groups, layer.lines)
         layer.set_mask(mask.to(layer.weight.device))

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from sparseift_llm import isoflop
 from sparseift_llm.config.families import FamilyOptions
+from sparseift_llm.config.structures import misfit
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.families.trained_start import Start
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part
@@ -124,7 +125,7 @@ class DropInFamily(Family[Options]):
             ValueError: sides are not multiples of the tile, no sizes meet the multiply-adds, or outputs would be left
                 without any input; the message begins with `name`.
         """
-        tile, pattern = config.block_size or 1, config.pattern
+        tile = config.block_size or 1
         for side in shape:
             if side % tile:
                 raise ValueError(
@@ -135,8 +136,8 @@ class DropInFamily(Family[Options]):
             parts = self.parts(shape, sparsity, tile, math.lcm(config.width_multiple, config.side_multiple))
         except ValueError as error:
             raise ValueError(f"{name}, family={self.name!r}: {error}") from error
-        if pattern is not None:
-            parts = tuple(_with_pattern(part, name, pattern) for part in parts)
+        if config.pattern is not None:
+            parts = tuple(_with_pattern(part, name, config.pattern, config.transposable) for part in parts)
         for part in parts:
             if part.is_sparse and part.num_active < part.shape[0] * tile:
                 raise ValueError(
@@ -147,18 +148,19 @@ class DropInFamily(Family[Options]):
         return parts
 
 
-def _with_pattern(part: Part, name: str, pattern: tuple[int, int]) -> Part:
+def _with_pattern(part: Part, name: str, pattern: tuple[int, int], transposable: bool) -> Part:
     """A part of the projection `name` with the number of active weights that n:m gives it, if it is sparse.
 
     Raises:
-        ValueError: m does not divide its inputs.
+        ValueError: m does not divide its inputs, or its outputs where masks are transposable.
     """
     if not part.is_sparse:
         return part
-    n, m = pattern
-    if part.shape[1] % m:
+    (n, m), side = pattern, misfit(part.shape, pattern, transposable)
+    if side is not None:
         raise ValueError(
-            f"{name}: {part.name} has {part.shape[1]} inputs, and structure='{n}:{m}' needs a multiple of {m}; use "
-            "another n:m, or leave it dense with exclude"
+            f"{name}: {part.name} has {side}, and structure='{n}:{m}' needs a multiple of {m}; use another n:m, or "
+            "leave it dense with exclude"
         )
-    return replace(part, num_active=isoflop.pattern_active(part.num_weights, pattern), pattern=pattern)
+    num_active = isoflop.pattern_active(part.num_weights, pattern)
+    return replace(part, num_active=num_active, pattern=pattern, transposable=transposable)

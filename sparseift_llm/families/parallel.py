@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparseift_llm import isoflop
 from sparseift_llm.config.families import Parallel
 from sparseift_llm.families.base import DropInFamily, TrainedProjection
-from sparseift_llm.families.trained_start import Start, counts_per_row, largest_units, places, spread
+from sparseift_llm.families.trained_start import Start, blocks_of, counts_per_row, largest_units, places, spread
 from sparseift_llm.layers.composite import CompositeProjection, MakePart, Part, make_parts, matrix_of, root_mean_square
 from sparseift_llm.topology.blocks import tile_sums
 from sparseift_llm.topology.distributions import round_to_total
@@ -36,9 +36,12 @@ class ParallelFamily(DropInFamily[Parallel]):
         """Deal the entries (or tiles) of a trained weight to the branches at random, so that they sum to it exactly.
 
         With tiles a block-row holds a fixed number in every branch. Where these do not add up to all tiles of the row
-        (the number of branches does not divide it), the smallest ones are left out, or zeros fill the rest.
+        (the number of branches does not divide it), the smallest ones are left out, or zeros fill the rest. So it is
+        with transposable masks, where every branch after the first takes as much as it can of what is left.
         """
         weight = trained.weight
+        if parts[0].transposable:
+            return _deal_blocks(weight, parts, seed)
         scores = weight.abs() if tile == 1 else tile_sums(weight, tile)
         counts = torch.stack([counts_per_row(part, tile) for part in parts]).to(weight.device)
         rows = scores.reshape(counts.shape[1], -1)
@@ -58,6 +61,22 @@ class ParallelFamily(DropInFamily[Parallel]):
 
     def build(self, dense: nn.Module, parts: tuple[Part, ...], make: MakePart, preserve: bool) -> CompositeProjection:
         return ParallelProjection(dense, self.options, parts, make, preserve)
+
+
+def _deal_blocks(weight: Tensor, parts: tuple[Part, ...], seed: int) -> dict[str, Start]:
+    """The same for transposable masks: what is left of a block after a pattern always holds another one.
+
+    Where less than all of a block is dealt, branches take its largest entries, and otherwise random ones.
+    """
+    blocks, noise = blocks_of(parts[0]), random_scores(weight.shape, seed).to(weight.device)
+    is_dealt_whole = sum(part.num_active for part in parts) >= weight.numel()
+    scores = 1 + noise / 16 if is_dealt_whole else weight.abs()  # one entry more of a dozen counts for more than noise
+    starts, is_left = {}, torch.ones_like(weight, dtype=torch.bool)
+    for part in parts:
+        mask = blocks.best(scores.masked_fill(~is_left, 0))
+        starts[part.name] = Start(weight.masked_fill(~(mask & is_left), 0), mask)
+        is_left &= ~mask
+    return starts
 
 
 class ParallelProjection(CompositeProjection):

@@ -16,6 +16,7 @@ from sparseift_llm.layers.composite import Part
 from sparseift_llm.topology.blocks import tile_sums
 from sparseift_llm.topology.groups import EqualGroups, Groups, WholeMatrix, row_starts
 from sparseift_llm.topology.masks import largest, largest_per_row, random_scores
+from sparseift_llm.topology.transposable import TransposableBlocks
 
 # The smallest tenth of normally distributed weights holds 0.05% of their sum of squares.
 NEW_UNIT_SHARE = 0.1
@@ -37,7 +38,7 @@ class Start:
 def start_of_largest(values: Tensor, part: Part, tile: int) -> Start:
     """Keep the part's number of active units where `values` are largest; tiles by L1 norm, within each block-row.
 
-    Of an n:m matrix the n largest of every m.
+    Of an n:m matrix the n largest of every m; of a transposable one the pattern of the largest sum in every block.
 
     Args:
         values: (out, in).
@@ -47,8 +48,11 @@ def start_of_largest(values: Tensor, part: Part, tile: int) -> Start:
     if not part.is_sparse:
         return Start(values, None)
     counts, scores = counts_per_row(part, tile).to(values.device), _scores(values, tile)
-    rows = scores.reshape(len(counts), -1)
-    mask = largest_units(rows, torch.ones_like(rows, dtype=torch.bool), counts).view(scores.shape)
+    if part.transposable:
+        mask = blocks_of(part).best(scores)
+    else:
+        rows = scores.reshape(len(counts), -1)
+        mask = largest_units(rows, torch.ones_like(rows, dtype=torch.bool), counts).view(scores.shape)
     return Start(values.masked_fill(~spread(mask, tile, values), 0), mask)
 
 
@@ -135,12 +139,21 @@ def fill_up(mask: Tensor, part: Part, tile: int, seed: int) -> Tensor:
 
 
 def counts_per_row(part: Part, tile: int) -> Tensor:
-    """Active units in every row within which they may be chosen: all single weights, a block-row, or a group of n:m."""
+    """Active units in every row within which they may be chosen: all single weights, a block-row, or a group of n:m.
+
+    Within a transposable matrix the places of a group are not free; see `blocks_of`.
+    """
     if part.pattern is not None:
         n, m = part.pattern
         return torch.full((part.num_weights // m,), n)
     num_units = part.num_active // tile**2
     return torch.tensor([num_units]) if tile == 1 else row_starts(num_units, part.shape[0] // tile).diff()
+
+
+def blocks_of(part: Part) -> TransposableBlocks:
+    """The blocks of a transposable matrix."""
+    assert part.pattern is not None
+    return TransposableBlocks(*part.pattern)
 
 
 def spread(mask: Tensor | None, tile: int, values: Tensor) -> Tensor:
@@ -170,7 +183,14 @@ def _scores(values: Tensor, tile: int) -> Tensor:
 
 
 def _choose(scores: Tensor, priority: Tensor, is_new: Tensor, part: Part, tile: int, share: float) -> Tensor:
-    """The part's number of active units: a share of those of new hidden units by `priority`, the others by `scores`."""
+    """The part's number of active units: a share of those of new hidden units by `priority`, the others by `scores`.
+
+    A transposable matrix has as many in every hidden unit, old or new. In a block with both, scores decide first.
+    """
+    if part.transposable:
+        order = (priority - priority.min()) / (priority.max() - priority.min()).clamp(min=1)  # in [0, 1]
+        least = 1e-6 * scores.max().double().clamp(min=1e-30)
+        return blocks_of(part).best(torch.where(is_new, least * order, scores.double()))
     counts = counts_per_row(part, tile).long()
     groups = WholeMatrix() if len(counts) == 1 else EqualGroups(0, len(counts))
     return share_out(scores, priority, is_new, groups, counts, share)

@@ -24,6 +24,7 @@ class Part:
         is_sparse: whether it gets a mask; a dense part has all its weights active.
         makes_outputs: whether its outputs are those of the projection, row by row.
         pattern: (n, m) if of every m neighbouring inputs n are active, else None.
+        transposable: whether of every m neighbouring outputs n are active, too.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Part:
     is_sparse: bool = True
     makes_outputs: bool = True
     pattern: tuple[int, int] | None = None
+    transposable: bool = False
 
     @property
     def num_weights(self) -> int:

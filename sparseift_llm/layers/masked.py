@@ -17,6 +17,7 @@ from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.ops.semi_structured import semi_structured_linear
 from sparseift_llm.record.specs import MatrixSpec
 from sparseift_llm.topology.groups import EqualGroups, Groups, InputGroups, RowSets, WholeMatrix
+from sparseift_llm.topology.transposable import TransposableBlocks
 
 
 class MaskedProjection(SparseProjection):
@@ -26,22 +27,27 @@ class MaskedProjection(SparseProjection):
         weight: the dense parameter, exactly 0 wherever the mask is.
         mask: bool buffer of the weight's shape. It is not in the state dict (see checkpoints/mask_file.py).
         pattern: (n, m) if of every m neighbouring inputs n are active, else None.
-        uses_semi_structured_kernels: whether outputs are computed on torch's kernels for 2:4 matrices.
+        transposable: whether of every m neighbouring outputs n are active, too.
+        uses_semi_structured_kernels: whether outputs, and of transposable masks the gradients of inputs, are computed
+            on torch's kernels for 2:4 matrices.
     """
 
     mask: Tensor
     pattern: tuple[int, int] | None = None
+    transposable: bool = False
     uses_semi_structured_kernels: bool = False
     _groups: Groups = WholeMatrix()
 
     def divide(self, matrix: MatrixSpec) -> None:
         """Let each of the groups that `matrix` names keep its number of active weights from now on.
 
-        Groups are those of an n:m mask, or row groups, heads, or both.
+        Groups are those of an n:m mask, or its blocks, or row groups, heads, or both.
         """
-        self.pattern = matrix.pattern
+        self.pattern, self.transposable = matrix.pattern, matrix.transposable
         if self.pattern is not None:
-            self._groups = InputGroups(self.output_dim, matrix.num_weights // self.pattern[1])
+            n, m = self.pattern
+            along_inputs = InputGroups(self.output_dim, matrix.num_weights // m)
+            self._groups = TransposableBlocks(n, m) if self.transposable else along_inputs
             return
         side = 0 if matrix.heads is None else matrix.heads[0]
         dim = side ^ self.output_dim
@@ -83,7 +89,9 @@ class MaskedProjection(SparseProjection):
     def accepts(self, mask: Tensor) -> bool:
         if not super().accepts(mask) or self.pattern is None:
             return super().accepts(mask)
-        return bool((self._groups.count(mask) == self.pattern[0]).all())
+        n, m = self.pattern
+        sides = (0, 1) if self.transposable else (self.output_dim,)
+        return all(bool((InputGroups(dim, mask.numel() // m).count(mask) == n).all()) for dim in sides)
 
     @torch.no_grad()
     def weights_fit(self, mask: Tensor) -> bool:
@@ -98,7 +106,7 @@ class MaskedProjection(SparseProjection):
 
     @property
     def lines(self) -> tuple[int, ...]:
-        return (0, 1)
+        return () if self.transposable else (0, 1)  # a pattern leaves no row and no column empty
 
     @property
     def output_dim(self) -> int:
@@ -155,8 +163,9 @@ class MaskedLinear(MaskedProjection, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        linear = semi_structured_linear if self.uses_semi_structured_kernels else F.linear
-        return linear(input, self._masked_weight(), self.bias)
+        if self.uses_semi_structured_kernels:
+            return semi_structured_linear(input, self._masked_weight(), self.bias, self.transposable)
+        return F.linear(input, self._masked_weight(), self.bias)
 
 
 class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
@@ -173,7 +182,7 @@ class MaskedConv1D(MaskedProjection, Conv1D):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), by the same operation as `Conv1D`, unless on kernels for 2:4 matrices."""
         if self.uses_semi_structured_kernels:
-            return semi_structured_linear(x, self._masked_weight().T, self.bias)
+            return semi_structured_linear(x, self._masked_weight().T, self.bias, self.transposable)
         flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self._masked_weight())
         return flat.view(*x.shape[:-1], self.nf)
 

@@ -68,10 +68,11 @@ def patterned_layers(model: nn.Module) -> dict[str, MaskedProjection]:
 def use_semi_structured_kernels(model: nn.Module, enabled: bool = True) -> None:
     """From now on compute the outputs of 2:4 layers on torch's semi-structured kernels, in training too.
 
-    Only the outputs: a weight is compressed anew in every forward pass, because training changes it, and gradients of
-    inputs and weights are dense products. The device and the dtype are looked at in the forward pass, because a Trainer
-    moves the model later: an NVIDIA GPU of compute capability 8.0 or more, and float16 or bfloat16, by autocast or by
-    the model's own dtype.
+    A weight is compressed anew in every forward pass, because training changes it. Gradients of inputs are computed on
+    the kernels if the masks are `transposable`, and the weight is compressed in the backward pass, too; otherwise they
+    are dense products, as gradients of weights always are. The device and the dtype are looked at in the forward pass,
+    because a Trainer moves the model later: an NVIDIA GPU of compute capability 8.0 or more, and float16 or bfloat16,
+    by autocast or by the model's own dtype.
 
     Args:
         model: a Sparse-IFT model with `structure="2:4"`, wrapped or not; changed in place.

@@ -1,8 +1,10 @@
 """Products with 2:4 matrices on the semi-structured kernels of torch, which skip the zeros on NVIDIA GPUs.
 
-What runs where: the output is computed on those kernels, from a weight that is compressed first. Both gradients are
-dense products, because the kernels want the zeros along the side that is summed over, and in the gradient of the input
-that is the other side. The weight's gradient is masked where the weight comes from (masked_weight.py).
+What runs where: the output is computed on those kernels, from a weight that is compressed first. The kernels want the
+zeros along the side that is summed over, and in the gradient of the input that is the other side. So this gradient is
+computed on them if the mask is 2:4 along both sides, from the transposed weight, which is compressed in turn; otherwise
+it is a dense product. The gradient of the weight always is one. It is masked where the weight comes from
+(masked_weight.py).
 
 Source: https://docs.pytorch.org/docs/stable/sparse.html, "Sparse Semi-Structured Tensors".
 """
@@ -93,33 +95,56 @@ def compressed_linear(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Ten
     return y.contiguous().view(*x.shape[:-1], compressed.shape[0])
 
 
+@torch.library.custom_op("sparseift::semi_structured_product", mutates_args=())
+def _opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `_product` computes, for torch.compile, which cannot look into compressed tensors."""
+    check_device(x.device, x.dtype)
+    return compressed_linear(x, compress(weight), bias)
+
+
+@_opaque_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (T, in), a 2:4 matrix (out, in) with its zeros, bias (out,) or None -> (T, out), on the kernels."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(x, weight, bias)
+    return compressed_linear(x, compress(weight), bias)
+
+
 class _SemiStructuredLinear(torch.autograd.Function):
-    """x (T, in), weight (out, in), bias (out,) or None -> (T, out), all of one dtype."""
+    """x (T, in), weight (out, in), bias (out,) or None -> (T, out), all of one dtype.
+
+    `transposable` says that the weight is 2:4 along both sides.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposable: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return compressed_linear(x, compress(weight), bias)
+        ctx.transposable = transposable
+        return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            gradient @ weight if needs_x else None,
-            gradient.T @ x if needs_weight else None,
-            gradient.sum(0) if needs_bias else None,
-        )
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = None
+        if needs_x:
+            grad_x = _product(gradient, weight.T, None) if ctx.transposable else gradient @ weight
+        return grad_x, gradient.T @ x if needs_weight else None, gradient.sum(0) if needs_bias else None, None
 
 
-def semi_structured_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` with the output on the semi-structured kernels and dense gradients; follows autocast as it does.
+def semi_structured_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposable: bool = False) -> Tensor:
+    """`F.linear` on the semi-structured kernels, with a dense gradient of the weight; follows autocast as it does.
 
     Args:
         x: (..., in).
         weight: (out, in), a 2:4 matrix with its zeros.
         bias: (out,) or None.
+        transposable: the weight is 2:4 along both sides, so that the gradient of `x` is computed on the kernels, too.
 
     Returns:
         (..., out).
@@ -130,9 +155,10 @@ def semi_structured_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     check_pattern(PATTERN, (weight.shape[0], weight.shape[1]))
-    check_device(x.device, dtype)
+    if not torch.compiler.is_compiling():
+        check_device(x.device, dtype)
     if torch.is_autocast_enabled(kind):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        y: Tensor = _SemiStructuredLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+        y: Tensor = _SemiStructuredLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, transposable)
     return y.view(*x.shape[:-1], weight.shape[0])

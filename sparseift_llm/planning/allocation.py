@@ -12,6 +12,7 @@ from fractions import Fraction
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import isoflop
+from sparseift_llm.config.structures import misfit
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.fused_rows import RowPattern
@@ -53,7 +54,7 @@ def active_counts(
     picked = [index for index, is_chosen in enumerate(chosen) if is_chosen]
     if config.pattern is not None:
         for index in picked:
-            _check_inputs(sparse[index], config)
+            _check_groups(sparse[index], config)
             result[index] = [isoflop.pattern_active(counts[index], config.pattern)]
         return result
     twins = [dense[index].num_weights for index in picked]
@@ -113,12 +114,15 @@ def _check_sides(projection: Projection, block_size: int) -> None:
             )
 
 
-def _check_inputs(projection: Projection, config: SparseIFTConfig) -> None:
-    if projection.in_features % config.side_multiple:
+def _check_groups(projection: Projection, config: SparseIFTConfig) -> None:
+    """Refuse a projection whose sides are not whole groups of n:m."""
+    assert config.pattern is not None
+    side = misfit(projection.shape, config.pattern, config.transposable)
+    if side is not None:
         raise ValueError(
-            f"{projection.name} has {projection.in_features} inputs, and structure={config.structure!r} needs a "
-            f"multiple of {config.side_multiple}; use another n:m, or leave {', '.join(projection.kinds)} dense with "
-            "exclude if its sides do not grow"
+            f"{projection.name} has {side}, and structure={config.structure!r} needs a multiple of "
+            f"{config.side_multiple}; use another n:m, or leave {', '.join(projection.kinds)} dense with exclude if "
+            "its sides do not grow"
         )
 
 

@@ -313,7 +313,12 @@ def _structure(config: SparseIFTConfig, is_sparse: bool) -> dict[str, Any]:
     if not is_sparse:
         return {"structure": "dense"}
     structure = config.structure if config.pattern is None else "n:m"
-    return {"structure": structure, "block_size": config.block_size, "pattern": config.pattern}
+    return {
+        "structure": structure,
+        "block_size": config.block_size,
+        "pattern": config.pattern,
+        "transposable": config.transposable,
+    }
 
 
 def _row_groups_of_part(part: Part, config: SparseIFTConfig, pattern: RowPattern | None) -> tuple[RowGroup, ...]:

@@ -96,6 +96,7 @@ class MatrixSpec:
             `n:m` (n of every m neighbours along the inputs).
         block_size: side of a tile, with `block` only.
         pattern: (n, m), with `n:m` only.
+        transposable: whether n of every m neighbours along the outputs are active, too; with `n:m` only.
         transposed: whether weight and mask are stored as (in, out), like those of GPT-2's `Conv1D`.
         heads: the side along which attention heads lie that keep as many active weights each (0 outputs, 1 inputs), and
             their number; None if heads are not balanced.
@@ -109,6 +110,7 @@ class MatrixSpec:
     structure: str
     block_size: int | None = None
     pattern: tuple[int, int] | None = None
+    transposable: bool = False
     transposed: bool = False
     heads: tuple[int, int] | None = None
     row_groups: tuple[RowGroup, ...] = ()
@@ -139,6 +141,7 @@ class MatrixSpec:
             "structure": self.structure,
             "block_size": self.block_size,
             "pattern": self.pattern and list(self.pattern),
+            "transposable": self.transposable,
             "transposed": self.transposed,
             "heads": self.heads and list(self.heads),
             "row_groups": [group.to_dict() for group in self.row_groups],
@@ -156,6 +159,7 @@ class MatrixSpec:
             structure=fields.text("structure"),
             block_size=fields.integer("block_size", None),
             pattern=fields.pair("pattern", None),
+            transposable=fields.flag("transposable", False),
             transposed=fields.flag("transposed", False),
             heads=fields.pair("heads", None, least=0),
             row_groups=tuple(RowGroup.from_dict(*entry) for entry in fields.objects("row_groups", ())),
@@ -171,6 +175,8 @@ class MatrixSpec:
             raise damaged(f"{where}.block_size", f"is {self.block_size} with structure {self.structure!r}")
         if (self.pattern is not None) != (self.structure == "n:m"):
             raise damaged(f"{where}.pattern", f"is {self.pattern} with structure {self.structure!r}")
+        if self.transposable and self.structure != "n:m":
+            raise damaged(f"{where}.transposable", f"is true with structure {self.structure!r}")
         self._check_sizes(where)
         if self.heads is not None and not self._has_heads():
             raise damaged(f"{where}.heads", f"is {self.heads}, which does not divide a matrix of {self.shape}")
@@ -197,6 +203,8 @@ class MatrixSpec:
                     f"{where}.pattern",
                     f"is {self.pattern}, which does not give a matrix of {self.shape} {self.num_active} active weights",
                 )
+            if self.transposable and self.shape[0] % m:
+                raise damaged(f"{where}.transposable", f"is true with {self.pattern} in a matrix of {self.shape}")
         if self.block_size is not None:
             unit = self.block_size**2
             if self.num_active % unit or any(side % self.block_size for side in self.shape):

@@ -42,8 +42,8 @@ class ModelConfig:
     """Folder or hub id of a trained dense model, in place of `name`; `sparse_ift.init` is then `pretrained` unless it
     says otherwise."""
     semi_structured_kernels: bool = False
-    """Compute outputs of `sparse_ift.structure: 2:4` on torch's semi-structured kernels, in training too. Needs an
-    NVIDIA GPU, and `bf16` or `fp16` in `training`."""
+    """Compute outputs of `sparse_ift.structure: 2:4` on torch's semi-structured kernels, in training too, and with
+    `sparse_ift.transposable` the gradients of inputs. Needs an NVIDIA GPU, and `bf16` or `fp16` in `training`."""
 
     def __post_init__(self) -> None:
         check_finite(self.config, "config")

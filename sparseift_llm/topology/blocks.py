@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseift_llm._moved import old_names
 from sparseift_llm.topology.connected import reconnect
-from sparseift_llm.topology.groups import EqualGroups, first_mask
+from sparseift_llm.topology.groups import EqualGroups
 from sparseift_llm.topology.masks import random_scores
 
 if not TYPE_CHECKING:
@@ -72,7 +72,7 @@ def random_columns(num_rows: int, num_columns: int, num_tiles: int, seed: int, c
     """
     with torch.device("cpu"):  # also while a model is built on the meta device
         shape, groups = torch.Size((num_rows, num_columns)), EqualGroups(0, num_rows)
-        mask = first_mask(shape, num_tiles, seed, groups)
+        mask = groups.first_mask(shape, num_tiles, seed)
         if connected:
             mask = reconnect(mask, random_scores(shape, seed), groups, dims=(0,))
         return columns_of(mask)

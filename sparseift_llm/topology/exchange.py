@@ -44,13 +44,10 @@ def drop_and_grow(
     """
     num_exchanged = num_exchanged.to(mask.device).minimum(groups.count(mask))
     if connected is None:
-        kept = mask & ~groups.largest(-importance, mask, num_exchanged)
-        return kept | groups.largest(growth, ~kept, num_exchanged)
-    dropped = _least_but_last(mask, importance, num_exchanged, groups, connected)
-    kept, num_dropped = mask & ~dropped, groups.count(dropped)
-    grown = groups.largest(growth, ~kept, num_dropped) & (growth > 0)
-    back = groups.largest(importance, dropped & ~grown, num_dropped - groups.count(grown))
-    return kept | grown | back
+        dropped = groups.largest(-importance, mask, num_exchanged)
+    else:
+        dropped = _least_but_last(mask, importance, num_exchanged, groups, connected)
+    return groups.regrown(mask, dropped, importance, growth, only_moving=connected is not None)
 
 
 def _least_but_last(

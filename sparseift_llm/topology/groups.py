@@ -3,7 +3,7 @@
 A unit is one entry of a mask: a weight or a tile. The whole matrix may be one group (`WholeMatrix`, the rule of the
 reference), equal parts of it may be groups (`EqualGroups`: block-rows of tiles, or attention heads; `InputGroups`: the
 m neighbours of an n:m mask), or sets of rows of any size (`RowSets`: the queries, keys and values that share a matrix),
-which may be divided into heads in turn.
+which may be divided into heads in turn. Blocks of masks that are n:m along both sides are in transposable.py.
 
 Legend: G = number of groups.
 """
@@ -56,6 +56,45 @@ class Groups(ABC):
             phase: in [0, 1), another one at each update; see `changes_per_row`.
         """
 
+    def first_mask(self, shape: torch.Size, num_active: int, seed: int) -> Tensor:
+        """A random mask with `num_active` ones, uniform within every group, which has its share of them.
+
+        Args:
+            shape: of the mask, two sides.
+            num_active: ones, in [0, number of units].
+            seed: see `derive_seed`.
+
+        Returns:
+            Bool tensor of `shape` on the CPU.
+
+        >>> heads = EqualGroups(dim=0, number=2)
+        >>> heads.count(heads.first_mask(torch.Size((4, 3)), 5, 0))
+        tensor([2, 3])
+        """
+        scores = random_scores(shape, seed)
+        return self.largest(scores, torch.ones_like(scores, dtype=torch.bool), self.share(num_active))
+
+    def regrown(
+        self, mask: Tensor, dropped: Tensor, importance: Tensor, growth: Tensor, only_moving: bool = False
+    ) -> Tensor:
+        """`mask` without `dropped`, and with as many others of the largest growth scores in every group.
+
+        Args:
+            mask: bool.
+            dropped: bool, ones of `mask`. They compete like units that were inactive before, so they may come back.
+            importance, growth: scores of the mask's shape, see `drop_and_grow`.
+            only_moving: grow nothing of score 0; the most important dropped units come back instead.
+
+        Returns:
+            Bool, of the mask's shape, with as many ones in every group as `mask`.
+        """
+        kept, numbers = mask & ~dropped, self.count(dropped)
+        grown = self.largest(growth, ~kept, numbers)
+        if not only_moving:
+            return kept | grown
+        grown &= growth > 0
+        return kept | grown | self.largest(importance, dropped & ~grown, numbers - self.count(grown))
+
 
 class WholeMatrix(Groups):
     """One group: any unit may take the place of any other."""
@@ -71,6 +110,9 @@ class WholeMatrix(Groups):
 
     def num_exchanged(self, mask: Tensor, importance: Tensor, fraction: float, phase: float) -> Tensor:
         return torch.tensor([int(fraction * int(mask.sum()))])
+
+    def first_mask(self, shape: torch.Size, num_active: int, seed: int) -> Tensor:
+        return random_mask(shape, num_active, seed)
 
 
 @dataclass(frozen=True)
@@ -178,28 +220,6 @@ class RowSets(Groups):
     def _rows(rows: RowGroup, device: torch.device) -> Tensor:
         starts = torch.arange(rows.repeats, device=device) * (rows.period or 0)
         return (starts[:, None] + torch.arange(rows.start, rows.stop, device=device)).flatten()
-
-
-def first_mask(shape: torch.Size, num_active: int, seed: int, groups: Groups) -> Tensor:
-    """A random mask with `num_active` ones, uniform within every group, which has its share of them.
-
-    Args:
-        shape: of the mask, two sides.
-        num_active: ones, in [0, number of units].
-        seed: see `derive_seed`.
-        groups: the groups that share them.
-
-    Returns:
-        Bool tensor of `shape` on the CPU.
-
-    >>> heads = EqualGroups(dim=0, number=2)
-    >>> heads.count(first_mask(torch.Size((4, 3)), 5, 0, heads))
-    tensor([2, 3])
-    """
-    if isinstance(groups, WholeMatrix):
-        return random_mask(shape, num_active, seed)
-    scores = random_scores(shape, seed)
-    return groups.largest(scores, torch.ones_like(scores, dtype=torch.bool), groups.share(num_active))
 
 
 def row_starts(num_units: int, num_rows: int) -> Tensor:

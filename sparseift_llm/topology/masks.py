@@ -11,6 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+_FEW = 16  # entries of a row, up to which comparing all pairs is faster than sorting
+
 
 def derive_seed(*parts: int | str) -> int:
     """A generator seed from e.g. (seed, step, layer index); nearby parts give unrelated seeds."""
@@ -91,9 +93,31 @@ def largest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
 
 
 def largest_per_row(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
-    """Mask of the `counts[r]` eligible entries of row r with the largest scores; among equals the lower index wins."""
+    """Mask of the `counts[r]` eligible entries of row r with the largest scores; among equals the lower index wins.
+
+    Args:
+        scores: (R, C), finite where eligible.
+        eligible: bool (R, C), with at least `counts[r]` ones in row r.
+        counts: int (R,), on any device.
+    """
+    counts = counts.to(scores.device)
+    if scores.shape[1] <= _FEW:
+        return eligible & (_num_before(scores.T.contiguous(), eligible.T.contiguous()) < counts).T
     order = scores.sort(dim=1, descending=True, stable=True).indices
     order = order.gather(1, (~eligible).gather(1, order).sort(dim=1, stable=True).indices)  # eligible ones first
     ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    chosen = ranks < counts.to(scores.device)[:, None]
-    return torch.zeros_like(eligible).scatter(1, order, chosen)
+    return torch.zeros_like(eligible).scatter(1, order, ranks < counts[:, None])
+
+
+def _num_before(scores: Tensor, eligible: Tensor) -> Tensor:
+    """How many eligible entries of its column come before an entry, the largest first: uint8, of the shape (C, R).
+
+    Every pair is compared, which is faster than a sort where columns are short and many.
+    """
+    before = torch.zeros_like(scores, dtype=torch.uint8)
+    for first in range(len(scores)):
+        for second in range(first + 1, len(scores)):
+            is_in_order = scores[first] >= scores[second]
+            before[second] += is_in_order & eligible[first]
+            before[first] += ~is_in_order & eligible[second]
+    return before

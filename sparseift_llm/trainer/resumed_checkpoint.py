@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -16,6 +17,7 @@ from transformers.utils import CONFIG_NAME
 from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.config.as_begun import as_begun
 from sparseift_llm.record.model_record import ModelRecord, has_record, transformation_values
+from sparseift_llm.record.specs import MatrixSpec
 from sparseift_llm.trainer.speed import ReportOptions
 from sparseift_llm.training.checks import changed_keys
 
@@ -79,10 +81,10 @@ def check_same_sparsity(folder: Path, model: nn.Module) -> None:
         )
 
 
-def _sizes(record: ModelRecord | None) -> list[tuple[Any, ...]]:
+def _sizes(record: ModelRecord | None) -> list[tuple[str, MatrixSpec]]:
     """What decides whether masks and weights fit; in which groups active weights are counted is none of it."""
     return [
-        (layer.name, matrix.path, matrix.shape, matrix.num_active, matrix.structure, matrix.block_size)
+        (layer.name, dataclasses.replace(matrix, transposed=False, heads=None, row_groups=()))
         for layer in (record.layers if record else ())
         for matrix in layer.matrices
     ]

@@ -50,6 +50,12 @@ def test_a_wide_model_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             "wide, scope ffn: hidden 32, FFN 128->256; 50% of 32.8k weights in 4 sparse matrices are zero, 2:4; ",
             "3.20k (1.00x) of them",
         ),
+        (
+            SparseIFTConfig(scope="ffn", structure="2:4", transposable=True),
+            "wide, scope ffn: hidden 32, FFN 128->256; 50% of 32.8k weights in 4 sparse matrices are zero, 2:4 along "
+            "both sides; ",
+            "3.20k (1.00x) of them",
+        ),
     ],
 )
 def test_what_does_not_change_is_written_once(config: SparseIFTConfig, begin: str, embeddings: str) -> None:

@@ -90,6 +90,11 @@ WRONG = [
         "{structure: 2:4, family: parallel, rules: [{family: doped, targets: [q], sparsity: 0.25}]}",
         "sparsity=0.25 contradicts structure='2:4'",
     ),
+    ("{structure: block, transposable: true}", "transposable=True needs structure='n:m', e.g. '2:4', not 'block'; set"),
+    (
+        "{structure: 4:8, transposable: true}",
+        "too many with structure='4:8'; use an m of at most 4, e.g. '2:4', or leave it out",
+    ),
     ("{structure: 2:4, block_size: 16}", "block_size=16 needs structure='block'"),
     ("{structure: 2:4, distribution: erk}", "distribution='erk' gives layers different densities, but structure='2:4'"),
     (

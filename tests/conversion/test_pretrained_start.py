@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -29,7 +30,7 @@ from sparseift_llm.families.trained_start import (
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.composite import CompositeProjection, Part
 from tests.helpers.models import gradients_of, logits_of
-from tests.helpers.patterns import wrong_groups
+from tests.helpers.patterns import by_hand_in_blocks, is_patterned, wrong_groups
 from tests.helpers.pretrained_starts import dense_model, every_arch, every_structure, ffn_matrices, matrix_of, started
 
 
@@ -84,6 +85,58 @@ def test_two_of_four_are_the_largest_of_every_four() -> None:
             group = [abs(value) for value in row[first : first + 4]]
             assert [size in sorted(group)[2:] for size in group] == mask[first : first + 4]
     assert torch.equal(start.values, values * start.mask)
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 3)])
+def test_transposable_masks_are_the_best_pattern_of_every_block(pattern: tuple[int, int]) -> None:
+    n, m = pattern
+    values = torch.randn(2 * m, 3 * m, generator=torch.Generator().manual_seed(1))
+    start = start_of_largest(values, Part("w", (2 * m, 3 * m), 6 * n * m, pattern=pattern, transposable=True), 1)
+    nothing = torch.zeros_like(values, dtype=torch.bool)
+    assert start.mask is not None
+    assert torch.equal(start.mask, by_hand_in_blocks(nothing, nothing, values.abs().double(), 0, n, m))
+    assert torch.equal(start.values, values * start.mask)
+
+
+def test_new_units_of_a_transposable_matrix_have_as_many_weights_as_old_ones() -> None:
+    """In a block of old and new ones the old keep what is best for them: without the new ones' noise it is the same."""
+    generator = torch.Generator().manual_seed(0)
+    is_old = torch.arange(16) % 8 < 6  # the second block of four has two of each
+    into, out_of = torch.randn(16, 8, generator=generator), torch.randn(8, 16, generator=generator)
+    part = Part("u", (16, 8), 64, pattern=(2, 4), transposable=True)
+    before = start_of_inputs(into, is_old, part, 1, 3)
+    behind = start_of_outputs(out_of, is_old, replace(part, shape=(8, 16)), 1, 4)
+    for start, values in ((before, into * is_old[:, None]), (behind, out_of * is_old)):
+        assert start.mask is not None
+        assert is_patterned(start.mask, 2, 4)
+        nothing = torch.zeros_like(start.mask)
+        best = by_hand_in_blocks(nothing, nothing, values.abs().double(), 0, 2, 4)
+        torch.testing.assert_close(values[start.mask].abs().sum(), values[best].abs().sum())
+    assert before.mask is not None
+    assert torch.equal(before.values[is_old], (into * before.mask)[is_old])
+    assert before.values[~is_old][before.mask[~is_old]].abs().min() > 0
+    assert not behind.values[:, ~is_old].any()
+
+
+@pytest.mark.parametrize(("pattern", "num_branches"), [((2, 4), 2), ((1, 4), 4), ((1, 3), 3), ((2, 3), 2), ((3, 4), 1)])
+def test_transposable_branches_hold_all_that_they_can(pattern: tuple[int, int], num_branches: int) -> None:
+    n, m = pattern
+    weight = torch.randn(4 * m, 5 * m, generator=torch.Generator().manual_seed(0))
+    parts = tuple(
+        Part(f"branches.{index}", (4 * m, 5 * m), 20 * m * n, pattern=pattern, transposable=True)
+        for index in range(num_branches)
+    )
+    starts = ParallelFamily(Parallel()).start(trained(weight), parts, 1, 0)
+    for start in starts.values():
+        assert start.mask is not None
+        assert is_patterned(start.mask, n, m)
+        assert not start.values[~start.mask].any()
+    total = sum(start.values for start in starts.values())
+    if num_branches * n >= m:
+        assert torch.equal(total, weight)
+    else:
+        nothing = torch.zeros_like(weight, dtype=torch.bool)
+        assert torch.equal(total, weight * by_hand_in_blocks(nothing, nothing, weight.abs().double(), 0, n, m))
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])

@@ -27,6 +27,7 @@ STORAGES: dict[str, dict[str, Any]] = {
     "unstructured": {},
     "block": {"structure": "block", "block_size": 8},
     "2:4": {"structure": "2:4"},
+    "2:4 transposable": {"structure": "2:4", "transposable": True},
 }
 FFN = {"gpt2": "n_inner", "opt": "ffn_dim"}
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseift_llm.ops import semi_structured
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.ops.semi_structured import check_device, check_pattern, semi_structured_linear
-from sparseift_llm.topology.groups import InputGroups, first_mask
+from sparseift_llm.topology.groups import InputGroups
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -37,7 +37,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtyp
 def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (2, 3, 64), a 2:4 weight (128, 64) with its mask, and a bias."""
     torch.manual_seed(0)
-    mask = first_mask(torch.Size((128, 64)), 128 * 32, 0, InputGroups(0, 128 * 16))
+    mask = InputGroups(0, 128 * 16).first_mask(torch.Size((128, 64)), 128 * 32, 0)
     weight = torch.randn(128, 64, dtype=dtype).masked_fill(~mask, 0)
     return torch.randn(2, 3, 64, dtype=dtype), weight, mask, torch.randn(128, dtype=dtype)
 

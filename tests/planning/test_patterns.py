@@ -11,26 +11,37 @@ from sparseift_llm import SparseIFTConfig, sparsify
 from sparseift_llm.models.presets import load_config
 from sparseift_llm.planning.planner import plan
 from tests.helpers.decoders import decoder
+from tests.helpers.patterns import wrong_groups
 from tests.helpers.planned_models import TINY, every_architecture, planned
 
 
 @every_architecture
-@pytest.mark.parametrize("structure", ["2:4", "1:4", "3:8"])
-@pytest.mark.parametrize("scope", ["model", "ffn"])
-def test_every_sparse_matrix_has_n_of_m(name: str, structure: str, scope: str) -> None:
+@pytest.mark.parametrize(
+    ("structure", "transposable", "scope"),
+    [
+        *((structure, False, scope) for structure in ("2:4", "1:4", "3:8") for scope in ("model", "ffn")),
+        ("2:4", True, "model"),
+        ("2:4", True, "ffn"),
+        ("2:3", True, "model"),
+    ],
+)
+def test_every_sparse_matrix_has_n_of_m(name: str, structure: str, transposable: bool, scope: str) -> None:
     n, m = map(int, structure.split(":"))
-    result = planned(name, structure=structure, scope=scope)
+    result = planned(name, structure=structure, transposable=transposable, scope=scope)
     for layer in result.layers:
         (matrix,) = layer.matrices
         if layer.family == "dense":
             continue
         assert (matrix.structure, matrix.pattern, matrix.block_size, matrix.row_groups) == ("n:m", (n, m), None, ())
         assert matrix.shape[1] % m == 0
+        assert matrix.transposable == transposable
+        assert matrix.shape[0] % m == 0 or not transposable
         assert matrix.num_active * m == matrix.num_weights * n
     active = sum(layer.num_active for layer in result.layers)
     twins = sum(layer.dense_shape[0] * layer.dense_shape[1] for layer in result.layers)
     assert result.ratio_linear == active / twins
     built = sparsify(TINY[name], result.config)
+    assert wrong_groups(built, n, m, transposable) == []
     assert sum(parameter.numel() for parameter in built.parameters()) == result.sparse.stored_params
 
 
@@ -75,6 +86,11 @@ def test_a_wider_stream_has_it_between_ends_of_single_weights() -> None:
             {"n_embd": 36},
             {"family": "parallel", "structure": "2:8"},
             r"c_attn: branches\.0 has 36 inputs, and structure='2:8' needs a multiple of 8",
+        ),
+        (
+            {"n_embd": 32, "n_inner": 70},
+            {"family": "parallel", "structure": "2:4", "transposable": True},
+            r"c_fc: branches\.0 has 70 outputs, and structure='2:4' needs a multiple of 4",
         ),
         ({}, {"structure": "2:4", "targets": ("mlp_in",)}, r"would cost .* make them sparse, too"),
     ],

@@ -31,6 +31,7 @@ TRANSFORMATIONS: dict[str, dict[str, Any]] = {
     "factorized": {"family": "factorized", "sparse_u_only": True, "nonlinearity": "gelu", "sparsity": 0.5},
     "doped in tiles": {"family": "doped", "structure": "block", "block_size": 4},
     "wide 2:4": {"structure": "2:4"},
+    "wide 2:4 along both sides": {"structure": "2:4", "transposable": True},
     "factorized 1:4": {"family": "factorized", "structure": "1:4"},
 }
 
@@ -127,7 +128,7 @@ def test_groups_may_be_interleaved() -> None:
 
 def test_absent_fields_have_the_defaults_that_specs_name() -> None:
     matrix = MatrixSpec.from_dict({"shape": [4, 4], "num_active": 16, "structure": "dense"}, "here")
-    assert matrix == MatrixSpec("", (4, 4), 16, "dense", None, None, False, None, ())
+    assert matrix == MatrixSpec("", (4, 4), 16, "dense", None, None, False, False, None, ())
     values = {"name": "x", "kind": "o", "family": "dense", "dense_shape": [4, 4], "matrices": [matrix.to_dict()]}
     assert LayerSpec.from_dict(values, "here") == LayerSpec("x", "o", "dense", (4, 4), (matrix,), {}, None, None)
 
@@ -227,6 +228,8 @@ DAMAGE: list[tuple[str, Any, str]] = [
         [3, 6],
         r"pattern is \(3, 6\), which does not give a matrix of \(16, 8\) 64 active",
     ),
+    ("layers.0.matrices.0.transposable", True, r"matrices\[0\]\.transposable is true with structure 'unstructured'"),
+    ("layers.1.matrices.0.transposable", 1, r"matrices\[0\]\.transposable must be true or false"),
     ("layers.2.matrices.0.num_active", 63, r"pattern is \(2, 4\), which does not give a matrix of \(16, 8\) 63 active"),
     ("layers.0.matrices.0.transposed", 1, r"matrices\[0\]\.transposed must be true or false"),
     ("layers.0.matrices.0.heads", [0, 5], r"matrices\[0\]\.heads is \(0, 5\), which does not divide"),

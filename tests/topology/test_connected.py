@@ -15,7 +15,7 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.topology.blocks import random_columns, tile_mask
 from sparseift_llm.topology.connected import reconnect
 from sparseift_llm.topology.exchange import drop_and_grow
-from sparseift_llm.topology.groups import EqualGroups, Groups, WholeMatrix, first_mask
+from sparseift_llm.topology.groups import EqualGroups, Groups, WholeMatrix
 from sparseift_llm.topology.masks import random_scores
 from tests.helpers.decoders import decoder
 from tests.helpers.models import token_ids
@@ -119,7 +119,7 @@ def test_no_column_of_tiles_is_empty_where_there_are_enough(rows: int, columns: 
 @given(rows=st.integers(1, 6), columns=st.integers(1, 6), share=st.floats(0, 1), seed=st.integers(0, 999))
 def test_single_weights_keep_their_number_and_lose_no_line(rows: int, columns: int, share: float, seed: int) -> None:
     shape, groups = torch.Size((rows, columns)), WholeMatrix()
-    before = first_mask(shape, int(share * rows * columns), seed, groups)
+    before = groups.first_mask(shape, int(share * rows * columns), seed)
     mask = reconnect(before, random_scores(shape, seed), groups, (0, 1))
     assert int(mask.sum()) == int(before.sum())
     for dim in (0, 1):

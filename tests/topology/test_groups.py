@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseift_llm.record.specs import RowGroup
 from sparseift_llm.topology.exchange import drop_and_grow
-from sparseift_llm.topology.groups import EqualGroups, Groups, RowSets, WholeMatrix, changes_per_row, first_mask
+from sparseift_llm.topology.groups import EqualGroups, Groups, RowSets, WholeMatrix, changes_per_row
 from sparseift_llm.topology.masks import derive_seed, random_phase, random_scores
 
 
@@ -123,7 +123,7 @@ def test_counts_are_even_and_the_total_is_exact(
 ) -> None:
     shape = torch.Size((heads.number * size, other) if heads.dim == 0 else (other, heads.number * size))
     total = int(share * shape.numel())
-    mask = first_mask(shape, total, seed, heads)
+    mask = heads.first_mask(shape, total, seed)
     for _ in range(2):
         per_head = mask.unflatten(heads.dim, (heads.number, size)).movedim(heads.dim, 0).flatten(1).sum(1)
         assert int(mask.sum()) == total
@@ -135,7 +135,7 @@ def test_counts_are_even_and_the_total_is_exact(
 
 def test_the_first_mask_is_uniform_within_a_head() -> None:
     heads = EqualGroups(dim=0, number=2)
-    masks = torch.stack([first_mask(torch.Size((4, 5)), 8, seed, heads) for seed in range(2000)])
+    masks = torch.stack([heads.first_mask(torch.Size((4, 5)), 8, seed) for seed in range(2000)])
     torch.testing.assert_close(masks.double().mean(0), torch.full((4, 5), 0.4, dtype=torch.float64), rtol=0, atol=0.06)
 
 
@@ -179,7 +179,7 @@ def test_sets_of_rows_are_matrices_of_their_own(
     shape = torch.Size((period * repeats, columns))
     stored = shape if dim == 0 else torch.Size(reversed(shape))
     mask, magnitude, growth = (
-        first_mask(stored, sum(counts), seed, sets),
+        sets.first_mask(stored, sum(counts), seed),
         random_scores(stored, seed + 1),
         random_scores(stored, seed + 2),
     )
@@ -196,6 +196,6 @@ def test_sets_of_rows_are_matrices_of_their_own(
 
 def test_the_first_mask_is_uniform_within_a_set() -> None:
     sets = RowSets(1, (RowGroup("q", 0, 1, 4, 2, 2), RowGroup("k", 1, 2, 8, 2, 2)))
-    masks = torch.stack([first_mask(torch.Size((5, 4)), 12, seed, sets) for seed in range(2000)])
+    masks = torch.stack([sets.first_mask(torch.Size((5, 4)), 12, seed) for seed in range(2000)])
     expected = torch.tensor([0.4, 0.8, 0.4, 0.8], dtype=torch.float64).expand(5, 4)
     torch.testing.assert_close(masks.double().mean(0), expected, rtol=0, atol=0.06)

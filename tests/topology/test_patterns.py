@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseift_llm.topology.connected import empty_lines
 from sparseift_llm.topology.exchange import drop_and_grow
-from sparseift_llm.topology.groups import EqualGroups, InputGroups, first_mask
+from sparseift_llm.topology.groups import EqualGroups, InputGroups
 from sparseift_llm.topology.masks import random_scores
 from tests.helpers.patterns import by_hand
 from tests.helpers.tiny_runs import bits
@@ -56,7 +56,7 @@ def test_the_first_mask_by_hand() -> None:
     expected = [
         [int(row[start + i] == max(row[start : start + 3])) for start in (0, 3) for i in range(3)] for row in scores
     ]
-    assert first_mask(torch.Size((2, 6)), 4, 3, groups).int().tolist() == expected
+    assert groups.first_mask(torch.Size((2, 6)), 4, 3).int().tolist() == expected
 
 
 patterns = st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 5)])
@@ -78,7 +78,7 @@ def test_an_exchange_is_that_of_the_lists(
     shape = torch.Size((rows, width * m))
     groups = InputGroups(int(is_transposed), rows * width)
     stored = torch.Size(reversed(shape)) if is_transposed else shape
-    mask = first_mask(stored, rows * width * n, seed, groups)
+    mask = groups.first_mask(stored, rows * width * n, seed)
     importance, growth = random_scores(stored, seed + 1), random_scores(stored, seed + 2)
     if has_ties and not is_transposed:  # which of equals goes first follows the order of storage
         importance, growth = (4 * importance).round(), (4 * growth).round()
@@ -92,7 +92,7 @@ def test_an_exchange_is_that_of_the_lists(
 
 def test_dropping_in_each_group_is_seen() -> None:
     """What the comparison must catch: groups that take turns, as block-rows of tiles do."""
-    mask = first_mask(torch.Size((4, 16)), 32, 0, InputGroups(0, 16))
+    mask = InputGroups(0, 16).first_mask(torch.Size((4, 16)), 32, 0)
     importance, growth = random_scores(mask.shape, 1), random_scores(mask.shape, 2)
     turns = EqualGroups(0, 16)
     changed = drop_and_grow(mask, importance, growth, turns.num_exchanged(mask, importance, 0.3, 0.5), turns)
@@ -102,7 +102,7 @@ def test_dropping_in_each_group_is_seen() -> None:
 
 def test_the_first_mask_is_uniform_within_a_group() -> None:
     groups = InputGroups(dim=1, number=4)
-    masks = torch.stack([first_mask(torch.Size((8, 2)), 8, seed, groups) for seed in range(2000)])
+    masks = torch.stack([groups.first_mask(torch.Size((8, 2)), 8, seed) for seed in range(2000)])
     torch.testing.assert_close(masks.double().mean(0), torch.full((8, 2), 0.5, dtype=torch.float64), rtol=0, atol=0.06)
 
 
@@ -112,7 +112,7 @@ def test_keep_connected_drops_no_last_weight_of_a_column(seed: int) -> None:
     groups = InputGroups(dim=0, number=12)
     lost: dict[Any, int] = {None: 0, (0, 1): 0}
     for connected in lost:
-        mask = first_mask(torch.Size((6, 8)), 24, seed, groups)
+        mask = groups.first_mask(torch.Size((6, 8)), 24, seed)
         for step in range(20):
             scores = random_scores(mask.shape, 100 * seed + step), random_scores(mask.shape, 100 * seed + step + 50)
             changed = exchanged(mask, *scores, 0.5, groups, connected=connected)

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparseift_llm.topology import masks
 from sparseift_llm.topology.distributions import erdos_renyi_kernel, uniform
 from sparseift_llm.topology.masks import (
     derive_seed,
     largest,
+    largest_per_row,
     random_mask,
     random_scores,
 )
@@ -60,6 +62,22 @@ def test_largest_leaves_its_inputs_alone_and_keeps_the_shape() -> None:
 
 def test_largest_among_equal_scores_takes_the_first_eligible() -> None:
     assert text(largest(torch.zeros(8), bits("01011011"), 3)) == "01011000"
+
+
+@given(rows=st.integers(1, 6), width=st.integers(1, 20), levels=st.sampled_from([1, 4, 1000]), seed=st.integers(0, 999))
+def test_largest_of_every_row(rows: int, width: int, levels: int, seed: int) -> None:
+    """Rows that are compared in pairs and rows that are sorted, with ties, and anything where they are not eligible."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = (levels * torch.rand(rows, width, generator=generator)).round() - levels / 2
+    eligible = torch.rand(rows, width, generator=generator) > 0.3
+    counts = (torch.rand(rows, generator=generator) * (eligible.sum(1) + 1)).long()
+    expected = [torch.stack([largest(*row) for row in zip(scores, eligible, counts.tolist(), strict=True)])]
+    with pytest.MonkeyPatch.context() as patch:
+        for few in (0, 16, 20):
+            patch.setattr(masks, "_FEW", few)
+            expected.append(largest_per_row(scores.masked_fill(~eligible, torch.nan), eligible, counts))
+    for found in expected[1:]:
+        assert torch.equal(found, expected[0])
 
 
 # ---- random masks and seeds

@@ -21,6 +21,10 @@ from tests.helpers.models import tiny_model, token_ids
 from tests.helpers.tiny_runs import VOCAB, differences, final_state, masks, sparse_trainer
 
 ARCHS = ("gpt2", "llama", "gpt_neox")
+every_pattern = pytest.mark.parametrize(
+    ("arch", "transposable"), [*((arch, False) for arch in ARCHS), ("gpt2", True), ("llama", True)]
+)
+both_ways = pytest.mark.parametrize("transposable", [False, True], ids=["", "transposable"])
 STEPS = 8
 
 
@@ -48,8 +52,8 @@ def reference_gradients(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tenso
     return output.logits, gradients
 
 
-def check_parity(arch: str) -> None:
-    model = sparse(arch)
+def check_parity(arch: str, transposable: bool) -> None:
+    model = sparse(arch, transposable=transposable)
     tokens = token_ids()
     output = model(input_ids=tokens, labels=tokens)
     output.loss.backward()
@@ -60,36 +64,40 @@ def check_parity(arch: str) -> None:
 
 
 @pytest.mark.support("n:m masks: outputs and gradients", proves=("unstructured",))
-@pytest.mark.parametrize("arch", ARCHS)
-def test_it_computes_what_the_stock_model_with_the_zeros_does(arch: str) -> None:
-    check_parity(arch)
+@every_pattern
+def test_it_computes_what_the_stock_model_with_the_zeros_does(arch: str, transposable: bool) -> None:
+    check_parity(arch, transposable)
 
 
 def test_a_gradient_that_is_not_masked_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparseift_llm.layers.masked.masked_weight", lambda weight, *_: weight)
     with pytest.raises(AssertionError, match=r"c_attn\.weight"):
-        check_parity("gpt2")
+        check_parity("gpt2", False)
 
 
 # ---- which masks
 
 
-def take_steps(model: Any, optimizer: Any) -> None:
-    """Train, and look after every step whether each group of four has two active weights."""
-    for step in range(STEPS):
+def take_steps(model: Any, optimizer: Any, steps: int = STEPS) -> None:
+    """Train, and look after every step whether each group of four has two active weights.
+
+    With transposable masks along both sides.
+    """
+    transposable = model.config.sparse_ift["transformation"]["transposable"]
+    for step in range(steps):
         tokens = token_ids(seed=step)
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert patterns.wrong_groups(model, 2, 4) == []
+        assert patterns.wrong_groups(model, 2, 4, transposable) == []
 
 
 @pytest.mark.parametrize("drop_by", ["magnitude", "saliency"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_rigl_gives_the_masks_of_the_rule(arch: str, drop_by: str) -> None:
+@every_pattern
+def test_rigl_gives_the_masks_of_the_rule(arch: str, transposable: bool, drop_by: str) -> None:
     """Every update of every layer is what sorted lists of weights and of dense gradients give."""
     dst = DSTConfig("rigl", update_every_steps=1, drop_fraction=0.3, stop_fraction=1.0, drop_by=drop_by)
-    model = sparse(arch, dst=dst)
+    model = sparse(arch, dst=dst, transposable=transposable)
     optimizer = AdamW(model.parameters(), lr=0.01)
     controller = SparseTrainingController(model, optimizer, total_steps=20)
     checked = []
@@ -100,19 +108,24 @@ def test_rigl_gives_the_masks_of_the_rule(arch: str, drop_by: str) -> None:
         if drop_by == "saliency":
             importance = importance * optimizer.state[layer.weight]["exp_avg_sq"].sqrt()
         number = int(cosine_drop_fraction(controller.step, 20, 0.3) * int(mask.sum()))
-        views = [patterns.outputs_first(layer, tensor) for tensor in (mask, importance, growth)]
-        expected = patterns.by_hand(*views, number, 4)
-        assert torch.equal(patterns.outputs_first(layer, next_mask), expected), name
+        if transposable:
+            assert torch.equal(next_mask, patterns.by_hand_in_blocks(mask, importance, growth, number, 2, 4)), name
+        else:
+            views = [patterns.outputs_first(layer, tensor) for tensor in (mask, importance, growth)]
+            expected = patterns.by_hand(*views, number, 4)
+            assert torch.equal(patterns.outputs_first(layer, next_mask), expected), name
         checked.append(bool((mask != next_mask).any()))
 
     controller.listeners.append(check)
-    take_steps(model, optimizer)
-    assert len(checked) == STEPS * len(sparse_layers(model))
+    steps = 2 if transposable else STEPS  # there are ninety patterns to look through for each block
+    take_steps(model, optimizer, steps)
+    assert len(checked) == steps * len(sparse_layers(model))
     assert all(checked)
 
 
-def test_set_drops_the_smallest_and_grows_in_their_groups() -> None:
-    model = sparse("gpt2", "set")
+@both_ways
+def test_set_drops_the_smallest_and_grows_in_their_groups(transposable: bool) -> None:
+    model = sparse("gpt2", "set", transposable=transposable)
     optimizer = SGD(model.parameters(), lr=0.01)
     controller = SparseTrainingController(model, optimizer, total_steps=20)
 
@@ -128,8 +141,9 @@ def test_set_drops_the_smallest_and_grows_in_their_groups() -> None:
 
 
 @pytest.mark.parametrize("family", ["parallel", "factorized", "doped"])
-def test_other_families_keep_their_groups(family: str) -> None:
-    model = sparse("llama", family=family)
+@both_ways
+def test_other_families_keep_their_groups(family: str, transposable: bool) -> None:
+    model = sparse("llama", family=family, transposable=transposable)
     optimizer = AdamW(model.parameters(), lr=0.01)
     SparseTrainingController(model, optimizer, total_steps=20)
     before = masks(model)
@@ -139,36 +153,39 @@ def test_other_families_keep_their_groups(family: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert differences(before, masks(model))
-    assert patterns.wrong_groups(model, 2, 4) == []
+    assert patterns.wrong_groups(model, 2, 4, transposable) == []
 
 
 # ---- what comes back
 
 
-def small_run(algorithm: str) -> PreTrainedModel:
+def small_run(algorithm: str, transposable: bool = False) -> PreTrainedModel:
     """Of the vocabulary and length of the tiny Trainer's data."""
     dst = DSTConfig(algorithm, update_every_steps=2)
-    return sparsify(tiny_model("gpt2", vocab_size=VOCAB), SparseIFTConfig(structure="2:4", dst=dst))
+    return sparsify(
+        tiny_model("gpt2", vocab_size=VOCAB), SparseIFTConfig(structure="2:4", transposable=transposable, dst=dst)
+    )
 
 
 @pytest.mark.support("n:m masks: static, SET and RigL, resuming bit for bit in a Trainer", proves=("unstructured",))
 @pytest.mark.parametrize("algorithm", ["static", "set", "rigl"])
-def test_a_resumed_run_equals_an_uninterrupted_one(algorithm: str, tmp_path: Path) -> None:
+@both_ways
+def test_a_resumed_run_equals_an_uninterrupted_one(algorithm: str, transposable: bool, tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 5}
-    whole = sparse_trainer(small_run(algorithm), tmp_path, **saving)
+    whole = sparse_trainer(small_run(algorithm, transposable), tmp_path, **saving)
     whole.train()
-    resumed = sparse_trainer(small_run(algorithm), tmp_path / "resumed", **saving)
+    resumed = sparse_trainer(small_run(algorithm, transposable), tmp_path / "resumed", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert not differences(final_state(whole), final_state(resumed))
-    assert patterns.wrong_groups(resumed.model, 2, 4) == []  # type: ignore[arg-type]
-    moved = differences(masks(small_run(algorithm)), final_state(resumed)["masks"])
+    assert patterns.wrong_groups(resumed.model, 2, 4, transposable) == []  # type: ignore[arg-type]
+    moved = differences(masks(small_run(algorithm, transposable)), final_state(resumed)["masks"])
     assert bool(moved) == (algorithm != "static")
 
 
 @pytest.mark.support("n:m masks: saving, loading, exporting", proves=("unstructured",))
-@pytest.mark.parametrize("arch", ARCHS)
-def test_saved_exported_and_loaded_it_is_the_same_model(arch: str, tmp_path: Path) -> None:
-    model = sparse(arch)
+@every_pattern
+def test_saved_exported_and_loaded_it_is_the_same_model(arch: str, transposable: bool, tmp_path: Path) -> None:
+    model = sparse(arch, transposable=transposable)
     tokens = token_ids()
     logits = model(input_ids=tokens).logits
     model.save_pretrained(tmp_path / "saved")
@@ -179,8 +196,8 @@ def test_saved_exported_and_loaded_it_is_the_same_model(arch: str, tmp_path: Pat
         assert not differences(masks(model), masks(loaded))
         assert not differences(dict(model.state_dict()), dict(loaded.state_dict()))
         assert torch.equal(loaded(input_ids=tokens).logits, logits)
-        layers = sparse_layers(loaded)
-        assert {type(layer.groups).__name__ for layer in layers.values()} == {"InputGroups"}
+        groups = {type(layer.groups).__name__ for layer in sparse_layers(loaded).values()}
+        assert groups == {"TransposableBlocks" if transposable else "InputGroups"}
     for folder in ("saved", "dense"):  # a stock model with zeros, for anyone
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float64)
         assert not sparse_layers(stock)
@@ -201,6 +218,15 @@ def test_masks_with_another_number_in_a_group_are_refused() -> None:
     with pytest.raises(ValueError, match=rf"{name} has other numbers .* per group of n:m neighbours"):
         apply_masks(model, wrong, "a test")
     assert patterns.wrong_groups(model, 2, 4) == []  # nothing was changed
+
+
+def test_masks_that_are_patterned_along_one_side_are_no_transposable_ones() -> None:
+    one_side, both_sides = sparse("gpt2"), sparse("gpt2", transposable=True)
+    apply_masks(one_side, masks(both_sides), "a test")  # the other way round it is fine
+    before = masks(both_sides)
+    with pytest.raises(ValueError, match=r"c_attn has other numbers .* per group of n:m neighbours"):
+        apply_masks(both_sides, masks(sparse("gpt2")), "a test")
+    assert not differences(masks(both_sides), before)
 
 
 @pytest.mark.support(
