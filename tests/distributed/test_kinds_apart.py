@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.kinds_script import PATTERNS, UPDATES, counts_over_updates, groups_over_updates
+from tests.distributed.kinds_script import (
+    PATTERNS,
+    REPLICATED,
+    SHARDED,
+    UPDATES,
+    counts_over_updates,
+    groups_over_updates,
+)
 from tests.distributed.torchrun import Results, run_ranks
 from tests.helpers.kind_rows import MODELS, sparse_decoder
 from tests.helpers.patterns import wrong_groups
@@ -51,8 +58,17 @@ def test_with_one_budget_density_moves_between_kinds() -> None:
     assert torch.equal(history.sum(2), torch.full((UPDATES + 1, 2), 3072))
 
 
+SHARDED_ROW = "n:m masks: FSDP2 on two ranks, with the masks of one process"
+
+
 @pytest.mark.support("n:m masks: n of every m over updates, on one rank and on two", proves=("unstructured",))
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *REPLICATED,
+        *(pytest.param(name, marks=pytest.mark.support(SHARDED_ROW, proves=("unstructured",))) for name in SHARDED),
+    ],
+)
 def test_every_group_keeps_its_number(results: Results, name: str) -> None:
     alone = groups_over_updates(name, None)
     assert alone["wrong"] == []

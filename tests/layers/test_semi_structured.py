@@ -27,6 +27,7 @@ from sparseift_llm import (
 from sparseift_llm.layers import semi_structured as layers_of_kernels
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.semi_structured import SemiStructuredLinear
+from sparseift_llm.layers.stock import stock_matrix
 from sparseift_llm.ops import semi_structured
 from tests.helpers.models import tiny_model, token_ids
 from tests.helpers.patterns import wrong_groups
@@ -59,36 +60,52 @@ def sparse(arch: str = "gpt2", **options: Any) -> PreTrainedModel:
     return sparsify(dense, SparseIFTConfig(**{"structure": "2:4", "width_multiple": 16, "dst": dst, **options}))
 
 
-def trained(on_kernels: bool, arch: str, steps: int = 4) -> dict[str, Any]:
-    """What RigL leaves after some steps, with the outputs on kernels or not."""
-    model = sparse(arch)
+def trained(
+    on_kernels: bool, arch: str, transposable: bool = False, steps: int = 4, compiled: bool = False
+) -> dict[str, Any]:
+    """What RigL leaves after some steps, with products on kernels or not."""
+    model = sparse(arch, transposable=transposable)
     use_semi_structured_kernels(model, on_kernels)
+    wrapped: Any = torch.compile(model, backend="aot_eager") if compiled else model
     optimizer = AdamW(model.parameters(), lr=0.01)
-    SparseTrainingController(model, optimizer, total_steps=8)
+    controller = SparseTrainingController(wrapped, optimizer, total_steps=8)
     for step in range(steps):
         tokens = token_ids(seed=step)
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        wrapped(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert wrong_groups(model, 2, 4) == []
+    controller.close()
+    assert wrong_groups(model, 2, 4, transposable) == []
     return snapshot(model, optimizer)
 
 
+@pytest.mark.parametrize("transposable", [False, True])
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_training_on_kernels_is_the_dense_training(arch: str, dense_kernels: list[tuple[int, ...]]) -> None:
-    """Weights to rounding, and the very same masks, which RigL chose by dense gradients."""
-    on_kernels = trained(True, arch)
+def test_training_on_kernels_is_the_dense_training(
+    arch: str, transposable: bool, dense_kernels: list[tuple[int, ...]]
+) -> None:
+    """Weights to rounding, and the very same masks, which RigL chose by dense gradients.
+
+    Every matrix is compressed once per pass: forward, and backward if its transpose is 2:4, too.
+    """
+    on_kernels = trained(True, arch, transposable)
     num_compressed = len(dense_kernels)
-    assert num_compressed == 4 * len(sparse_layers(sparse(arch)))
-    dense = trained(False, arch)
+    shapes = [
+        tuple(stock_matrix(layer).shape) for layer in sparse_layers(sparse(arch, transposable=transposable)).values()
+    ]
+    if transposable:
+        shapes += [(columns, rows) for rows, columns in shapes]
+    assert sorted(dense_kernels) == sorted(4 * shapes)
+    dense = trained(False, arch, transposable)
     assert len(dense_kernels) == num_compressed
     assert not differences(on_kernels["masks"], dense["masks"])
     for name, weight in dense["weights"].items():
         torch.testing.assert_close(on_kernels["weights"][name], weight, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("transposable", [False, True])
 def test_a_gradient_that_is_wrong_is_seen(
-    dense_kernels: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    transposable: bool, dense_kernels: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward = semi_structured._SemiStructuredLinear.backward
 
@@ -98,7 +115,35 @@ def test_a_gradient_that_is_wrong_is_seen(
 
     monkeypatch.setattr(semi_structured._SemiStructuredLinear, "backward", staticmethod(wrong))
     with pytest.raises(AssertionError):
-        test_training_on_kernels_is_the_dense_training("gpt2", dense_kernels)
+        test_training_on_kernels_is_the_dense_training("gpt2", transposable, dense_kernels)
+
+
+def test_a_transpose_that_is_not_2_4_is_seen(dense_kernels: list[tuple[int, ...]]) -> None:
+    """What the check of the stand-in must catch: the other side of masks that are 2:4 along the inputs only."""
+    model = sparse()
+    use_semi_structured_kernels(model)
+    for layer in sparse_layers(model).values():
+        layer.transposable = True  # type: ignore[assignment]
+    tokens = token_ids()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    with pytest.raises(AssertionError):
+        loss.backward()
+
+
+@pytest.mark.support(
+    "n:m masks: torch.compile, on stand-ins of the semi-structured kernels, too", proves=("unstructured",)
+)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of any Function
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_training_on_kernels_is_the_dense_training(dense_kernels: list[tuple[int, ...]]) -> None:
+    """With both passes on them. What one product makes of it is in tests/ops/test_semi_structured.py."""
+    torch._dynamo.reset()
+    compiled = trained(True, "gpt2", True, compiled=True)
+    assert len(dense_kernels) == 4 * 2 * len(sparse_layers(sparse()))
+    dense = trained(False, "gpt2", True)
+    assert not differences(compiled["masks"], dense["masks"])
+    for name, weight in dense["weights"].items():
+        torch.testing.assert_close(compiled["weights"][name], weight, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(

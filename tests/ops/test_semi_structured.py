@@ -16,6 +16,7 @@ from sparseift_llm.ops import semi_structured
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.ops.semi_structured import check_device, check_pattern, semi_structured_linear
 from sparseift_llm.topology.groups import InputGroups
+from sparseift_llm.topology.transposable import TransposableBlocks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -34,32 +35,60 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtyp
     return seen
 
 
-def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def operands(dtype: torch.dtype, transposable: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (2, 3, 64), a 2:4 weight (128, 64) with its mask, and a bias."""
     torch.manual_seed(0)
-    mask = InputGroups(0, 128 * 16).first_mask(torch.Size((128, 64)), 128 * 32, 0)
+    groups = TransposableBlocks(2, 4) if transposable else InputGroups(0, 128 * 16)
+    mask = groups.first_mask(torch.Size((128, 64)), 128 * 32, 0)
     weight = torch.randn(128, 64, dtype=dtype).masked_fill(~mask, 0)
     return torch.randn(2, 3, 64, dtype=dtype), weight, mask, torch.randn(128, dtype=dtype)
 
 
+def _masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, transposable: bool) -> Tensor:
+    return semi_structured_linear(x, masked_weight(weight, mask), bias, transposable)
+
+
+# dynamo's own warning, about any autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("transposable", [False, True])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_output_and_gradients_are_the_dense_ones(without_kernels: list[torch.dtype], has_bias: bool) -> None:
-    x, weight, mask, bias = operands(torch.float64)
+def test_output_and_gradients_are_the_dense_ones(
+    without_kernels: list[torch.dtype], has_bias: bool, transposable: bool, compiled: bool
+) -> None:
+    """Of a compiled product as well, which is one graph."""
+    x, weight, mask, bias = operands(torch.float64, transposable)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     others = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    y = semi_structured_linear(leaves[0], masked_weight(leaves[1], mask), leaves[2] if has_bias else None)
+    linear = torch.compile(_masked_linear, fullgraph=True, backend="aot_eager") if compiled else _masked_linear
+    y = linear(leaves[0], leaves[1], mask, leaves[2] if has_bias else None, transposable)
     expected = F.linear(others[0], others[1], others[2] if has_bias else None)
     torch.testing.assert_close(y, expected)
     assert y.is_contiguous()
     gradient = torch.randn_like(expected)
     y.backward(gradient)
     expected.backward(gradient)
+    assert len(without_kernels) == (2 if transposable else 1)
     torch.testing.assert_close(leaves[0].grad, others[0].grad)
     assert others[1].grad is not None
     torch.testing.assert_close(leaves[1].grad, others[1].grad * mask)
     assert (leaves[2].grad is None) == (not has_bias)
     if has_bias:
         torch.testing.assert_close(leaves[2].grad, others[2].grad)
+
+
+def test_another_matrix_in_place_of_the_transpose_is_seen(
+    without_kernels: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the comparison must catch, in the backward pass, whose product has no bias."""
+    product = semi_structured._product
+
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product(x, weight.flip(0) if bias is None else weight, bias)
+
+    monkeypatch.setattr(semi_structured, "_product", wrong)
+    with pytest.raises(AssertionError):
+        test_output_and_gradients_are_the_dense_ones(without_kernels, True, True, False)
 
 
 def test_frozen_operands_get_no_gradient(without_kernels: list[torch.dtype]) -> None:

@@ -156,6 +156,43 @@ def test_other_families_keep_their_groups(family: str, transposable: bool) -> No
     assert patterns.wrong_groups(model, 2, 4, transposable) == []
 
 
+# ---- compiled
+
+
+@pytest.mark.support(
+    "n:m masks: torch.compile, on stand-ins of the semi-structured kernels, too", proves=("unstructured",)
+)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of any Function
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_run_is_the_eager_one() -> None:
+    """Losses and masks of four steps, with a mask update after the second."""
+    torch._dynamo.reset()
+    runs = []
+    for is_compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        dst = DSTConfig("rigl", update_every_steps=2, stop_fraction=1.0)
+        model: Any = sparse("gpt2", dst=dst)
+        before = masks(model)
+        wrapped = torch.compile(model, backend="aot_eager") if is_compiled else model
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        controller = SparseTrainingController(wrapped, optimizer, total_steps=20)
+        losses = []
+        for step in range(4):
+            tokens = token_ids(seed=step)
+            loss = wrapped(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        controller.close()
+        assert differences(before, masks(model))
+        assert patterns.wrong_groups(model, 2, 4) == []
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == is_compiled
+        runs.append((torch.stack(losses), masks(model)))
+    torch.testing.assert_close(*(losses for losses, _ in runs), rtol=1e-12, atol=0)
+    assert not differences(runs[0][1], runs[1][1])
+
+
 # ---- what comes back
 
 
