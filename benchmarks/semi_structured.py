@@ -3,7 +3,8 @@
     python benchmarks/semi_structured.py            # less than a minute on an NVIDIA GPU; prints one JSON
     python benchmarks/semi_structured.py --dry      # on a CPU: the masks alone, without a product
 
-Shapes are those of GPT-3 Small's FFN, 16,384 tokens in bfloat16: each projection as it is in the dense model, and the
+Masks are 2:4 along both sides, so that the gradient of the input is computed on the kernels, too. Shapes are those of
+GPT-3 Small's FFN, 16,384 tokens in bfloat16: each projection as it is in the dense model, and the
 wider one that takes its place at 50% zeros with as many multiply-adds (Wide, scope `ffn`).
 """
 
@@ -26,8 +27,8 @@ from sparseift_llm.bench.measure import queued_seconds
 from sparseift_llm.ops.masked_weight import masked_weight
 from sparseift_llm.ops.semi_structured import PATTERN, check_device, compress, compressed_linear, semi_structured_linear
 from sparseift_llm.topology.exchange import drop_and_grow
-from sparseift_llm.topology.groups import InputGroups
 from sparseift_llm.topology.masks import random_scores
+from sparseift_llm.topology.transposable import TransposableBlocks
 from sparseift_llm.utils.provenance import commit, machine, versions
 
 TOKENS, CALLS, WARM_UP = 16384, 30, 5
@@ -37,14 +38,14 @@ TOLERANCE = 1e-2  # of the norm of the difference; rounding an output to bfloat1
 
 
 def mask_of(shape: tuple[int, int], seed: int) -> Tensor:
-    """A random 2:4 mask (out, in) after one exchange of 30%, which is checked to be one."""
+    """A random mask (out, in) that is 2:4 along both sides, after one exchange of 30%; it is checked to be one."""
     n, m = PATTERN
-    groups = InputGroups(dim=0, number=shape[0] * shape[1] // m)
-    mask = groups.first_mask(torch.Size(shape), groups.number * n, seed)
+    groups = TransposableBlocks(n, m)
+    mask = groups.first_mask(torch.Size(shape), shape[0] * shape[1] * n // m, seed)
     importance, growth = random_scores(torch.Size(shape), seed + 1), random_scores(torch.Size(shape), seed + 2)
     changed = drop_and_grow(mask, importance, growth, groups.num_exchanged(mask, importance, 0.3, 0.0), groups)
-    if not bool((changed.view(-1, m).sum(1) == n).all()):
-        raise SystemExit(f"a mask of {shape} is not {n}:{m}")
+    if not all(bool((side.reshape(-1, m).sum(1) == n).all()) for side in (changed, changed.T)):
+        raise SystemExit(f"a mask of {shape} is not {n}:{m} along both sides")
     if torch.equal(changed, mask):
         raise SystemExit(f"the exchange changed nothing in a mask of {shape}")
     return changed
@@ -56,12 +57,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def errors_of(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, gradient: Tensor) -> dict[str, float]:
-    """Relative errors of output and gradients of the training product, and of the output for inference."""
+    """Relative errors of output and gradients of the training product, and of the output for inference.
+
+    The gradient of the input is computed on the kernels, too.
+    """
     wide = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
     expected = F.linear(*wide)
     expected.backward(gradient.double())
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
-    y = semi_structured_linear(leaves[0], masked_weight(leaves[1], mask), leaves[2])
+    y = semi_structured_linear(leaves[0], masked_weight(leaves[1], mask), leaves[2], transposable=True)
     y.backward(gradient)
     references = [tensor.grad for tensor in wide]
     assert references[1] is not None
@@ -77,7 +81,7 @@ def errors_of(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, gradient: T
     return errors
 
 
-def inference(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+def inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
     """The product with a weight that was compressed before."""
     compressed = compress(weight)
     return lambda: compressed_linear(x, compressed, bias)
@@ -102,24 +106,31 @@ def measure(name: str, shape: tuple[int, int], device: str) -> dict[str, Any]:
         "2:4 output with compression": lambda: semi_structured_linear(x, weight, bias),
         "compression": lambda: compress(weight),
         "dense input gradient": lambda: gradient @ weight,
+        "2:4 input gradient, compressed before": inference(gradient, weight.T, None),
+        "2:4 input gradient with compression": lambda: compressed_linear(gradient, compress(weight.T), None),
         "dense weight gradient": lambda: gradient.T @ x,
     }
     seconds = {}
     for key, run in runs.items():
         queued_seconds([run] * WARM_UP, device)
         seconds[key] = statistics.median(queued_seconds([run] * CALLS, device))
-    ratio = seconds["dense output"] / seconds["2:4 output, compressed before"]
-    return {"shape": shape, "tokens": TOKENS, "relative_errors": errors, "seconds": seconds, "dense over 2:4": ratio}
+    ratios = {
+        "dense over 2:4": seconds["dense output"] / seconds["2:4 output, compressed before"],
+        "dense over 2:4, input gradient": seconds["dense input gradient"]
+        / seconds["2:4 input gradient with compression"],
+    }
+    return {"shape": shape, "tokens": TOKENS, "relative_errors": errors, "seconds": seconds, **ratios}
 
 
-def check_model(device: str) -> dict[str, float]:
+def check_model(device: str, transposable: bool) -> dict[str, float]:
     """Relative errors of a small 2:4 GPT-2 in bfloat16 against float64: dense with its zeros, and on the kernels.
 
     Raises:
         SystemExit: on the kernels it is more than twice as far off as dense.
     """
     dense = GPT2Config(n_embd=256, n_layer=2, n_head=4, vocab_size=1024, n_positions=128)
-    model = sparsify(dense, SparseIFTConfig(structure="2:4", width_multiple=16)).eval().to(device, torch.bfloat16)
+    config = SparseIFTConfig(structure="2:4", transposable=transposable, width_multiple=16)
+    model = sparsify(dense, config).eval().to(device, torch.bfloat16)
     tokens = torch.randint(dense.vocab_size, (2, 128), device=device)
 
     def logits_and_gradient(which: Any) -> tuple[Tensor, Tensor]:
@@ -166,7 +177,7 @@ def main(words: Sequence[str]) -> int:
     for name, shape in SHAPES.items():
         rows[name] = measure(name, shape, device)
         print(json.dumps({name: rows[name]}), file=sys.stderr)  # not lost if a later check fails
-    errors = check_model(device)
+    errors = {name: check_model(device, name == "transposable") for name in ("2:4", "transposable")}
     wide = {name: rows[name]["seconds"]["dense output"] for name in ("up", "down")}
     pays = {n: wide[n] / rows[f"wide {n}"]["seconds"]["2:4 output, compressed before"] for n in wide}
     found = {"device": torch.cuda.get_device_name(), "model_errors": errors, "rows": rows}

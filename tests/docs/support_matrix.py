@@ -94,7 +94,11 @@ GROUPS = {
     ),
     "n:m masks": (
         "n:m masks: n of every m over updates, on one rank and on two",
+        "n:m masks: FSDP2 on two ranks, with the masks of one process",
+        "n:m masks: torch.compile, on stand-ins of the semi-structured kernels, too",
         "n:m masks: outputs and gradients",
+        "n:m masks: transposable, n of every m along both sides",
+        "n:m masks: transposable with an m above 4",
         "n:m masks: static, SET and RigL, resuming bit for bit in a Trainer",
         "n:m masks: saving, loading, exporting",
         "n:m masks: gmp, granet, erk, whole_model, balance_heads, init: pretrained of a wider stream",

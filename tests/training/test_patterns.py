@@ -92,6 +92,7 @@ def take_steps(model: Any, optimizer: Any, steps: int = STEPS) -> None:
         assert patterns.wrong_groups(model, 2, 4, transposable) == []
 
 
+@pytest.mark.support("n:m masks: transposable, n of every m along both sides", proves=("unstructured",))
 @pytest.mark.parametrize("drop_by", ["magnitude", "saliency"])
 @every_pattern
 def test_rigl_gives_the_masks_of_the_rule(arch: str, transposable: bool, drop_by: str) -> None:
@@ -284,6 +285,15 @@ def test_masks_that_are_patterned_along_one_side_are_no_transposable_ones() -> N
 def test_what_would_change_the_density_is_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} .*but structure='2:4' fixes the density of every row at 2 of 4"):
         SparseIFTConfig(structure="2:4", **options)
+
+
+@pytest.mark.support("n:m masks: transposable with an m above 4", refused=True)
+@pytest.mark.parametrize("structure", ["2:5", "4:8"])
+def test_blocks_with_too_many_patterns_are_refused(structure: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"too many with structure='{structure}'; use an m of at most 4, e\.g\. '2:4'"
+    ):
+        SparseIFTConfig(structure=structure, transposable=True)
 
 
 def test_keep_connected_holds() -> None:
