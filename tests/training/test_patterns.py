@@ -288,12 +288,10 @@ def test_what_would_change_the_density_is_refused(options: dict[str, Any], name:
 
 
 @pytest.mark.support("n:m masks: transposable with an m above 4", refused=True)
-@pytest.mark.parametrize("structure", ["2:5", "4:8"])
-def test_blocks_with_too_many_patterns_are_refused(structure: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"too many with structure='{structure}'; use an m of at most 4, e\.g\. '2:4'"
-    ):
-        SparseIFTConfig(structure=structure, transposable=True)
+@pytest.mark.parametrize("pattern", ["2:5", "4:8"])
+def test_blocks_with_too_many_patterns_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=rf"too many with structure='{pattern}'; use an m of at most 4, e\.g\. '2:4'"):
+        SparseIFTConfig(structure=pattern, transposable=True)
 
 
 def test_keep_connected_holds() -> None:
