@@ -33,7 +33,7 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", 
 
 @functools.cache
 def native_library() -> ctypes.CDLL | None:
-    """The loaded library, or None where it cannot be compiled; the first call may take half a minute."""
+    """The loaded library, or None where it cannot be compiled; the first call may take a minute."""
     if sys.platform != "linux":
         return None
     try:

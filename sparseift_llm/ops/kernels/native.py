@@ -121,7 +121,7 @@ class NativeKernel:
     fused = _NativeFeedForward()
 
     def is_available(self) -> bool:
-        """Whether the C++ is, or can be, compiled here; the first call may take half a minute."""
+        """Whether the C++ is, or can be, compiled here; the first call may take a minute."""
         return native_library() is not None
 
     def supports(self, device: str, dtype: torch.dtype, block_size: int) -> bool:
