@@ -112,7 +112,12 @@ class TransposableBlocks(Groups):
         return self._unblocked(patterns[best].permute(1, 2, 0), scores.shape)
 
     def _best_pattern(self, present: Tensor, absent: Tensor) -> Tensor:
-        """Numbers (B,) of the patterns with the largest sums: `present` (m, m, B) where active, else `absent`."""
+        """The numbers (B,) of the patterns with the largest sums.
+
+        An active place adds its entry of `present` (m, m, B), another one that of `absent`, which is 0 or, where the
+        place has to be active, minus infinity. Each row of a block has few lines to choose from, so these are added up
+        first, and patterns out of them.
+        """
         lines = torch.tensor(_lines(self.n, self.m), device=present.device)
         others = torch.tensor([[c for c in range(self.m) if c not in line] for line in lines.tolist()]).to(lines.device)
         of_lines = [present.index_select(1, places) for places in lines.T]
