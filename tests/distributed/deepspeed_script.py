@@ -20,7 +20,9 @@ from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.training.backends.zero import ZeroBackend
 from tests.distributed.ddp_modes_script import STEPS, message_of, part
 from tests.distributed.torchrun import main
+from tests.helpers.kind_rows import sparse_decoder
 from tests.helpers.models import shake
+from tests.helpers.patterns import wrong_groups
 from tests.helpers.tiny_runs import batches, differences, masks, sparse_gpt2
 
 
@@ -101,6 +103,22 @@ def stage3(rank: int, folder: Path) -> dict[str, Any]:
 def bf16(rank: int, folder: Path) -> dict[str, Any]:
     """Weights in bfloat16, their masters in float32."""
     return run(2, bf16={"enabled": True})
+
+
+def n_of_m(rank: int, folder: Path) -> dict[str, Any]:
+    """Masks of 2:4, and of 2:4 along both sides, under ZeRO-2: the layers with another pattern after any step."""
+    found: dict[str, Any] = {}
+    for transposable in (False, True):
+        model: Any = sparse_decoder("gpt2", structure="2:4", transposable=transposable).float()  # type: ignore[arg-type]
+        engine = engine_of(model, 2)
+        controller = SparseTrainingController(engine, engine.optimizer, total_steps=STEPS)
+        wrong, digests = wrong_groups(model, 2, 4, transposable), [controller.masks_digest()]
+        for stop in range(1, 5):
+            steps(engine, model, stop - 1, stop)
+            wrong += wrong_groups(model, 2, 4, transposable)
+            digests.append(controller.masks_digest())
+        found[f"{transposable=}"] = {"wrong": wrong + leftovers(model), "digests": digests}
+    return found
 
 
 def state_kept(rank: int, folder: Path) -> dict[str, Any]:

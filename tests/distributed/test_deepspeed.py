@@ -29,7 +29,7 @@ Alone = tuple[list[dict[str, Tensor]], dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def two(every_structure: str, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    scenarios = (*STAGES, "bf16", "state_kept", "resumed", "refused")
+    scenarios = (*STAGES, "bf16", "n_of_m", "state_kept", "resumed", "refused")
     return run_ranks(
         "tests.distributed.deepspeed_script", scenarios, tmp_path_factory.mktemp("zero"), warnings="default"
     )
@@ -75,6 +75,17 @@ def test_bfloat16_weights_with_masters(two: Results) -> None:
     assert first["leftovers"] == second["leftovers"] == []
     assert first["counters"]["num_dense_gradient_steps"] == 3
     assert differences(first["history"][0], first["history"][-1])
+
+
+@pytest.mark.support("n:m masks: DeepSpeed ZeRO-2 (the test skips where it is not installed)", proves=("unstructured",))
+@pytest.mark.structures("unstructured")
+@pytest.mark.parametrize("transposable", [False, True])
+def test_masks_of_n_of_m_keep_their_numbers(transposable: bool, two: Results) -> None:
+    """On both ranks the same masks, which change at every step."""
+    first, second = (rank[f"{transposable=}"] for rank in two["n_of_m"])
+    assert first == second
+    assert first["wrong"] == []
+    assert len(set(first["digests"])) == len(first["digests"])
 
 
 @pytest.mark.support("DeepSpeed ZeRO stages 1 to 3 (tests skip where it is not installed)")

@@ -95,6 +95,7 @@ GROUPS = {
     "n:m masks": (
         "n:m masks: n of every m over updates, on one rank and on two",
         "n:m masks: FSDP2 on two ranks, with the masks of one process",
+        "n:m masks: DeepSpeed ZeRO-2 (the test skips where it is not installed)",
         "n:m masks: torch.compile, on stand-ins of the semi-structured kernels, too",
         "n:m masks: outputs and gradients",
         "n:m masks: transposable, n of every m along both sides",
