@@ -1,4 +1,4 @@
-"""The study of tile sizes and families: its rows, its table, and the committed results."""
+"""The study of tile sizes, families and searches: its rows, its table, and the committed results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from sparseift_llm.isoflop import default_block_size
 from sparseift_llm.runs.recipe import load_recipe
-from tests.helpers.pages import ALL_TEXT
+from tests.helpers.pages import ALL_TEXT, PAGES
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
 
@@ -31,7 +31,7 @@ def write_result(results: Path, study: str, name: str, rate: float, loss: float,
 def test_rows_are_valid_recipes_with_names_of_their_own(study: ModuleType, name: str) -> None:
     rows = study.STUDIES[name].rows
     assert len({row.name for row in rows}) == len(rows)
-    assert rows[0].sparse is None
+    assert [row.sparse for row in rows].count(None) == {"seeds": 3, "rates": 3, "search": 0}.get(name, 1)
     for row in rows:
         recipe = load_recipe(study.RECIPE, ["--output_dir", "x", *row.overrides()])
         assert (recipe.sparse_ift is None) == (row.sparse is None)
@@ -69,10 +69,18 @@ def test_the_table_of_the_search_compares_with_static_masks(study: ModuleType, t
     assert lines["tiles of 8, set"].endswith("| 1.0000 | 2.0000 |  |  |  |")
 
 
-@pytest.mark.parametrize(("name", "page"), [("families", "families.md"), ("tiles", "block.md"), ("seeds", "block.md")])
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("families", "families.md"),
+        ("tiles", "block.md"),
+        ("seeds", "block.md"),
+        ("search", "concepts/mask-updates.md"),
+    ],
+)
 def test_the_table_is_the_committed_one(study: ModuleType, name: str, page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    make_table = study.seed_table if name == "seeds" else study.table
+    make_table = study.seed_table if name in study.REPEATED else study.table
     assert make_table(name, study.RESULTS) in text
     results = study.read_results(name, study.RESULTS)
     assert len(results) == len(study.STUDIES[name].rows) * len(study.STUDIES[name].rates)
@@ -81,7 +89,38 @@ def test_the_table_is_the_committed_one(study: ModuleType, name: str, page: str)
         assert f"{folder}/{row.name}-lr{rate:g}" in summary["command"]
         assert not summary["commit"].endswith("-dirty")
         assert summary["config"]["training"]["learning_rate"] == rate
-    assert not json.loads((study.RESULTS / folder / "times.json").read_text())["commit"].endswith("-dirty")
+    if name != "search":  # of which no step was timed
+        assert not json.loads((study.RESULTS / folder / "times.json").read_text())["commit"].endswith("-dirty")
+
+
+def search_means(study: ModuleType) -> dict[str, float]:
+    """Mean held-out loss over the seeds, by the name of the row with the first seed."""
+    losses: dict[str, list[float]] = {}
+    for (row, _), summary in study.read_results("search", study.RESULTS).items():
+        losses.setdefault(row.name.removesuffix(f"-seed{row.seed}"), []).append(summary["eval_loss"])
+    return {name: sum(values) / len(values) for name, values in losses.items()}
+
+
+def test_what_the_docs_say_of_the_search(study: ModuleType) -> None:
+    text, mean = " ".join(PAGES["docs/concepts/mask-updates.md"].split()), search_means(study)
+    losses = {
+        row.name: summary["eval_loss"] for (row, _), summary in study.read_results("search", study.RESULTS).items()
+    }
+    suffixes = [f"-seed{seed}" if seed else "" for seed in study.SEEDS]
+    for kind in ("mask", "tile8", "tile32"):
+        assert all(losses[f"{kind}-static{suffix}"] < losses[f"{kind}-rigl{suffix}"] for suffix in suffixes)
+        assert mean[f"{kind}-static"] < mean[f"{kind}-set"]
+    apart = mean["mask-rigl-kinds-together"] - mean["mask-rigl"]
+    connected = mean["tile32-rigl-keep_connected-false"] - mean["tile32-rigl"]
+    assert f"(`kinds_apart`) gain RigL {apart:.3f} nats" in text
+    assert f"(`keep_connected`) {connected:.3f}." in text
+    smooth = mean["tile32-rigl-drop_fraction-0.1-drop_by-saliency-soft_growth-true"]
+    better, worse = mean["tile32-rigl"] - smooth, smooth - mean["tile32-static"]
+    assert f"is {better:.3f} better, and still {worse:.3f} worse than static" in text
+    for kind in ("mask", "tile32"):
+        for state in ("row_mean", "own_count"):
+            assert abs(mean[f"{kind}-rigl-grown_state-{state}"] - mean[f"{kind}-rigl"]) < 0.015
+    assert sum(losses[f"mask-granet{suffix}"] > 3.5 for suffix in suffixes) == 2
 
 
 def best_losses(study: ModuleType, name: str) -> dict[str, float]:
