@@ -176,8 +176,8 @@ def test_all_mistakes_are_told_at_once() -> None:
         "sparse_ift.dst.algorithm='rig' is not one of 'static', 'set', 'rigl', 'gmp', 'granet'; did you mean 'rigl'?",
         "sparse_ift.dst.drop_fraction must be in (0, 1), got 2.0",
         "sparse_ift: unknown key 'sparsty'; did you mean 'sparsity'? (valid keys: family, sparsity, structure, "
-        "block_size, distribution, accounting, seq_len, init, targets, exclude, width_multiple, balance_heads, "
-        "kinds_apart, rules, seed, dst)",
+        "block_size, transposable, distribution, accounting, seq_len, init, targets, exclude, width_multiple, "
+        "balance_heads, kinds_apart, rules, seed, dst)",
     ]
 
 

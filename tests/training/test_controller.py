@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from weakref import ReferenceType, ref
 
@@ -26,13 +25,6 @@ from sparseift_llm.layers.base import sparse_layers
 from tests.conftest import tiny_models_of
 from tests.helpers.models import tiny_model
 from tests.helpers.tiny_runs import ToyModel, batches, bits, differences, first_sparse, masks, sparse_gpt2, train
-
-
-@pytest.fixture(autouse=True)
-def _compiler_stance() -> Iterator[None]:
-    """Controllers that a test leaves armed must not change the compiler's stance for the next test."""
-    yield
-    torch.compiler.set_stance("default")
 
 
 def toy_model(algorithm: str = "rigl", every: int = 1) -> ToyModel:

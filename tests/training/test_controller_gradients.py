@@ -5,7 +5,6 @@ Each check of exactness is shown to fail on a planted fault.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -20,14 +19,6 @@ from sparseift_llm.layers.block import BlockSparseLinear
 from sparseift_llm.ops.dense_gradient import DenseGradient
 from tests.helpers.models import stored_part
 from tests.helpers.tiny_runs import STORAGES, ToyModel, batches, dense_twin, differences, masks, sparse_gpt2, train
-
-
-@pytest.fixture(autouse=True)
-def _compiler_stance() -> Iterator[None]:
-    """Controllers that a test leaves armed must not change the compiler's stance for the next test."""
-    yield
-    torch.compiler.set_stance("default")
-
 
 # ---- accumulation
 

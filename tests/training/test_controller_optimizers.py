@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,13 +16,6 @@ from sparseift_llm import SparseTrainingController
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.block import BlockSparseLinear
 from tests.helpers.tiny_runs import batches, differences, masks, sparse_gpt2, train, violations
-
-
-@pytest.fixture(autouse=True)
-def _compiler_stance() -> Iterator[None]:
-    """Controllers that a test leaves armed must not change the compiler's stance for the next test."""
-    yield
-    torch.compiler.set_stance("default")
 
 
 class Lion(Optimizer):
