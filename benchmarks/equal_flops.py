@@ -10,7 +10,7 @@ widths go on at once, and share the runs that train at a time. Runs that have a 
 can be stopped, and goes on where it was. Every row of a width trains on the same tokens and has the same forward FLOPs
 as the dense model, to 0.1%. Only the rows dense-half and dense-double train on other tokens: they say what compute is
 worth to the dense model, and so how much more of it would do what another row does. Results are in
-results/equal_flops, a file a run.
+results/equal_flops, a file a run. The rows are in equal_flops_rows.py, the tables are made in equal_flops_table.py.
 """
 
 from __future__ import annotations
@@ -19,160 +19,24 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from equal_flops_rows import BATCH_SIZE, BY_NAME, MAX_STEPS, SEEDS, WIDTHS, Rates, Row, dense_shape
+from equal_flops_table import loss_of, table
 
-from sparseift_llm.reporting.sweep import difference_interval, t_interval
 from sparseift_llm.runs.sweep import SweepRun, plan_sweep, run_sweep
 from sparseift_llm.utils.files import write_json
-from sparseift_llm.utils.tables import markdown_table
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "equal_flops.yaml"
 RESULTS = HERE / "results" / "equal_flops"
 RUNS = Path("runs") / "equal_flops"
 BUILTIN = "builtin"
-WIDTHS = (64, 128, 256)
-SEEDS = (0, 1, 2)
-HEAD_DIM, VOCAB, SEQ_LEN, NUM_LAYERS = 32, 1024, 128, 2
-# The recipe's tokens are 42 for each projection weight at width 64, and 10 at 128; four times as many are 10 at 256.
-MAX_STEPS: Mapping[int, int] = {64: 1000, 128: 1000, 256: 2000}
-BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64}
-HEADER = (
-    "row",
-    "rate, embedding's",
-    "FLOPs",
-    "held-out loss",
-    "95% interval",
-    "seeds",
-    "gain over dense (95%)",
-    "dense FLOPs for this loss",
-)
-
-
-@dataclass(frozen=True, order=True)
-class Rates:
-    """The two learning rates of a run.
-
-    Args:
-        rate: of all parameters but the embedding.
-        embedding_factor: how many times that rate the embedding has.
-    """
-
-    rate: float
-    embedding_factor: float
-
-    def neighbours(self) -> list[Rates]:
-        """Twice and half of each."""
-        by_rate = [Rates(self.rate * by, self.embedding_factor) for by in (2, 0.5)]
-        return by_rate + [Rates(self.rate, self.embedding_factor * by) for by in (2, 0.5)]
-
-    def __str__(self) -> str:
-        return f"lr{self.rate:g}-emb{self.embedding_factor:g}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A model that is compared.
-
-    Args:
-        name: safe as a folder's name.
-        title: the table's first cell.
-        start: where the search for rates begins.
-        sparse: `SparseIFTConfig` as a mapping; None for a dense model.
-        shape: width of the dense model -> fields of the model's config that this row changes.
-        widths: those of the dense models that it can be compared with.
-        tokens: how many times the other rows' training tokens it has.
-    """
-
-    name: str
-    title: str
-    start: Rates
-    sparse: Mapping[str, Any] | None = None
-    shape: Callable[[int], Mapping[str, Any]] = field(default=lambda width: {})
-    widths: tuple[int, ...] = WIDTHS
-    tokens: float = 1
-
-
-def dense_shape(width: int) -> dict[str, Any]:
-    """Fields of the dense model's config: heads of 32, and an FFN whose three matrices have about 8 width^2 weights."""
-    return {
-        "hidden_size": width,
-        "intermediate_size": width * 11 // 4,
-        "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": width // HEAD_DIM,
-        "num_key_value_heads": width // HEAD_DIM,
-        "head_dim": HEAD_DIM,
-    }
-
-
-def other_shape(width: int, hidden: float, heads: float, layers: int = NUM_LAYERS) -> dict[str, Any]:
-    """A dense model of another shape with the FLOPs of the usual one, by the choice of its FFN's inner side.
-
-    Args:
-        width: hidden size of the usual one.
-        hidden, heads: its hidden size, and the size of its heads together, as multiples of `width`.
-        layers: its decoder layers.
-    """
-    usual = dense_shape(width)
-    hidden_size, head_dim = int(width * hidden), int(HEAD_DIM * heads)
-    attention = 8 * hidden_size * width * heads + 4 * SEQ_LEN * width * heads
-    around = layers * attention + 2 * hidden_size * VOCAB
-    left = forward_flops(usual) - around
-    shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "head_dim": head_dim}
-    return {**usual, **shape, "intermediate_size": round(left / layers / (6 * hidden_size))}
-
-
-def forward_flops(shape: Mapping[str, Any]) -> float:
-    """FLOPs of a token's forward pass in a dense model; attention is counted in full, as everywhere in this project."""
-    hidden, attention = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
-    weights = 4 * hidden * attention + 3 * hidden * shape["intermediate_size"]
-    return shape["num_hidden_layers"] * (2 * weights + 4 * SEQ_LEN * attention) + 2 * hidden * VOCAB
-
-
-def residual(k: int, **fields: Any) -> dict[str, Any]:
-    """A residual stream k times as wide, with static masks."""
-    return {"scope": "residual", "sparsity": 1 - 1 / k, "dst": {"algorithm": "static"}, **fields}
-
-
-def tiles(size: int) -> dict[str, Any]:
-    """Whole tiles instead of single weights."""
-    return {"structure": "block", "block_size": size}
-
-
-STATIC = {"dst": {"algorithm": "static"}}
-WIDE_START, DENSE_START = Rates(4e-3, 4), Rates(8e-3, 4)
-MODEL = {"scope": "model", "sparsity": 0.75, "accounting": "whole_model", "seq_len": SEQ_LEN, **STATIC}
-WIDER = partial(other_shape, hidden=1.5, heads=0.5)
-NARROWER = partial(other_shape, hidden=0.75, heads=1)
-DEEPER = partial(other_shape, hidden=0.875, heads=0.75, layers=3)
-ROWS = (
-    Row("dense", "dense", DENSE_START),
-    Row("dense-half", "dense, half the tokens", DENSE_START, tokens=0.5),
-    Row("dense-double", "dense, twice the tokens", DENSE_START, tokens=2),
-    Row("dense-wide", "dense, hidden side 1.5 times, half the heads' size", DENSE_START, shape=WIDER),
-    Row("dense-narrow", "dense, hidden side 0.75 times", DENSE_START, shape=NARROWER),
-    Row("dense-deep", "dense, hidden side 0.875 times, three layers", DENSE_START, shape=DEEPER),
-    Row("residual2", "residual, 2 times, single weights", WIDE_START, residual(2)),
-    Row("residual4", "residual, 4 times, single weights", WIDE_START, residual(4)),
-    Row("residual2-tile8", "residual, 2 times, tiles of 8", WIDE_START, residual(2, **tiles(8))),
-    Row("residual2-tile16", "residual, 2 times, tiles of 16", WIDE_START, residual(2, **tiles(16))),
-    Row("residual2-tile32", "residual, 2 times, tiles of 32", WIDE_START, residual(2, **tiles(32)), widths=(128, 256)),
-    Row("residual4-tile16", "residual, 4 times, tiles of 16", WIDE_START, residual(4, **tiles(16))),
-    Row("residual4-tile32", "residual, 4 times, tiles of 32", WIDE_START, residual(4, **tiles(32)), widths=(128, 256)),
-    Row("model", "scope model at whole-model FLOPs, 75%", WIDE_START, MODEL),
-    Row("ffn", "scope ffn, 75%", DENSE_START, {"scope": "ffn", "sparsity": 0.75, **STATIC}),
-)
-BY_NAME = {row.name: row for row in ROWS}
 
 
 @dataclass(frozen=True)
@@ -296,105 +160,6 @@ def climb(start: Rates, losses: Callable[[list[Rates]], Mapping[Rates, float]]) 
         if lowest == best:
             return best
         best = lowest
-
-
-def loss_of(result: Mapping[str, Any]) -> float:
-    """Held-out nats per token, infinite if there is none."""
-    loss = result["eval_loss"]
-    return loss if loss is not None and math.isfinite(loss) else math.inf
-
-
-# ---- the table
-
-
-@dataclass(frozen=True)
-class Best:
-    """A row at its best rates.
-
-    Args:
-        rates: the best ones.
-        losses: seed -> held-out loss.
-        is_inside: whether all neighbours of the best rates were tried.
-        train_flops: of the whole training.
-    """
-
-    rates: Rates
-    losses: Mapping[int, float]
-    is_inside: bool
-    train_flops: float
-
-    @property
-    def mean(self) -> float:
-        """Held-out loss, over the seeds."""
-        return statistics.mean(self.losses.values())
-
-
-def best_of(folder: Path) -> Best | None:
-    """What the results of one row in `folder` say; None without any."""
-    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    losses: dict[Rates, dict[int, float]] = {}
-    for result in results:
-        losses.setdefault(Rates(result["rate"], result["embedding_factor"]), {})[result["seed"]] = loss_of(result)
-    first = {rates: found[SEEDS[0]] for rates, found in losses.items() if SEEDS[0] in found}
-    if not first:
-        return None
-    best = min(first, key=lambda rates: first[rates])
-    return Best(
-        best,
-        losses[best],
-        all(rates in first for rates in best.neighbours()),
-        results[0]["train_flops"],
-    )
-
-
-def gain(row: Best, dense: Best) -> str:
-    """How much lower the row's mean loss is, with the 95% interval of the difference (Welch's t)."""
-    interval = difference_interval(list(dense.losses.values()), list(row.losses.values()))
-    return f"{dense.mean - row.mean:+.3f}" + (f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else "")
-
-
-def nats_per_e_fold(found: Mapping[str, Best]) -> float | None:
-    """How much the dense model's loss falls when its training FLOPs grow e times: a line through its lengths.
-
-    None if it was trained for one length only.
-    """
-    lengths = [found[name] for name in ("dense-half", "dense", "dense-double") if name in found]
-    if len(lengths) < 2:
-        return None
-    fit = stats.linregress([math.log(length.train_flops) for length in lengths], [length.mean for length in lengths])
-    return -float(fit.slope)
-
-
-def equal_loss_flops(row: Best, dense: Best, slope: float) -> str:
-    """How many times its training FLOPs the dense model would need for the row's loss, by `nats_per_e_fold`."""
-    return f"{math.exp((dense.mean - row.mean) / slope):.2f}x"
-
-
-def table(results: Path) -> str:
-    """A Markdown table for every corpus and width: the rows at their best rates, and their gain over dense."""
-    parts = []
-    for folder in sorted(results.glob("*/width*"), key=lambda path: (path.parent.name, int(path.name[len("width") :]))):
-        found = {row.name: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
-        dense, slope = found.get("dense"), nats_per_e_fold(found)
-        lines = []
-        for name, best in found.items():
-            interval = t_interval(list(best.losses.values()))
-            rates = f"{best.rates.rate:g}, {best.rates.embedding_factor:g}x"
-            lines.append(
-                [
-                    BY_NAME[name].title,
-                    rates if best.is_inside else f"{rates} (search not ended)",
-                    f"{best.train_flops / dense.train_flops:.4f}" if dense else "",
-                    f"{best.mean:.4f}",
-                    f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "",
-                    len(best.losses),
-                    gain(best, dense) if dense and best is not dense else "",
-                    equal_loss_flops(best, dense, slope) if dense and slope and best is not dense else "",
-                ]
-            )
-        width = folder.name[len("width") :]
-        parts.append(f"{folder.parent.name}, width {width}\n\n{markdown_table(HEADER, lines, 'llrrlrlr')}")
-    return "\n\n".join(parts)
 
 
 def main(words: list[str] | None = None) -> None:

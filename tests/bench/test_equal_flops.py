@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,17 @@ def study() -> ModuleType:
     return load_script("benchmarks/equal_flops.py")
 
 
+@pytest.fixture(scope="module")
+def rows(study: ModuleType) -> ModuleType:
+    """As `study` has imported it, so that classes are the same."""
+    return sys.modules["equal_flops_rows"]
+
+
+@pytest.fixture(scope="module")
+def tables(study: ModuleType) -> ModuleType:
+    return sys.modules["equal_flops_table"]
+
+
 @pytest.fixture
 def corpus(study: ModuleType, tmp_path: Path) -> Any:
     for name in ("train.txt", "valid.txt"):
@@ -35,9 +47,11 @@ def corpus(study: ModuleType, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
-def test_every_row_costs_what_the_dense_model_costs(study: ModuleType, corpus: Any, width: int) -> None:
-    dense = study.forward_flops(study.dense_shape(width))
-    for row in (row for row in study.ROWS if width in row.widths):
+def test_every_row_costs_what_the_dense_model_costs(
+    study: ModuleType, rows: ModuleType, corpus: Any, width: int
+) -> None:
+    dense = rows.forward_flops(rows.dense_shape(width))
+    for row in (row for row in rows.ROWS if width in row.widths):
         words = study.Search(row, width, corpus, None).overrides(study.Rates(4e-3, 2))
         recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
         config = load_config(recipe.model.name)
@@ -82,7 +96,9 @@ def write_result(folder: Path, rates: Any, seed: int, loss: float | None, flops:
     (folder / f"{rates}-seed{seed}.json").write_text(json.dumps(result))
 
 
-def test_the_table_says_where_the_search_did_not_end_and_what_the_gain_is(study: ModuleType, tmp_path: Path) -> None:
+def test_the_table_says_where_the_search_did_not_end_and_what_the_gain_is(
+    study: ModuleType, tables: ModuleType, tmp_path: Path
+) -> None:
     folder, best = tmp_path / "novels" / "width64", study.Rates(8e-3, 4)
     for rates in (best, *best.neighbours()):
         write_result(folder / "dense", rates, 0, 4.0 if rates == best else None)
@@ -90,7 +106,7 @@ def test_the_table_says_where_the_search_did_not_end_and_what_the_gain_is(study:
         write_result(folder / "dense", best, seed, loss)
     for seed, loss in ((0, 3.9), (1, 3.91), (2, 3.89)):
         write_result(folder / "residual2", best, seed, loss)
-    lines = study.table(tmp_path).splitlines()
+    lines = tables.table(tmp_path).splitlines()
     assert lines[0] == "novels, width 64"
     assert lines[4] == "| dense | 0.008, 4x | 1.0000 | 4.0000 | 3.975 to 4.025 | 3 |  |  |"
     # the difference of means has the standard error sqrt(2 * 0.01**2 / 3) and 4 degrees of freedom: t = 2.776
@@ -98,13 +114,13 @@ def test_the_table_says_where_the_search_did_not_end_and_what_the_gain_is(study:
     assert lines[5].endswith("| 3 | +0.100 (+0.077 to +0.123) |  |")
 
 
-def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, tmp_path: Path) -> None:
+def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
     """0.2 nats for each doubling: a gain of 0.1 is worth half a doubling."""
     folder, rates = tmp_path / "novels" / "width64", study.Rates(8e-3, 4)
     for row, loss, flops in (("dense-half", 4.2, 50), ("dense", 4.0, 100), ("dense-double", 3.8, 200)):
         write_result(folder / row, rates, 0, loss, flops)
     write_result(folder / "residual2", rates, 0, 3.9)
-    lines = study.table(tmp_path).splitlines()
+    lines = tables.table(tmp_path).splitlines()
     assert [line.split("|")[3].strip() for line in lines[4:]] == ["1.0000", "0.5000", "2.0000", "1.0000"]
     assert [line.split("|")[8].strip() for line in lines[4:]] == ["", "0.50x", "2.00x", "1.41x"]
 
@@ -122,28 +138,28 @@ def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: Modul
             assert len(result["corpus"][part]["sha256"]) == 64
 
 
-def test_the_page_has_the_committed_table_and_its_figures(study: ModuleType) -> None:
+def test_the_page_has_the_committed_table_and_its_figures(study: ModuleType, tables: ModuleType) -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("\n", " ")
-    assert study.table(study.RESULTS).replace("\n", " ") in page
+    assert tables.table(study.RESULTS).replace("\n", " ") in page
     folder = study.RESULTS / "novels" / "width128"
-    dense, half, wide = (study.best_of(folder / name) for name in ("dense", "dense-half", "residual2"))
-    assert f"is {study.gain(wide, dense)} nats better than the dense model, means of three seeds" in page
+    dense, half, wide = (tables.best_of(folder / name) for name in ("dense", "dense-half", "residual2"))
+    assert f"is {tables.gain(wide, dense)} nats better than the dense model, means of three seeds" in page
     seeds = "{:.3f}, {:.3f} and {:.3f}".format(*(dense.losses[seed] for seed in study.SEEDS))
     assert f"three seeds are {seeds}. Half the tokens cost it {half.mean - dense.mean:.3f} nats" in page
-    slope = study.nats_per_e_fold({"dense": dense, "dense-half": half})
-    worth = study.equal_loss_flops(wide, dense, slope).removesuffix("x")
+    slope = tables.nats_per_e_fold({"dense": dense, "dense-half": half})
+    worth = tables.equal_loss_flops(wide, dense, slope).removesuffix("x")
     assert f"so {dense.mean - wide.mean:.3f} nats are worth {worth} times its compute" in page
     loss = {path.stem: json.loads(path.read_text("utf-8"))["eval_loss"] for path in folder.glob("dense/*.json")}
     moved = f"from {loss['lr0.016-emb4-seed0']:.3f} (4x) to {loss['lr0.016-emb8-seed0']:.3f} (8x)"
     assert f"moves the dense model {moved} at the same learning rate" in page
 
 
-def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType) -> None:
+def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType, tables: ModuleType) -> None:
     """Both of its models: everything that decides a loss is as in the run of the study."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     words = re.findall(r"recipes/demo\.yaml --output_dir \$\(DEMO\)/(\w+)(.*)", makefile)
     for row, (name, options) in zip(("dense", "residual2"), words, strict=True):
-        best = study.best_of(study.RESULTS / "builtin" / "width64" / row)
+        best = tables.best_of(study.RESULTS / "builtin" / "width64" / row)
         corpus = study.Corpus.from_word("builtin")
         ours = study.Search(study.BY_NAME[row], 64, corpus, None).overrides(best.rates)
         trained = load_recipe(study.RECIPE, [*ours, "--output_dir=x", "--seed=0"]).to_dict()
@@ -168,9 +184,11 @@ def test_the_recipe_stands_beside_the_script(study: ModuleType) -> None:
     assert load_recipe(study.RECIPE, []).model.config["hidden_size"] == 128
 
 
-def test_rows_of_other_lengths_train_on_as_many_tokens_as_they_say(study: ModuleType, corpus: Any) -> None:
+def test_rows_of_other_lengths_train_on_as_many_tokens_as_they_say(
+    study: ModuleType, rows: ModuleType, corpus: Any
+) -> None:
     steps = {}
-    for row in study.ROWS:
+    for row in rows.ROWS:
         words = study.Search(row, 128, corpus, None).overrides(study.Rates(4e-3, 2))
         steps[row.name] = load_recipe(study.RECIPE, [*words, "--output_dir=x"]).training["max_steps"]
     assert (steps.pop("dense-half"), steps.pop("dense-double")) == (500, 2000)

@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MAX_ROWS = 5
 BETWEEN = re.compile(r"(?<=<!-- does it pay -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 HEADER = ("sparse model", "held-out loss, dense → sparse", "FLOPs", "step time")
-# Rows of benchmarks/equal_flops.py, in which all rates are tuned for both models; of the widest model that has them.
+# Rows of benchmarks/equal_flops_rows.py, whose rates are tuned for both models; of the widest model that has them.
 TITLES = {
     "residual2": "`scope: residual`, rates tuned",
     "model": "`scope: model` at equal FLOPs, rates tuned",
@@ -41,7 +41,7 @@ def equal_flops() -> Iterator[tuple[str, str, str, str]]:
     folder = RESULTS / "equal_flops"
     if not folder.is_dir():
         return
-    best_of = load_script("benchmarks/equal_flops.py").best_of
+    best_of = load_script("benchmarks/equal_flops_table.py").best_of
     widths = sorted(folder.glob("*/width*"), key=lambda path: int(path.name.removeprefix("width")), reverse=True)
     for name in TITLES:
         for width in widths:

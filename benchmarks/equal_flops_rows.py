@@ -1,0 +1,131 @@
+"""What the study at equal whole-model FLOPs compares: the rows, their models' sizes, and rates to train them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+WIDTHS = (64, 128, 256)
+SEEDS = (0, 1, 2)
+HEAD_DIM, VOCAB, SEQ_LEN, NUM_LAYERS = 32, 1024, 128, 2
+# The recipe's tokens are 42 for each projection weight at width 64, and 10 at 128; four times as many are 10 at 256.
+MAX_STEPS: Mapping[int, int] = {64: 1000, 128: 1000, 256: 2000}
+BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64}
+
+
+@dataclass(frozen=True, order=True)
+class Rates:
+    """The two learning rates of a run.
+
+    Args:
+        rate: of all parameters but the embedding.
+        embedding_factor: how many times that rate the embedding has.
+    """
+
+    rate: float
+    embedding_factor: float
+
+    def neighbours(self) -> list[Rates]:
+        """Twice and half of each."""
+        by_rate = [Rates(self.rate * by, self.embedding_factor) for by in (2, 0.5)]
+        return by_rate + [Rates(self.rate, self.embedding_factor * by) for by in (2, 0.5)]
+
+    def __str__(self) -> str:
+        return f"lr{self.rate:g}-emb{self.embedding_factor:g}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model that is compared.
+
+    Args:
+        name: safe as a folder's name.
+        title: the table's first cell.
+        start: where the search for rates begins.
+        sparse: `SparseIFTConfig` as a mapping; None for a dense model.
+        shape: width of the dense model -> fields of the model's config that this row changes.
+        widths: those of the dense models that it can be compared with.
+        tokens: how many times the other rows' training tokens it has.
+    """
+
+    name: str
+    title: str
+    start: Rates
+    sparse: Mapping[str, Any] | None = None
+    shape: Callable[[int], Mapping[str, Any]] = field(default=lambda width: {})
+    widths: tuple[int, ...] = WIDTHS
+    tokens: float = 1
+
+
+def dense_shape(width: int) -> dict[str, Any]:
+    """Fields of the dense model's config: heads of 32, and an FFN whose three matrices have about 8 width^2 weights."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": width * 11 // 4,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": width // HEAD_DIM,
+        "num_key_value_heads": width // HEAD_DIM,
+        "head_dim": HEAD_DIM,
+    }
+
+
+def other_shape(width: int, hidden: float, heads: float, layers: int = NUM_LAYERS) -> dict[str, Any]:
+    """A dense model of another shape with the FLOPs of the usual one, by the choice of its FFN's inner side.
+
+    Args:
+        width: hidden size of the usual one.
+        hidden, heads: its hidden size, and the size of its heads together, as multiples of `width`.
+        layers: its decoder layers.
+    """
+    usual = dense_shape(width)
+    hidden_size, head_dim = int(width * hidden), int(HEAD_DIM * heads)
+    attention = 8 * hidden_size * width * heads + 4 * SEQ_LEN * width * heads
+    around = layers * attention + 2 * hidden_size * VOCAB
+    left = forward_flops(usual) - around
+    shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "head_dim": head_dim}
+    return {**usual, **shape, "intermediate_size": round(left / layers / (6 * hidden_size))}
+
+
+def forward_flops(shape: Mapping[str, Any]) -> float:
+    """FLOPs of a token's forward pass in a dense model; attention is counted in full, as everywhere in this project."""
+    hidden, attention = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
+    weights = 4 * hidden * attention + 3 * hidden * shape["intermediate_size"]
+    return shape["num_hidden_layers"] * (2 * weights + 4 * SEQ_LEN * attention) + 2 * hidden * VOCAB
+
+
+def residual(k: int, **fields: Any) -> dict[str, Any]:
+    """A residual stream k times as wide, with static masks."""
+    return {"scope": "residual", "sparsity": 1 - 1 / k, "dst": {"algorithm": "static"}, **fields}
+
+
+def tiles(size: int) -> dict[str, Any]:
+    """Whole tiles instead of single weights."""
+    return {"structure": "block", "block_size": size}
+
+
+STATIC = {"dst": {"algorithm": "static"}}
+WIDE_START, DENSE_START = Rates(4e-3, 4), Rates(8e-3, 4)
+MODEL = {"scope": "model", "sparsity": 0.75, "accounting": "whole_model", "seq_len": SEQ_LEN, **STATIC}
+WIDER = partial(other_shape, hidden=1.5, heads=0.5)
+NARROWER = partial(other_shape, hidden=0.75, heads=1)
+DEEPER = partial(other_shape, hidden=0.875, heads=0.75, layers=3)
+ROWS = (
+    Row("dense", "dense", DENSE_START),
+    Row("dense-half", "dense, half the tokens", DENSE_START, tokens=0.5),
+    Row("dense-double", "dense, twice the tokens", DENSE_START, tokens=2),
+    Row("dense-wide", "dense, hidden side 1.5 times, half the heads' size", DENSE_START, shape=WIDER),
+    Row("dense-narrow", "dense, hidden side 0.75 times", DENSE_START, shape=NARROWER),
+    Row("dense-deep", "dense, hidden side 0.875 times, three layers", DENSE_START, shape=DEEPER),
+    Row("residual2", "residual, 2 times, single weights", WIDE_START, residual(2)),
+    Row("residual4", "residual, 4 times, single weights", WIDE_START, residual(4)),
+    Row("residual2-tile8", "residual, 2 times, tiles of 8", WIDE_START, residual(2, **tiles(8))),
+    Row("residual2-tile16", "residual, 2 times, tiles of 16", WIDE_START, residual(2, **tiles(16))),
+    Row("residual2-tile32", "residual, 2 times, tiles of 32", WIDE_START, residual(2, **tiles(32)), widths=(128, 256)),
+    Row("residual4-tile16", "residual, 4 times, tiles of 16", WIDE_START, residual(4, **tiles(16))),
+    Row("residual4-tile32", "residual, 4 times, tiles of 32", WIDE_START, residual(4, **tiles(32)), widths=(128, 256)),
+    Row("model", "scope model at whole-model FLOPs, 75%", WIDE_START, MODEL),
+    Row("ffn", "scope ffn, 75%", DENSE_START, {"scope": "ffn", "sparsity": 0.75, **STATIC}),
+)
+BY_NAME = {row.name: row for row in ROWS}

@@ -1,0 +1,124 @@
+"""The tables of the study at equal whole-model FLOPs: every row at its best rates, and what its gain is worth."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from equal_flops_rows import BY_NAME, ROWS, SEEDS, Rates
+from scipy import stats
+
+from sparseift_llm.reporting.sweep import difference_interval, t_interval
+from sparseift_llm.utils.tables import markdown_table
+
+HEADER = (
+    "row",
+    "rate, embedding's",
+    "FLOPs",
+    "held-out loss",
+    "95% interval",
+    "seeds",
+    "gain over dense (95%)",
+    "dense FLOPs for this loss",
+)
+
+
+def loss_of(result: Mapping[str, Any]) -> float:
+    """Held-out nats per token, infinite if there is none."""
+    loss = result["eval_loss"]
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+@dataclass(frozen=True)
+class Best:
+    """A row at its best rates.
+
+    Args:
+        rates: the best ones.
+        losses: seed -> held-out loss.
+        is_inside: whether all neighbours of the best rates were tried.
+        train_flops: of the whole training.
+    """
+
+    rates: Rates
+    losses: Mapping[int, float]
+    is_inside: bool
+    train_flops: float
+
+    @property
+    def mean(self) -> float:
+        """Held-out loss, over the seeds."""
+        return statistics.mean(self.losses.values())
+
+
+def best_of(folder: Path) -> Best | None:
+    """What the results of one row in `folder` say; None without any."""
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    losses: dict[Rates, dict[int, float]] = {}
+    for result in results:
+        losses.setdefault(Rates(result["rate"], result["embedding_factor"]), {})[result["seed"]] = loss_of(result)
+    first = {rates: found[SEEDS[0]] for rates, found in losses.items() if SEEDS[0] in found}
+    if not first:
+        return None
+    best = min(first, key=lambda rates: first[rates])
+    return Best(
+        best,
+        losses[best],
+        all(rates in first for rates in best.neighbours()),
+        results[0]["train_flops"],
+    )
+
+
+def gain(row: Best, dense: Best) -> str:
+    """How much lower the row's mean loss is, with the 95% interval of the difference (Welch's t)."""
+    interval = difference_interval(list(dense.losses.values()), list(row.losses.values()))
+    return f"{dense.mean - row.mean:+.3f}" + (f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else "")
+
+
+def nats_per_e_fold(found: Mapping[str, Best]) -> float | None:
+    """How much the dense model's loss falls when its training FLOPs grow e times: a line through its lengths.
+
+    None if it was trained for one length only.
+    """
+    lengths = [found[name] for name in ("dense-half", "dense", "dense-double") if name in found]
+    if len(lengths) < 2:
+        return None
+    fit = stats.linregress([math.log(length.train_flops) for length in lengths], [length.mean for length in lengths])
+    return -float(fit.slope)
+
+
+def equal_loss_flops(row: Best, dense: Best, slope: float) -> str:
+    """How many times its training FLOPs the dense model would need for the row's loss, by `nats_per_e_fold`."""
+    return f"{math.exp((dense.mean - row.mean) / slope):.2f}x"
+
+
+def table(results: Path) -> str:
+    """A Markdown table for every corpus and width: the rows at their best rates, and their gain over dense."""
+    parts = []
+    for folder in sorted(results.glob("*/width*"), key=lambda path: (path.parent.name, int(path.name[len("width") :]))):
+        found = {row.name: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
+        dense, slope = found.get("dense"), nats_per_e_fold(found)
+        lines = []
+        for name, best in found.items():
+            interval = t_interval(list(best.losses.values()))
+            rates = f"{best.rates.rate:g}, {best.rates.embedding_factor:g}x"
+            lines.append(
+                [
+                    BY_NAME[name].title,
+                    rates if best.is_inside else f"{rates} (search not ended)",
+                    f"{best.train_flops / dense.train_flops:.4f}" if dense else "",
+                    f"{best.mean:.4f}",
+                    f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "",
+                    len(best.losses),
+                    gain(best, dense) if dense and best is not dense else "",
+                    equal_loss_flops(best, dense, slope) if dense and slope and best is not dense else "",
+                ]
+            )
+        width = folder.name[len("width") :]
+        parts.append(f"{folder.parent.name}, width {width}\n\n{markdown_table(HEADER, lines, 'llrrlrlr')}")
+    return "\n\n".join(parts)
