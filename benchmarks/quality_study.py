@@ -208,7 +208,7 @@ STUDIES = {
     "tiles": Study((DENSE, *tile_rows()), (2e-3, 4e-3, 8e-3, 1.6e-2), 1920, "tiles"),
     "seeds": Study(tuple(repeated_rows()), (8e-3,), 1920, "tiles"),
     "families": Study((DENSE, *family_rows()), (4e-3, 8e-3, 1.6e-2), 640, "families"),
-    "rates": Study(tuple(rate_rows()), (8e-3, 1.6e-2, 3.2e-2), 640, "search", batch_size=32),
+    "rates": Study(tuple(rate_rows()), (4e-3, 8e-3, 1.6e-2, 3.2e-2), 640, "search", batch_size=32),
     "search": Study(tuple(search_rows()), (SEARCH_RATE,), 640, "search", batch_size=32),
 }
 REPEATED = ("seeds", "search")  # with every seed

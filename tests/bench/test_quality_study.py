@@ -93,6 +93,18 @@ def test_the_table_is_the_committed_one(study: ModuleType, name: str, page: str)
         assert not json.loads((study.RESULTS / folder / "times.json").read_text())["commit"].endswith("-dirty")
 
 
+def test_the_search_has_the_rates_that_were_best_for_static_masks(study: ModuleType) -> None:
+    """Twice and half of each were tried, and are worse."""
+    loss = {
+        (rate, row.embedding_factor): summary["eval_loss"]
+        for (row, rate), summary in study.read_results("rates", study.RESULTS).items()
+        if row.sparse is not None
+    }
+    rate, factor = study.SEARCH_RATE, study.SEARCH_EMBEDDING_FACTOR
+    assert min(loss, key=lambda rates: loss[rates]) == (rate, factor)
+    assert {(2 * rate, factor), (rate / 2, factor), (rate, 2 * factor), (rate, factor / 2)} <= set(loss)
+
+
 def search_means(study: ModuleType) -> dict[str, float]:
     """Mean held-out loss over the seeds, by the name of the row with the first seed."""
     losses: dict[str, list[float]] = {}
