@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from sparseift_llm.training import compiler_stance
+
 if TYPE_CHECKING:
     from tests.helpers.fresh_environment import FreshEnvironment
 
@@ -26,8 +28,10 @@ settings.load_profile("shared")
 
 @pytest.fixture(autouse=True)
 def default_compiler_stance() -> Iterator[None]:
-    """A controller dropped in the middle of an update step leaves compiled code switched off."""
+    """A controller that a test leaves in the middle of an update keeps compiled code switched off while it lives."""
     yield
+    for holder in list(compiler_stance._holders.values()):
+        holder()
     torch.compiler.set_stance("default")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,13 +30,6 @@ from tests.helpers.tiny_runs import (
 )
 
 pytestmark = [pytest.mark.usefixtures("every_structure"), pytest.mark.structures("unstructured", "block")]
-
-
-@pytest.fixture(autouse=True)
-def _compiler_stance() -> Iterator[None]:
-    """Runs that a test breaks off must not change the compiler's stance for the next test."""
-    yield
-    torch.compiler.set_stance("default")
 
 
 class Watch(TrainerCallback):

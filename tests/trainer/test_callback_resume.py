@@ -7,12 +7,11 @@ import itertools
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from sparseift_llm import SparseTrainingCallback
@@ -32,13 +31,6 @@ from tests.helpers.tiny_runs import (
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
 pytestmark = [pytest.mark.usefixtures("every_structure"), pytest.mark.structures("unstructured", "block")]
-
-
-@pytest.fixture(autouse=True)
-def _compiler_stance() -> Iterator[None]:
-    """Runs that a test breaks off must not change the compiler's stance for the next test."""
-    yield
-    torch.compiler.set_stance("default")
 
 
 def new_trainer(output_dir: Path | str, algorithm: str = "rigl", seed: int = 0, **options: Any) -> Trainer:

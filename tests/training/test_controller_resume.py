@@ -26,10 +26,9 @@ pytestmark = pytest.mark.usefixtures("every_structure")
 
 
 @pytest.fixture(autouse=True)
-def _clean_globals() -> Iterator[None]:
-    """Leave no compiler stance or accelerate singleton behind."""
+def _no_singletons() -> Iterator[None]:
+    """Leave no accelerate singleton behind."""
     yield
-    torch.compiler.set_stance("default")
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
