@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from sparseift_llm import SparseIFTConfig, sparsify
-from sparseift_llm.data.corpora import Source, builtin_source
+from sparseift_llm.data.corpora import Source
 from sparseift_llm.data.held_out import hold_out
+from sparseift_llm.data.standard_library import builtin_source
 from sparseift_llm.utils.files import write_json
 from sparseift_llm.utils.provenance import commit, machine, versions
 from sparseift_llm.utils.tables import markdown_table

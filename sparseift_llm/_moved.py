@@ -131,6 +131,7 @@ NAMES = {
     "cli.render_plan": "cli.plan.render_plan",
     "config.DSTConfig": "config.dst.DSTConfig",
     "config.FamilyRule": "config.rules.FamilyRule",
+    "corpora.builtin_source": "data.standard_library.builtin_source",
     "corpora.hold_out": "data.held_out.hold_out",
     "data.DataConfig": "data.options.DataConfig",
     "data.EOS": "data.options.EOS",

@@ -1,4 +1,4 @@
-"""Reading text documents: the built-in corpus, local files and hub data sets.
+"""Reading text documents: local files and hub data sets. The built-in corpus is in standard_library.py.
 
 Nothing here knows of tokenizers or sequences; loading.py puts the pieces together. Which share of the text is held out
 is decided in held_out.py.
@@ -6,19 +6,15 @@ is decided in held_out.py.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import glob
 import gzip
-import hashlib
 import json
 import logging
 import lzma
 import os
 import re
 import sys
-import sysconfig
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = re.compile(r"\.(?:(txt|jsonl|json)(?:\.(gz|xz|zst))?|(parquet))$", re.IGNORECASE)
 KNOWN_SUFFIXES = ".txt, .jsonl, .json (each also with .gz, .xz or .zst after it), .parquet"
-_TESTS = {"test", "tests", "idle_test"}
-_INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
-_GENERATED = {"encodings", "pydoc_data"}  # character tables and one long manual; they were most of the held-out text
-_STDLIB_LEFT_OUT = frozenset(_TESTS | _INSTALLED | _GENERATED)
 
 
 @dataclass(frozen=True)
@@ -63,38 +55,6 @@ class Source:
 def join_rows(source: Source) -> Source:
     """The same rows as the pieces of one running text, as they are; white space in between counts."""
     return replace(source, fingerprint={"joined": source.fingerprint}, joined=True)
-
-
-def builtin_source() -> Source:
-    """The running Python's own standard library: one document per `.py` file.
-
-    Tests and generated files (character tables, the manual's text) are left out. Files come in the order of their
-    relative posix paths, which are also the keys; files whose declared encoding does not decode are left out.
-
-    Raises:
-        ValueError: this Python has no library source files (a zipped or stripped installation).
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    names = sorted(name for name in paths if not _STDLIB_LEFT_OUT.intersection(name.split("/")))
-    if not names:
-        raise ValueError(f"corpus='builtin': no Python source files in {root}; set corpus to a text file or folder")
-    digest, num_bytes = hashlib.sha256(), 0
-    for name in names:
-        content = paths[name].read_bytes()
-        num_bytes += len(content)
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    fingerprint = {"builtin": sys.version, "sha256": digest.hexdigest()}
-    return Source("the built-in corpus", fingerprint, partial(_read_stdlib, root, names), num_bytes=num_bytes)
-
-
-def _read_stdlib(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
-    for name in names:
-        # tokenize.open follows the file's coding line; SyntaxError is its word for an unknown coding.
-        with contextlib.suppress(UnicodeDecodeError, SyntaxError), tokenize.open(root / name) as file:
-            text = file.read()
-            yield name, text
 
 
 def is_one_text_file(pattern: str) -> bool:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from sparseift_llm.data.cache import cached_tokens, tokenizer_identity
 from sparseift_llm.data.corpora import (
     Source,
-    builtin_source,
     file_source,
     hub_source,
     is_local,
@@ -29,6 +28,7 @@ from sparseift_llm.data.corpora import (
 from sparseift_llm.data.held_out import hold_out, hold_out_tails, refuse_empty_side
 from sparseift_llm.data.options import DataConfig
 from sparseift_llm.data.packing import TRAIN_ADVICE, PackedDataset, PackedStream, too_short
+from sparseift_llm.data.standard_library import builtin_source
 from sparseift_llm.data.tokenizer import cached_tokenizer
 from sparseift_llm.utils.outputs import user_path
 

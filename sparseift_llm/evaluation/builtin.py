@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sparseift_llm.data.corpora import builtin_source
 from sparseift_llm.data.held_out import hold_out
+from sparseift_llm.data.standard_library import builtin_source
 
 EVAL_FRACTION = 0.05  # DataConfig's default; a run that held out less has trained on some of the items
 NUM_CONTINUATIONS = 1200

@@ -7,8 +7,8 @@ import keyword
 
 import pytest
 
-from sparseift_llm.data.corpora import builtin_source
 from sparseift_llm.data.held_out import hold_out
+from sparseift_llm.data.standard_library import builtin_source
 from sparseift_llm.evaluation import builtin
 
 
