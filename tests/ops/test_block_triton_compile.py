@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, in a subprocess without the interpreter; no GPU is needed.
 
-The suite compiles the configurations that stand for all, in about a minute. All of a tile, in twenty minutes:
+The suite compiles the configurations that stand for all, in about a minute. All of a tile, in twelve minutes:
 `SPARSEIFT_COMPILE_ALL=128 python -m pytest tests/ops/test_block_triton_compile.py`. The same command in an environment
 with `pip install triton==3.6.0` shows the compiler of an older torch.
 """
