@@ -145,7 +145,7 @@ def test_the_page_has_the_committed_table_and_its_figures(study: ModuleType, tab
     dense, half, wide = (tables.best_of(folder / name) for name in ("dense", "dense-half", "residual2"))
     assert f"is {tables.gain(wide, dense)} nats better than the dense model, means of three seeds" in page
     seeds = "{:.3f}, {:.3f} and {:.3f}".format(*(dense.losses[seed] for seed in study.SEEDS))
-    assert f"three seeds are {seeds}. Half the tokens cost it {half.mean - dense.mean:.3f} nats" in page
+    assert f"three seeds are {seeds}. Half the tokens cost it {half.mean - dense.mean:.3f} nats (one seed)" in page
     slope = tables.nats_per_e_fold({"dense": dense, "dense-half": half})
     worth = tables.equal_loss_flops(wide, dense, slope).removesuffix("x")
     assert f"so {dense.mean - wide.mean:.3f} nats are worth {worth} times its compute" in page
