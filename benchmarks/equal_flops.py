@@ -1,6 +1,7 @@
 """Whether sparsity gains anything at equal whole-model FLOPs, over a dense model whose rates are tuned as well.
 
     python benchmarks/equal_flops.py run dense residual2 --corpus english=train.txt,valid.txt --width 64 128 --jobs 2
+    python benchmarks/equal_flops.py time --width 128  # step times, on a quiet machine
     python benchmarks/equal_flops.py table
 
 `run` looks for the learning rate and the factor on the embedding's rate at which a row's held-out loss is lowest. It
@@ -11,6 +12,10 @@ can be stopped, and goes on where it was. Every row of a width trains on the sam
 as the dense model, to 0.1%. Only the rows dense-half and dense-double train on other tokens: they say what compute is
 worth to the dense model, and so how much more of it would do what another row does. Results are in
 results/equal_flops, a file a run. The rows are in equal_flops_rows.py, the tables are made in equal_flops_table.py.
+
+On a corpus that is much smaller than what a run reads, models overfit: `run --tune_weight_decay` looks for the weight
+decay, too. `time` measures the step times of all rows in turns; with them, and with the rows dense-half or
+dense-double, the table says what the dense model would have reached in the time that another row takes.
 """
 
 from __future__ import annotations
@@ -26,9 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from equal_flops_rows import BATCH_SIZE, BY_NAME, MAX_STEPS, SEEDS, WIDTHS, Rates, Row, dense_shape
-from equal_flops_table import loss_of, table
+from equal_flops_rows import BATCH_SIZE, BY_NAME, MAX_STEPS, ROWS, SEEDS, WIDTHS, Rates, Row, dense_shape
+from equal_flops_table import loss_of, table, times_path
+from recipe_steps import step_times
 
+from sparseift_llm.runs.recipe import Recipe, load_recipe
 from sparseift_llm.runs.sweep import SweepRun, plan_sweep, run_sweep
 from sparseift_llm.utils.files import write_json
 
@@ -87,10 +94,15 @@ class Search:
     width: int
     corpus: Corpus
     pool: Executor
+    tunes_decay: bool = False
 
     def run(self) -> None:
         """Find the best rates with the first seed, then train with the others at the best."""
-        best = climb(self.row.start, lambda wanted: self.losses((rates, SEEDS[0]) for rates in wanted))
+
+        def losses(wanted: list[Rates]) -> Mapping[Rates, float]:
+            return self.losses((rates, SEEDS[0]) for rates in wanted)
+
+        best = climb(self.row.start, losses, self.tunes_decay)
         self.losses((best, seed) for seed in SEEDS)
 
     def losses(self, wanted: Iterable[tuple[Rates, int]]) -> dict[Rates, float]:
@@ -116,6 +128,7 @@ class Search:
             *self.corpus.overrides(),
             f"--training.learning_rate={rates.rate:g}",
             f"--embedding_lr_factor={rates.embedding_factor:g}",
+            f"--training.weight_decay={rates.weight_decay:g}",
             *([f"--sparse_ift={json.dumps(self.row.sparse)}"] if self.row.sparse else []),
         ]
 
@@ -141,21 +154,29 @@ class Search:
         return {**dataclasses.asdict(rates), "seed": seed, "corpus": self.corpus.to_dict(), **summary}
 
 
-def search_all(searches: Iterable[tuple[Row, int]], corpus: Corpus, jobs: int) -> None:
+def search_all(searches: Iterable[tuple[Row, int]], corpus: Corpus, jobs: int, tunes_decay: bool) -> None:
     """Bring the searches of rows and widths to their ends, with at most `jobs` runs at a time."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [Search(row, width, corpus, pool) for row, width in searches]
+        waiting = [Search(row, width, corpus, pool, tunes_decay) for row, width in searches]
         with ThreadPoolExecutor(len(waiting)) as climbers:
             for climber in [climbers.submit(search.run) for search in waiting]:
                 climber.result()
 
 
-def climb(start: Rates, losses: Callable[[list[Rates]], Mapping[Rates, float]]) -> Rates:
+def recipes_of(width: int) -> dict[str, Recipe]:
+    """Row -> its recipe at a width; rows that differ in the number of steps alone are left out."""
+    rows = [row for row in ROWS if width in row.widths and row.tokens == 1]
+    corpus, pool = Corpus.from_word(BUILTIN), ThreadPoolExecutor(1)
+    words = {row.name: Search(row, width, corpus, pool).overrides(row.start) for row in rows}
+    return {name: load_recipe(RECIPE, [*overrides, "--output_dir=unused"]) for name, overrides in words.items()}
+
+
+def climb(start: Rates, losses: Callable[[list[Rates]], Mapping[Rates, float]], tunes_decay: bool = False) -> Rates:
     """The rates that have a lower loss than all of their neighbours, found from `start` downhill."""
     best = start
     while True:
-        found = losses([best, *best.neighbours()])
+        found = losses([best, *best.neighbours(tunes_decay)])
         lowest = min(found, key=lambda rates: found[rates])
         if lowest == best:
             return best
@@ -171,16 +192,22 @@ def main(words: list[str] | None = None) -> None:
     run.add_argument("--corpus", type=Corpus.from_word, required=True, help="NAME=TRAIN,HELD_OUT or builtin")
     run.add_argument("--width", type=int, choices=WIDTHS, nargs="+", default=[128])
     run.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
+    run.add_argument("--tune_weight_decay", action="store_true", help="look for it as for the rates")
+    time = commands.add_parser("time", help="step times of all rows")
+    time.add_argument("--width", type=int, choices=WIDTHS, default=128)
     commands.add_parser("table", help="what came out so far")
     choice = parser.parse_args(words)
     if choice.command == "table":
         print(table(RESULTS))
         return
+    if choice.command == "time":
+        write_json(times_path(RESULTS, choice.width), step_times(recipes_of(choice.width)))
+        return
     wanted = [(BY_NAME[name], width) for width in choice.width for name in choice.rows]
     for row, width in wanted:
         if width not in row.widths:
             parser.error(f"{row.name} needs another width: its tiles do not divide the FFN's inner side at {width}")
-    search_all(wanted, choice.corpus, choice.jobs)
+    search_all(wanted, choice.corpus, choice.jobs, choice.tune_weight_decay)
 
 
 if __name__ == "__main__":

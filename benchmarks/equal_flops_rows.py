@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 WIDTHS = (64, 128, 256)
 SEEDS = (0, 1, 2)
 HEAD_DIM, VOCAB, SEQ_LEN, NUM_LAYERS = 32, 1024, 128, 2
+WEIGHT_DECAY = 0.1  # the recipe's
 # The recipe's tokens are 42 for each projection weight at width 64, and 10 at 128; four times as many are 10 at 256.
 MAX_STEPS: Mapping[int, int] = {64: 1000, 128: 1000, 256: 2000}
 BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64}
@@ -17,23 +18,29 @@ BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64}
 
 @dataclass(frozen=True, order=True)
 class Rates:
-    """The two learning rates of a run.
+    """The learning rates of a run, and its weight decay.
 
     Args:
         rate: of all parameters but the embedding.
         embedding_factor: how many times that rate the embedding has.
+        weight_decay: of all matrices.
     """
 
     rate: float
     embedding_factor: float
+    weight_decay: float = WEIGHT_DECAY
 
-    def neighbours(self) -> list[Rates]:
-        """Twice and half of each."""
-        by_rate = [Rates(self.rate * by, self.embedding_factor) for by in (2, 0.5)]
-        return by_rate + [Rates(self.rate, self.embedding_factor * by) for by in (2, 0.5)]
+    def neighbours(self, tunes_decay: bool = False) -> list[Rates]:
+        """Twice and half of each rate; where decay is tuned, three times and a third of it, too."""
+        found = [replace(self, rate=self.rate * by) for by in (2, 0.5)]
+        found += [replace(self, embedding_factor=self.embedding_factor * by) for by in (2, 0.5)]
+        if tunes_decay:
+            found += [replace(self, weight_decay=float(f"{self.weight_decay * by:.1g}")) for by in (3, 1 / 3)]
+        return found
 
     def __str__(self) -> str:
-        return f"lr{self.rate:g}-emb{self.embedding_factor:g}"
+        decay = "" if self.weight_decay == WEIGHT_DECAY else f"-wd{self.weight_decay:g}"
+        return f"lr{self.rate:g}-emb{self.embedding_factor:g}{decay}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from equal_flops_rows import BY_NAME, ROWS, SEEDS, Rates
+from equal_flops_rows import BY_NAME, ROWS, SEEDS, WEIGHT_DECAY, Rates
 from scipy import stats
 
 from sparseift_llm.reporting.sweep import difference_interval, t_interval
@@ -25,6 +25,8 @@ HEADER = (
     "seeds",
     "gain over dense (95%)",
     "dense FLOPs for this loss",
+    "step time",
+    "gain at equal time",
 )
 
 
@@ -32,6 +34,16 @@ def loss_of(result: Mapping[str, Any]) -> float:
     """Held-out nats per token, infinite if there is none."""
     loss = result["eval_loss"]
     return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def rates_of(result: Mapping[str, Any]) -> Rates:
+    """What a run was trained with."""
+    return Rates(result["rate"], result["embedding_factor"], result.get("weight_decay", WEIGHT_DECAY))
+
+
+def times_path(results: Path, width: int) -> Path:
+    """Where the step times of the rows at a width are kept."""
+    return results / f"times-width{width}.json"
 
 
 @dataclass(frozen=True)
@@ -61,15 +73,16 @@ def best_of(folder: Path) -> Best | None:
     results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
     losses: dict[Rates, dict[int, float]] = {}
     for result in results:
-        losses.setdefault(Rates(result["rate"], result["embedding_factor"]), {})[result["seed"]] = loss_of(result)
+        losses.setdefault(rates_of(result), {})[result["seed"]] = loss_of(result)
     first = {rates: found[SEEDS[0]] for rates, found in losses.items() if SEEDS[0] in found}
     if not first:
         return None
     best = min(first, key=lambda rates: first[rates])
+    tunes_decay = any(rates.weight_decay != WEIGHT_DECAY for rates in first)
     return Best(
         best,
         losses[best],
-        all(rates in first for rates in best.neighbours()),
+        all(rates in first for rates in best.neighbours(tunes_decay)),
         results[0]["train_flops"],
     )
 
@@ -97,28 +110,53 @@ def equal_loss_flops(row: Best, dense: Best, slope: float) -> str:
     return f"{math.exp((dense.mean - row.mean) / slope):.2f}x"
 
 
+def equal_time_gain(row: Best, dense: Best, slope: float, time_ratio: float) -> str:
+    """How much lower the row's loss is than the dense model's would be after the time that the row takes."""
+    return f"{dense.mean - slope * math.log(time_ratio) - row.mean:+.3f}"
+
+
+def read_times(path: Path) -> dict[str, float]:
+    """Row -> its step time over the dense model's; empty if they were not measured."""
+    if not path.is_file():
+        return {}
+    seconds = json.loads(path.read_text("utf-8"))["step_seconds"]
+    return {name: seconds[name] / seconds["dense"] for name in seconds}
+
+
+def rates_cell(best: Best) -> str:
+    """The rates, the weight decay if it is another than the recipe's, and whether better ones may lie outside."""
+    words = f"{best.rates.rate:g}, {best.rates.embedding_factor:g}x"
+    if best.rates.weight_decay != WEIGHT_DECAY:
+        words += f", decay {best.rates.weight_decay:g}"
+    return words if best.is_inside else f"{words} (search not ended)"
+
+
+def table_line(name: str, best: Best, dense: Best | None, slope: float | None, times: Mapping[str, float]) -> list[Any]:
+    """The cells of a row; what needs the dense model, its slope or step times is empty without them."""
+    interval, is_other = t_interval(list(best.losses.values())), dense is not None and best is not dense
+    line = [
+        BY_NAME[name].title,
+        rates_cell(best),
+        f"{best.train_flops / dense.train_flops:.4f}" if dense else "",
+        f"{best.mean:.4f}",
+        f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "",
+        len(best.losses),
+        gain(best, dense) if dense and is_other else "",
+        equal_loss_flops(best, dense, slope) if dense and is_other and slope else "",
+        f"{times[name]:.2f}x" if name in times else "",
+        equal_time_gain(best, dense, slope, times[name]) if dense and is_other and slope and name in times else "",
+    ]
+    assert len(line) == len(HEADER)
+    return line
+
+
 def table(results: Path) -> str:
     """A Markdown table for every corpus and width: the rows at their best rates, and their gain over dense."""
     parts = []
     for folder in sorted(results.glob("*/width*"), key=lambda path: (path.parent.name, int(path.name[len("width") :]))):
         found = {row.name: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
-        dense, slope = found.get("dense"), nats_per_e_fold(found)
-        lines = []
-        for name, best in found.items():
-            interval = t_interval(list(best.losses.values()))
-            rates = f"{best.rates.rate:g}, {best.rates.embedding_factor:g}x"
-            lines.append(
-                [
-                    BY_NAME[name].title,
-                    rates if best.is_inside else f"{rates} (search not ended)",
-                    f"{best.train_flops / dense.train_flops:.4f}" if dense else "",
-                    f"{best.mean:.4f}",
-                    f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "",
-                    len(best.losses),
-                    gain(best, dense) if dense and best is not dense else "",
-                    equal_loss_flops(best, dense, slope) if dense and slope and best is not dense else "",
-                ]
-            )
-        width = folder.name[len("width") :]
-        parts.append(f"{folder.parent.name}, width {width}\n\n{markdown_table(HEADER, lines, 'llrrlrlr')}")
+        width = int(folder.name[len("width") :])
+        dense, slope, times = found.get("dense"), nats_per_e_fold(found), read_times(times_path(results, width))
+        lines = [table_line(name, best, dense, slope, times) for name, best in found.items()]
+        parts.append(f"{folder.parent.name}, width {width}\n\n{markdown_table(HEADER, lines, 'llrrlrlrrr')}")
     return "\n\n".join(parts)

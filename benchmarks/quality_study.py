@@ -21,27 +21,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from recipe_steps import step_times
 
-from sparseift_llm import sparsify
-from sparseift_llm.bench.measure import take_turns
-from sparseift_llm.models.architectures import build_model
-from sparseift_llm.models.presets import load_config
 from sparseift_llm.reporting.sweep import difference_interval
-from sparseift_llm.runs.recipe import Recipe, load_recipe
+from sparseift_llm.runs.recipe import load_recipe
 from sparseift_llm.utils.files import write_json, write_text
-from sparseift_llm.utils.provenance import commit, machine, versions
 from sparseift_llm.utils.tables import markdown_table
 
 HERE = Path(__file__).parent
@@ -49,7 +42,6 @@ RECIPE = HERE / "quality_study.yaml"
 RESULTS = HERE / "results" / "quality_study"
 RUNS = Path("runs") / "quality_study"
 TIMES_NAME = "times.json"
-REPEATS = 15
 SEEDS = (0, 1, 2)
 SEARCH_RATE, SEARCH_EMBEDDING_FACTOR = 1.6e-2, 2  # the best of `rates` for static masks
 WIDE_HIDDEN = 256  # of the Wide 75% twin with scope model; the dense model's is 128
@@ -226,8 +218,8 @@ def main(words: list[str] | None = None) -> None:
     if choice.command == "table":
         print((seed_table if choice.study in REPEATED else table)(choice.study, RESULTS))
     elif choice.command == "time":
-        times = step_times(STUDIES[choice.study])
-        times["command"] = shlex.join(["benchmarks/quality_study.py", *sys.argv[1:]])
+        words_of = {row.name: ["--output_dir", "unused", *row.overrides()] for row in STUDIES[choice.study].rows}
+        times = step_times({name: load_recipe(RECIPE, words) for name, words in words_of.items()})
         path = RESULTS / STUDIES[choice.study].folder / TIMES_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, times)
@@ -276,44 +268,6 @@ def train(study: str, row: Row, rate: float) -> None:
         )
     target = result_path(RESULTS, study, row, rate)
     write_text(target, (HERE.parent / output / "summary.json").read_text("utf-8"))
-
-
-def step_times(study: Study) -> dict[str, Any]:
-    """Median seconds of a training step (AdamW, no mask update) of every row; the rows take turns, one thread."""
-    torch.set_num_threads(1)
-    contestants = {
-        row.name: {"step": training_step(load_recipe(RECIPE, ["--output_dir", "unused", *row.overrides()]))}
-        for row in study.rows
-    }
-    times = take_turns(contestants, "cpu", REPEATS)
-    medians = {name: statistics.median(parts["step"]) for name, parts in times.items()}
-    return {
-        "step_seconds": medians,
-        "num_threads": 1,
-        "repeats": REPEATS,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-    }
-
-
-def training_step(recipe: Recipe) -> Callable[[], None]:
-    """One step of the recipe's model on random tokens, batch and length as in the recipe."""
-    config = load_config(recipe.model.name)
-    for key, value in {**recipe.model.config, "vocab_size": recipe.data.vocab_size, "use_cache": False}.items():
-        setattr(config, key, value)
-    model = sparsify(config, recipe.sparse_ift) if recipe.sparse_ift else build_model(config)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    shape = (recipe.training["per_device_train_batch_size"], recipe.data.seq_len)
-    tokens = torch.randint(config.vocab_size, shape)
-    return partial(take_step, model, optimizer, tokens)
-
-
-def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> None:
-    """Forward, backward, optimizer."""
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def read_results(study: str, results: Path) -> dict[tuple[Row, float], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -89,10 +90,27 @@ def test_the_search_ends_where_no_neighbour_is_better(study: ModuleType, rate: f
     assert set(best.neighbours()) <= set(tried)
 
 
+def test_weight_decay_is_looked_for_where_that_is_asked(study: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+    """The loss is lowest at a decay of 0.9, two steps away from the start."""
+    start = study.Rates(8e-3, 4)
+
+    def losses(wanted: list[Any]) -> Mapping[Any, float]:
+        distance = {one: abs(math.log(one.rate / 8e-3)) + abs(math.log(one.embedding_factor / 4)) for one in wanted}
+        found = {one: distance[one] + abs(math.log(one.weight_decay / 0.9)) for one in wanted}
+        for one, loss in found.items():
+            write_result(tmp_path / "novels" / "width64" / "dense", one, 0, loss)
+        return found
+
+    assert study.climb(start, losses) == start
+    best = study.climb(start, losses, tunes_decay=True)
+    assert (best, str(best)) == (study.Rates(8e-3, 4, 0.9), "lr0.008-emb4-wd0.9")
+    assert tables.table(tmp_path).splitlines()[4].startswith("| dense | 0.008, 4x, decay 0.9 | 1.0000 | 0.0000 |")
+
+
 def write_result(folder: Path, rates: Any, seed: int, loss: float | None, flops: float = 100) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {"rate": rates.rate, "embedding_factor": rates.embedding_factor, "seed": seed, "eval_loss": loss}
-    result |= {"train_flops": flops}
+    result |= {"train_flops": flops, "weight_decay": rates.weight_decay}
     (folder / f"{rates}-seed{seed}.json").write_text(json.dumps(result))
 
 
@@ -108,10 +126,10 @@ def test_the_table_says_where_the_search_did_not_end_and_what_the_gain_is(
         write_result(folder / "residual2", best, seed, loss)
     lines = tables.table(tmp_path).splitlines()
     assert lines[0] == "novels, width 64"
-    assert lines[4] == "| dense | 0.008, 4x | 1.0000 | 4.0000 | 3.975 to 4.025 | 3 |  |  |"
+    assert lines[4] == "| dense | 0.008, 4x | 1.0000 | 4.0000 | 3.975 to 4.025 | 3 |  |  |  |  |"
     # the difference of means has the standard error sqrt(2 * 0.01**2 / 3) and 4 degrees of freedom: t = 2.776
     assert lines[5].startswith("| residual, 2 times, single weights | 0.008, 4x (search not ended) | 1.0000 | 3.9000 |")
-    assert lines[5].endswith("| 3 | +0.100 (+0.077 to +0.123) |  |")
+    assert lines[5].endswith("| 3 | +0.100 (+0.077 to +0.123) |  |  |  |")
 
 
 def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
@@ -120,7 +138,10 @@ def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, table
     for row, loss, flops in (("dense-half", 4.2, 50), ("dense", 4.0, 100), ("dense-double", 3.8, 200)):
         write_result(folder / row, rates, 0, loss, flops)
     write_result(folder / "residual2", rates, 0, 3.9)
+    tables.times_path(tmp_path, 64).write_text(json.dumps({"step_seconds": {"dense": 0.2, "residual2": 0.4}}))
     lines = tables.table(tmp_path).splitlines()
+    assert [line.split("|")[9].strip() for line in lines[4:]] == ["1.00x", "", "", "2.00x"]
+    assert [line.split("|")[10].strip() for line in lines[4:]] == ["", "", "", "-0.100"]
     assert [line.split("|")[3].strip() for line in lines[4:]] == ["1.0000", "0.5000", "2.0000", "1.0000"]
     assert [line.split("|")[8].strip() for line in lines[4:]] == ["", "0.50x", "2.00x", "1.41x"]
 
@@ -167,14 +188,7 @@ def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType, tables: Modu
         assert name == ("sparse" if shown["sparse_ift"] else "dense")
         for recipe in (trained, shown):
             del recipe["data"]["cache_dir"]
-            for key in (
-                "logging_steps",
-                "eval_strategy",
-                "eval_steps",
-                "save_steps",
-                "save_total_limit",
-                "disable_tqdm",
-            ):
+            for key in WATCHING:
                 recipe["training"].pop(key, None)
         assert shown == trained
 
