@@ -10,8 +10,9 @@ best is never at an edge of what was tried. Then it repeats the best with two mo
 widths go on at once, and share the runs that train at a time. Runs that have a result are not repeated, so the command
 can be stopped, and goes on where it was. Every row of a width trains on the same tokens and has the same forward FLOPs
 as the dense model, to 0.1%. Only the rows dense-half and dense-double train on other tokens: they say what compute is
-worth to the dense model, and so how much more of it would do what another row does. Results are in
-results/equal_flops, a file a run. The rows are in equal_flops_rows.py, the tables are made in equal_flops_table.py.
+worth to the dense model, and so how much more of it would do what another row does. `--layers 8` makes models deeper
+than the two layers of the others. Results are in results/equal_flops, a file a run. The rows are in
+equal_flops_rows.py, the tables are made in equal_flops_table.py.
 
 On a corpus that is much smaller than what a run reads, models overfit: `run --tune_weight_decay` looks for the weight
 decay, too. `time` measures the step times of all rows in turns; with them, and with the rows dense-half or
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from equal_flops_rows import BATCH_SIZE, BY_NAME, MAX_STEPS, ROWS, SEEDS, WIDTHS, Rates, Row, dense_shape
+from equal_flops_rows import BATCH_SIZE, BY_NAME, LAYERS, MAX_STEPS, ROWS, SEEDS, WIDTHS, Rates, Row, Size
 from equal_flops_table import loss_of, table, times_path
 from recipe_steps import step_times
 
@@ -88,10 +89,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Search:
-    """Runs of one row at one width and corpus, which are trained by the workers of `pool`."""
+    """Runs of one row at one size and corpus, which are trained by the workers of `pool`."""
 
     row: Row
-    width: int
+    size: Size
     corpus: Corpus
     pool: Executor
     tunes_decay: bool = False
@@ -116,15 +117,14 @@ class Search:
 
     def result_path(self, rates: Rates, seed: int) -> Path:
         """Where the result of a run is kept."""
-        return RESULTS / self.corpus.name / f"width{self.width}" / self.row.name / f"{rates}-seed{seed}.json"
+        return RESULTS / self.corpus.name / str(self.size) / self.row.name / f"{rates}-seed{seed}.json"
 
     def overrides(self, rates: Rates) -> list[str]:
-        """What the row, the width and the corpus change in the recipe."""
-        shape = {**dense_shape(self.width), **self.row.shape(self.width)}
+        """What the row, the size and the corpus change in the recipe."""
         return [
-            *(f"--model.config.{key}={value}" for key, value in shape.items()),
-            f"--training.max_steps={round(MAX_STEPS[self.width] * self.row.tokens)}",
-            f"--training.per_device_train_batch_size={BATCH_SIZE[self.width]}",
+            *(f"--model.config.{key}={value}" for key, value in self.row.config(self.size).items()),
+            f"--training.max_steps={round(MAX_STEPS[self.size.width] * self.row.tokens)}",
+            f"--training.per_device_train_batch_size={BATCH_SIZE[self.size.width]}",
             *self.corpus.overrides(),
             f"--training.learning_rate={rates.rate:g}",
             f"--embedding_lr_factor={rates.embedding_factor:g}",
@@ -138,7 +138,7 @@ class Search:
         Raises:
             RuntimeError: the run failed other than by divergence; its log is named.
         """
-        folder = RUNS / self.corpus.name / f"width{self.width}" / self.row.name / f"{rates}-seed{seed}"
+        folder = RUNS / self.corpus.name / str(self.size) / self.row.name / f"{rates}-seed{seed}"
         (outcome,) = run_sweep(plan_sweep(RECIPE, self.overrides(rates), output=folder, seeds=[seed]))
         if outcome.failure:
             raise RuntimeError(f"{outcome.run.name}: {outcome.failure} (see {outcome.run.log})")
@@ -154,21 +154,21 @@ class Search:
         return {**dataclasses.asdict(rates), "seed": seed, "corpus": self.corpus.to_dict(), **summary}
 
 
-def search_all(searches: Iterable[tuple[Row, int]], corpus: Corpus, jobs: int, tunes_decay: bool) -> None:
-    """Bring the searches of rows and widths to their ends, with at most `jobs` runs at a time."""
+def search_all(searches: Iterable[tuple[Row, Size]], corpus: Corpus, jobs: int, tunes_decay: bool) -> None:
+    """Bring the searches of rows and sizes to their ends, with at most `jobs` runs at a time."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [Search(row, width, corpus, pool, tunes_decay) for row, width in searches]
+        waiting = [Search(row, size, corpus, pool, tunes_decay) for row, size in searches]
         with ThreadPoolExecutor(len(waiting)) as climbers:
             for climber in [climbers.submit(search.run) for search in waiting]:
                 climber.result()
 
 
-def recipes_of(width: int) -> dict[str, Recipe]:
-    """Row -> its recipe at a width; rows that differ in the number of steps alone are left out."""
-    rows = [row for row in ROWS if width in row.widths and row.tokens == 1]
+def recipes_of(size: Size) -> dict[str, Recipe]:
+    """Row -> its recipe; rows that differ in the number of steps alone are left out."""
+    rows = [row for row in ROWS if row.exists_at(size) and row.tokens == 1]
     corpus, pool = Corpus.from_word(BUILTIN), ThreadPoolExecutor(1)
-    words = {row.name: Search(row, width, corpus, pool).overrides(row.start) for row in rows}
+    words = {row.name: Search(row, size, corpus, pool).overrides(row.start) for row in rows}
     return {name: load_recipe(RECIPE, [*overrides, "--output_dir=unused"]) for name, overrides in words.items()}
 
 
@@ -195,18 +195,21 @@ def main(words: list[str] | None = None) -> None:
     run.add_argument("--tune_weight_decay", action="store_true", help="look for it as for the rates")
     time = commands.add_parser("time", help="step times of all rows")
     time.add_argument("--width", type=int, choices=WIDTHS, default=128)
+    for command in (run, time):
+        command.add_argument("--layers", type=int, choices=LAYERS, default=LAYERS[0], help="decoder layers")
     commands.add_parser("table", help="what came out so far")
     choice = parser.parse_args(words)
     if choice.command == "table":
         print(table(RESULTS))
         return
     if choice.command == "time":
-        write_json(times_path(RESULTS, choice.width), step_times(recipes_of(choice.width)))
+        size = Size(choice.width, choice.layers)
+        write_json(times_path(RESULTS, size), step_times(recipes_of(size)))
         return
-    wanted = [(BY_NAME[name], width) for width in choice.width for name in choice.rows]
-    for row, width in wanted:
-        if width not in row.widths:
-            parser.error(f"{row.name} needs another width: its tiles do not divide the FFN's inner side at {width}")
+    wanted = [(BY_NAME[name], Size(width, choice.layers)) for width in choice.width for name in choice.rows]
+    for row, size in wanted:
+        if not row.exists_at(size):
+            parser.error(f"{row.name} has no shape or tiles that fit {size.title}: choose another width, or two layers")
     search_all(wanted, choice.corpus, choice.jobs, choice.tune_weight_decay)
 
 

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 WIDTHS = (64, 128, 256)
 SEEDS = (0, 1, 2)
-HEAD_DIM, VOCAB, SEQ_LEN, NUM_LAYERS = 32, 1024, 128, 2
+LAYERS = (2, 8)
+HEAD_DIM, VOCAB, SEQ_LEN = 32, 1024, 128
 WEIGHT_DECAY = 0.1  # the recipe's
-# The recipe's tokens are 42 for each projection weight at width 64, and 10 at 128; four times as many are 10 at 256.
+# The recipe's tokens are 42 for each projection weight at width 64 (10 with eight layers), and 10 at 128; four times as
+# many are 10 at 256.
 MAX_STEPS: Mapping[int, int] = {64: 1000, 128: 1000, 256: 2000}
 BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64}
+
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """Of the dense model that rows are compared with.
+
+    Args:
+        width: its hidden size.
+        layers: its decoder layers.
+    """
+
+    width: int
+    layers: int = LAYERS[0]
+
+    @classmethod
+    def from_name(cls, name: str) -> Size:
+        """The one whose `str` is `name`."""
+        width, _, layers = name.removeprefix("width").partition("-layers")
+        return cls(int(width), int(layers or LAYERS[0]))
+
+    def __str__(self) -> str:
+        return f"width{self.width}" + (f"-layers{self.layers}" if self.layers != LAYERS[0] else "")
+
+    @property
+    def title(self) -> str:
+        """Of its table."""
+        return f"width {self.width}" + (f", {self.layers} layers" if self.layers != LAYERS[0] else "")
 
 
 @dataclass(frozen=True, order=True)
@@ -52,7 +81,7 @@ class Row:
         title: the table's first cell.
         start: where the search for rates begins.
         sparse: `SparseIFTConfig` as a mapping; None for a dense model.
-        shape: width of the dense model -> fields of the model's config that this row changes.
+        shape: width of the dense model with two layers -> fields of the model's config; None leaves them as they are.
         widths: those of the dense models that it can be compared with.
         tokens: how many times the other rows' training tokens it has.
     """
@@ -61,24 +90,33 @@ class Row:
     title: str
     start: Rates
     sparse: Mapping[str, Any] | None = None
-    shape: Callable[[int], Mapping[str, Any]] = field(default=lambda width: {})
+    shape: Callable[[int], Mapping[str, Any]] | None = None
     widths: tuple[int, ...] = WIDTHS
     tokens: float = 1
 
+    def exists_at(self, size: Size) -> bool:
+        """Whether it can be compared with the dense model of that size."""
+        return size.width in self.widths and (self.shape is None or size.layers == LAYERS[0])
 
-def dense_shape(width: int) -> dict[str, Any]:
+    def config(self, size: Size) -> dict[str, Any]:
+        """Fields of its model's config, before it is made sparse."""
+        return {**dense_shape(size), **(self.shape(size.width) if self.shape else {})}
+
+
+def dense_shape(size: Size) -> dict[str, Any]:
     """Fields of the dense model's config: heads of 32, and an FFN whose three matrices have about 8 width^2 weights."""
+    width = size.width
     return {
         "hidden_size": width,
         "intermediate_size": width * 11 // 4,
-        "num_hidden_layers": NUM_LAYERS,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": width // HEAD_DIM,
         "num_key_value_heads": width // HEAD_DIM,
         "head_dim": HEAD_DIM,
     }
 
 
-def other_shape(width: int, hidden: float, heads: float, layers: int = NUM_LAYERS) -> dict[str, Any]:
+def other_shape(width: int, hidden: float, heads: float, layers: int = LAYERS[0]) -> dict[str, Any]:
     """A dense model of another shape with the FLOPs of the usual one, by the choice of its FFN's inner side.
 
     Args:
@@ -86,7 +124,7 @@ def other_shape(width: int, hidden: float, heads: float, layers: int = NUM_LAYER
         hidden, heads: its hidden size, and the size of its heads together, as multiples of `width`.
         layers: its decoder layers.
     """
-    usual = dense_shape(width)
+    usual = dense_shape(Size(width))
     hidden_size, head_dim = int(width * hidden), int(HEAD_DIM * heads)
     attention = 8 * hidden_size * width * heads + 4 * SEQ_LEN * width * heads
     around = layers * attention + 2 * hidden_size * VOCAB

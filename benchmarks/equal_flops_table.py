@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from equal_flops_rows import BY_NAME, ROWS, SEEDS, WEIGHT_DECAY, Rates
+from equal_flops_rows import BY_NAME, ROWS, SEEDS, WEIGHT_DECAY, Rates, Size
 from scipy import stats
 
 from sparseift_llm.reporting.sweep import difference_interval, t_interval
@@ -41,9 +41,9 @@ def rates_of(result: Mapping[str, Any]) -> Rates:
     return Rates(result["rate"], result["embedding_factor"], result.get("weight_decay", WEIGHT_DECAY))
 
 
-def times_path(results: Path, width: int) -> Path:
-    """Where the step times of the rows at a width are kept."""
-    return results / f"times-width{width}.json"
+def times_path(results: Path, size: Size) -> Path:
+    """Where the step times of the rows at a size are kept."""
+    return results / f"times-{size}.json"
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,12 @@ def table_line(name: str, best: Best, dense: Best | None, slope: float | None, t
 
 
 def table(results: Path) -> str:
-    """A Markdown table for every corpus and width: the rows at their best rates, and their gain over dense."""
+    """A Markdown table for every corpus and size: the rows at their best rates, and their gain over dense."""
     parts = []
-    for folder in sorted(results.glob("*/width*"), key=lambda path: (path.parent.name, int(path.name[len("width") :]))):
+    for corpus, size in sorted((path.parent.name, Size.from_name(path.name)) for path in results.glob("*/width*")):
+        folder = results / corpus / str(size)
         found = {row.name: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
-        width = int(folder.name[len("width") :])
-        dense, slope, times = found.get("dense"), nats_per_e_fold(found), read_times(times_path(results, width))
+        dense, slope, times = found.get("dense"), nats_per_e_fold(found), read_times(times_path(results, size))
         lines = [table_line(name, best, dense, slope, times) for name, best in found.items()]
-        parts.append(f"{folder.parent.name}, width {width}\n\n{markdown_table(HEADER, lines, 'llrrlrlrrr')}")
+        parts.append(f"{corpus}, {size.title}\n\n{markdown_table(HEADER, lines, 'llrrlrlrrr')}")
     return "\n\n".join(parts)

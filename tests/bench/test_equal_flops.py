@@ -47,13 +47,15 @@ def corpus(study: ModuleType, tmp_path: Path) -> Any:
     return study.Corpus.from_word(f"novels={tmp_path / 'train.txt'},{tmp_path / 'valid.txt'}")
 
 
-@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize(("width", "layers"), [(64, 2), (128, 2), (256, 2), (64, 8)])
 def test_every_row_costs_what_the_dense_model_costs(
-    study: ModuleType, rows: ModuleType, corpus: Any, width: int
+    study: ModuleType, rows: ModuleType, corpus: Any, width: int, layers: int
 ) -> None:
-    dense = rows.forward_flops(rows.dense_shape(width))
-    for row in (row for row in rows.ROWS if width in row.widths):
-        words = study.Search(row, width, corpus, None).overrides(study.Rates(4e-3, 2))
+    size = rows.Size(width, layers)
+    assert rows.Size.from_name(str(size)) == size
+    dense = rows.forward_flops(rows.dense_shape(size))
+    for row in (row for row in rows.ROWS if row.exists_at(size)):
+        words = study.Search(row, size, corpus, None).overrides(study.Rates(4e-3, 2))
         recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
         config = load_config(recipe.model.name)
         for key, value in {**recipe.model.config, "vocab_size": recipe.data.vocab_size}.items():
@@ -138,7 +140,9 @@ def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, table
     for row, loss, flops in (("dense-half", 4.2, 50), ("dense", 4.0, 100), ("dense-double", 3.8, 200)):
         write_result(folder / row, rates, 0, loss, flops)
     write_result(folder / "residual2", rates, 0, 3.9)
-    tables.times_path(tmp_path, 64).write_text(json.dumps({"step_seconds": {"dense": 0.2, "residual2": 0.4}}))
+    tables.times_path(tmp_path, study.Size(64)).write_text(
+        json.dumps({"step_seconds": {"dense": 0.2, "residual2": 0.4}})
+    )
     lines = tables.table(tmp_path).splitlines()
     assert [line.split("|")[9].strip() for line in lines[4:]] == ["1.00x", "", "", "2.00x"]
     assert [line.split("|")[10].strip() for line in lines[4:]] == ["", "", "", "-0.100"]
@@ -182,7 +186,7 @@ def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType, tables: Modu
     for row, (name, options) in zip(("dense", "residual2"), words, strict=True):
         best = tables.best_of(study.RESULTS / "builtin" / "width64" / row)
         corpus = study.Corpus.from_word("builtin")
-        ours = study.Search(study.BY_NAME[row], 64, corpus, None).overrides(best.rates)
+        ours = study.Search(study.BY_NAME[row], study.Size(64), corpus, None).overrides(best.rates)
         trained = load_recipe(study.RECIPE, [*ours, "--output_dir=x", "--seed=0"]).to_dict()
         shown = load_recipe(ROOT / "recipes" / "demo.yaml", [*shlex.split(options), "--output_dir=x"]).to_dict()
         assert name == ("sparse" if shown["sparse_ift"] else "dense")
@@ -203,7 +207,7 @@ def test_rows_of_other_lengths_train_on_as_many_tokens_as_they_say(
 ) -> None:
     steps = {}
     for row in rows.ROWS:
-        words = study.Search(row, 128, corpus, None).overrides(study.Rates(4e-3, 2))
+        words = study.Search(row, study.Size(128), corpus, None).overrides(study.Rates(4e-3, 2))
         steps[row.name] = load_recipe(study.RECIPE, [*words, "--output_dir=x"]).training["max_steps"]
     assert (steps.pop("dense-half"), steps.pop("dense-double")) == (500, 2000)
     assert set(steps.values()) == {load_recipe(study.RECIPE, []).training["max_steps"]}
