@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from sparseift_llm.models.presets import load_config
 from sparseift_llm.planning.cost import count_flops
@@ -211,3 +212,28 @@ def test_rows_of_other_lengths_train_on_as_many_tokens_as_they_say(
         steps[row.name] = load_recipe(study.RECIPE, [*words, "--output_dir=x"]).training["max_steps"]
     assert (steps.pop("dense-half"), steps.pop("dense-double")) == (500, 2000)
     assert set(steps.values()) == {load_recipe(study.RECIPE, []).training["max_steps"]}
+
+
+def test_step_times_are_measured_for_every_row_of_a_size(
+    study: ModuleType, tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(study, "ROWS", [study.BY_NAME[name] for name in ("dense", "dense-half", "residual2-tile16")])
+    monkeypatch.setattr(sys.modules["recipe_steps"], "REPEATS", 1)
+    num_threads = torch.get_num_threads()
+    try:
+        study.main(["time", "--width", "64"])
+    finally:
+        torch.set_num_threads(num_threads)
+    assert [path.name for path in tmp_path.iterdir()] == ["times-width64.json"]
+    times = tables.read_times(tmp_path / "times-width64.json")
+    assert times.keys() == {"dense", "residual2-tile16"}
+    assert times["dense"] == 1
+    assert 0.2 < times["residual2-tile16"] < 20
+
+
+def test_rows_that_do_not_exist_at_a_size_are_refused(study: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["dense-wide", "--layers", "8"], ["residual2-tile32", "--width", "64"]):
+        with pytest.raises(SystemExit):
+            study.main(["run", *words, "--corpus", "builtin"])
+        assert "choose another width, or two layers" in capsys.readouterr().err

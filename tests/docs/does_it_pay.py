@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MAX_ROWS = 5
 BETWEEN = re.compile(r"(?<=<!-- does it pay -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 HEADER = ("sparse model", "held-out loss, dense → sparse", "FLOPs", "step time")
-# Rows of benchmarks/equal_flops_rows.py, whose rates are tuned for both models; of the widest model that has them.
+# Rows of benchmarks/equal_flops_rows.py, whose rates are tuned for both models.
 TITLES = {
     "residual2": "`scope: residual`, rates tuned",
     "model": "`scope: model` at equal FLOPs, rates tuned",
@@ -37,22 +37,18 @@ def table() -> str:
 
 
 def equal_flops() -> Iterator[tuple[str, str, str, str]]:
-    """Rows at equal whole-model FLOPs with tuned rates for both models, if that study has results."""
-    folder = RESULTS / "equal_flops"
-    if not folder.is_dir():
-        return
-    best_of = load_script("benchmarks/equal_flops_table.py").best_of
-    widths = sorted(folder.glob("*/width*"), key=lambda path: int(path.name.removeprefix("width")), reverse=True)
-    for name in TITLES:
-        for width in widths:
-            ours, dense = best_of(width / name), best_of(width / "dense")
+    """Rows at equal whole-model FLOPs with tuned rates for both models and three seeds, widest models first."""
+    tables = load_script("benchmarks/equal_flops_table.py")
+    folders = {folder: tables.Size.from_name(folder.name) for folder in (RESULTS / "equal_flops").glob("*/width*")}
+    for folder, size in sorted(folders.items(), key=lambda item: (-item[1].width, item[1].layers, item[0].parent.name)):
+        times = tables.read_times(tables.times_path(RESULTS / "equal_flops", size))
+        for name, title in TITLES.items():
+            ours, dense = tables.best_of(folder / name), tables.best_of(folder / "dense")
             if ours is None or dense is None or min(len(ours.losses), len(dense.losses)) < 3:
                 continue
-            losses = (mean(dense.losses.values()), mean(ours.losses.values()))
-            where = f"{width.parent.name}, hidden {width.name.removeprefix('width')}"
             flops = ours.train_flops / dense.train_flops
-            yield _row(f"{TITLES[name]}, {where}", losses, flops, None)  # these runs shared their machine
-            break
+            what = f"{title}, {folder.parent.name}, {size.title}"
+            yield _row(what, (dense.mean, ours.mean), flops, times.get(name))
 
 
 def study() -> Iterator[tuple[str, str, str, str]]:
