@@ -167,14 +167,29 @@ def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: Modul
 def test_the_page_has_the_committed_table_and_its_figures(study: ModuleType, tables: ModuleType) -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("\n", " ")
     assert tables.table(study.RESULTS).replace("\n", " ") in page
+    with_seeds = 0
+    for size_folder in study.RESULTS.glob("*/width*"):
+        ours, dense = (tables.best_of(size_folder / name) for name in ("residual2", "dense"))
+        if min(len(ours.losses), len(dense.losses)) == len(study.SEEDS):
+            title = study.Size.from_name(size_folder.name).title
+            assert f"- {size_folder.parent.name}, {title}: {tables.gain(ours, dense)} " in page
+            with_seeds += 1
+    assert page.count("- novels, width") + page.count("- builtin, width") == with_seeds
     folder = study.RESULTS / "novels" / "width128"
-    dense, half, wide = (tables.best_of(folder / name) for name in ("dense", "dense-half", "residual2"))
-    assert f"is {tables.gain(wide, dense)} nats better than the dense model, means of three seeds" in page
+    found = {path.name: tables.best_of(path) for path in folder.iterdir()}
+    dense, half, double, wide = (found[name] for name in ("dense", "dense-half", "dense-double", "residual2"))
     seeds = "{:.3f}, {:.3f} and {:.3f}".format(*(dense.losses[seed] for seed in study.SEEDS))
-    assert f"three seeds are {seeds}. Half the tokens cost it {half.mean - dense.mean:.3f} nats (one seed)" in page
-    slope = tables.nats_per_e_fold({"dense": dense, "dense-half": half})
-    worth = tables.equal_loss_flops(wide, dense, slope).removesuffix("x")
-    assert f"so {dense.mean - wide.mean:.3f} nats are worth {worth} times its compute" in page
+    assert f"seeds are {seeds}. Half the tokens cost it {half.mean - dense.mean:.3f} nats and twice" in page
+    worth = tables.equal_loss_flops(wide, dense, tables.nats_per_e_fold(found)).removesuffix("x")
+    gained, doubled = dense.mean - wide.mean, dense.mean - double.mean
+    assert f"gain it {doubled:.3f} (one seed each), so {gained:.3f} nats are worth {worth} times its compute" in page
+    worse = sorted(found[name].mean - dense.mean for name in ("residual4", "residual2-tile16", "model"))
+    assert f"are {worse[0]:.3f} to {worse[-1]:.3f} nats worse than the dense model" in page
+    deep = {
+        name: tables.best_of(study.RESULTS / "novels" / "width64-layers8" / name) for name in ("dense", "residual2")
+    }
+    first, _, third = (deep["dense"].losses[seed] - deep["residual2"].losses[seed] for seed in study.SEEDS)
+    assert f"was {first:.3f} nats better there, with the third {-third:.3f} worse" in page
     loss = {path.stem: json.loads(path.read_text("utf-8"))["eval_loss"] for path in folder.glob("dense/*.json")}
     moved = f"from {loss['lr0.016-emb4-seed0']:.3f} (4x) to {loss['lr0.016-emb8-seed0']:.3f} (8x)"
     assert f"moves the dense model {moved} at the same learning rate" in page
@@ -196,6 +211,17 @@ def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType, tables: Modu
             for key in WATCHING:
                 recipe["training"].pop(key, None)
         assert shown == trained
+
+
+def test_wherever_the_demos_dense_model_is_named_it_has_its_own_rate() -> None:
+    """In the demo's recipe, the pages and the command line's help; the Makefile is held to the study above."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    options = re.search(r"recipes/demo\.yaml --output_dir \$\(DEMO\)/dense (.*)", makefile)
+    assert options is not None
+    places = [ROOT / "recipes" / "demo.yaml", ROOT / "README.md", ROOT / "docs" / "get-started.md"]
+    for place in (*places, ROOT / "sparseift_llm" / "cli" / "program.py"):
+        text = place.read_text(encoding="utf-8")
+        assert text.count("--sparse_ift null") == text.count(options[1]) == 1, place
 
 
 def test_the_recipe_stands_beside_the_script(study: ModuleType) -> None:
