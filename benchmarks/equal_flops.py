@@ -8,15 +8,16 @@
 starts at a guess, tries twice and half of each, moves to the best, and ends when no neighbour is better, so that the
 best is never at an edge of what was tried. Then it repeats the best with two more seeds. The searches of all rows and
 widths go on at once, and share the runs that train at a time. Runs that have a result are not repeated, so the command
-can be stopped, and goes on where it was. Every row of a width trains on the same tokens and has the same forward FLOPs
-as the dense model, to 0.1%. Only the rows dense-half and dense-double train on other tokens: they say what compute is
-worth to the dense model, and so how much more of it would do what another row does. `--layers 8` makes models deeper
-than the two layers of the others. Results are in results/equal_flops, a file a run. The rows are in
-equal_flops_rows.py, the tables are made in equal_flops_table.py.
+can be stopped, and goes on where it was. Every row of a width has the same forward FLOPs as the dense model, to 0.1%,
+and trains on the same tokens. Rows whose names end in -quarter, -half or -double train on other tokens. The dense ones
+say what compute is worth to the dense model, and so how much more of it would do what another row does. Beside their
+sparse twins they say how a gain moves with tokens. `--layers 8` makes models deeper than the two layers of the others.
 
-On a corpus that is much smaller than what a run reads, models overfit: `run --tune_weight_decay` looks for the weight
-decay, too. `time` measures the step times of all rows in turns; with them, and with the rows dense-half or
-dense-double, the table says what the dense model would have reached in the time that another row takes.
+On a corpus that is much smaller than what a run reads, models overfit: `run --tune_regularisation` looks for the
+weight decay and the dropout of attention, too. `time` measures the step times of all rows in turns; with them, and with
+the rows dense-half or dense-double, the table says what the dense model would have reached in the time that another row
+takes. Results are in results/equal_flops, a file a run. The rows are in equal_flops_rows.py, `table` prints
+what is made in equal_flops_table.py and, of gains over widths and tokens, in equal_flops_fit.py.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import equal_flops_fit
 from equal_flops_rows import BATCH_SIZE, BY_NAME, LAYERS, MAX_STEPS, ROWS, SEEDS, WIDTHS, Rates, Row, Size
 from equal_flops_table import loss_of, table, times_path
 from recipe_steps import step_times
@@ -95,7 +97,7 @@ class Search:
     size: Size
     corpus: Corpus
     pool: Executor
-    tunes_decay: bool = False
+    regularises: bool = False
 
     def run(self) -> None:
         """Find the best rates with the first seed, then train with the others at the best."""
@@ -103,7 +105,7 @@ class Search:
         def losses(wanted: list[Rates]) -> Mapping[Rates, float]:
             return self.losses((rates, SEEDS[0]) for rates in wanted)
 
-        best = climb(self.row.start, losses, self.tunes_decay)
+        best = climb(self.row.start, losses, self.regularises)
         self.losses((best, seed) for seed in SEEDS)
 
     def losses(self, wanted: Iterable[tuple[Rates, int]]) -> dict[Rates, float]:
@@ -129,6 +131,7 @@ class Search:
             f"--training.learning_rate={rates.rate:g}",
             f"--embedding_lr_factor={rates.embedding_factor:g}",
             f"--training.weight_decay={rates.weight_decay:g}",
+            *([f"--model.config.attention_dropout={rates.attention_dropout:g}"] if rates.attention_dropout else []),
             *([f"--sparse_ift={json.dumps(self.row.sparse)}"] if self.row.sparse else []),
         ]
 
@@ -154,11 +157,11 @@ class Search:
         return {**dataclasses.asdict(rates), "seed": seed, "corpus": self.corpus.to_dict(), **summary}
 
 
-def search_all(searches: Iterable[tuple[Row, Size]], corpus: Corpus, jobs: int, tunes_decay: bool) -> None:
+def search_all(searches: Iterable[tuple[Row, Size]], corpus: Corpus, jobs: int, regularises: bool) -> None:
     """Bring the searches of rows and sizes to their ends, with at most `jobs` runs at a time."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [Search(row, size, corpus, pool, tunes_decay) for row, size in searches]
+        waiting = [Search(row, size, corpus, pool, regularises) for row, size in searches]
         with ThreadPoolExecutor(len(waiting)) as climbers:
             for climber in [climbers.submit(search.run) for search in waiting]:
                 climber.result()
@@ -172,11 +175,11 @@ def recipes_of(size: Size) -> dict[str, Recipe]:
     return {name: load_recipe(RECIPE, [*overrides, "--output_dir=unused"]) for name, overrides in words.items()}
 
 
-def climb(start: Rates, losses: Callable[[list[Rates]], Mapping[Rates, float]], tunes_decay: bool = False) -> Rates:
+def climb(start: Rates, losses: Callable[[list[Rates]], Mapping[Rates, float]], regularises: bool = False) -> Rates:
     """The rates that have a lower loss than all of their neighbours, found from `start` downhill."""
     best = start
     while True:
-        found = losses([best, *best.neighbours(tunes_decay)])
+        found = losses([best, *best.neighbours(regularises)])
         lowest = min(found, key=lambda rates: found[rates])
         if lowest == best:
             return best
@@ -192,7 +195,7 @@ def main(words: list[str] | None = None) -> None:
     run.add_argument("--corpus", type=Corpus.from_word, required=True, help="NAME=TRAIN,HELD_OUT or builtin")
     run.add_argument("--width", type=int, choices=WIDTHS, nargs="+", default=[128])
     run.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
-    run.add_argument("--tune_weight_decay", action="store_true", help="look for it as for the rates")
+    run.add_argument("--tune_regularisation", action="store_true", help="look for it as for the rates")
     time = commands.add_parser("time", help="step times of all rows")
     time.add_argument("--width", type=int, choices=WIDTHS, default=128)
     for command in (run, time):
@@ -200,7 +203,7 @@ def main(words: list[str] | None = None) -> None:
     commands.add_parser("table", help="what came out so far")
     choice = parser.parse_args(words)
     if choice.command == "table":
-        print(table(RESULTS))
+        print(table(RESULTS), equal_flops_fit.report(RESULTS), sep="\n\n")
         return
     if choice.command == "time":
         size = Size(choice.width, choice.layers)
@@ -210,7 +213,7 @@ def main(words: list[str] | None = None) -> None:
     for row, size in wanted:
         if not row.exists_at(size):
             parser.error(f"{row.name} has no shape or tiles that fit {size.title}: choose another width, or two layers")
-    search_all(wanted, choice.corpus, choice.jobs, choice.tune_weight_decay)
+    search_all(wanted, choice.corpus, choice.jobs, choice.tune_regularisation)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ SEEDS = (0, 1, 2)
 LAYERS = (2, 8)
 HEAD_DIM, VOCAB, SEQ_LEN = 32, 1024, 128
 WEIGHT_DECAY = 0.1  # the recipe's
-# The recipe's tokens are 42 for each projection weight at width 64 (10 with eight layers), and 10 at 128; four times as
+# The recipe's tokens are 41 for each projection weight at width 64 (10 with eight layers), and 10 at 128; four times as
 # many are 10 at 256.
 MAX_STEPS: Mapping[int, int] = {64: 1000, 128: 1000, 256: 2000}
 BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64}
@@ -47,29 +47,42 @@ class Size:
 
 @dataclass(frozen=True, order=True)
 class Rates:
-    """The learning rates of a run, and its weight decay.
+    """The learning rates of a run, and its regularisation.
 
     Args:
         rate: of all parameters but the embedding.
         embedding_factor: how many times that rate the embedding has.
         weight_decay: of all matrices.
+        attention_dropout: the share of attention weights that are dropped, the only dropout that a Llama has.
     """
 
     rate: float
     embedding_factor: float
     weight_decay: float = WEIGHT_DECAY
+    attention_dropout: float = 0.0
 
-    def neighbours(self, tunes_decay: bool = False) -> list[Rates]:
-        """Twice and half of each rate; where decay is tuned, three times and a third of it, too."""
+    @property
+    def is_regularised(self) -> bool:
+        """Whether regularisation is another than the recipe's."""
+        return (self.weight_decay, self.attention_dropout) != (WEIGHT_DECAY, 0.0)
+
+    def neighbours(self, regularises: bool = False) -> list[Rates]:
+        """Twice and half of each rate.
+
+        Where it `regularises`, also three times and a third of the weight decay, and 0.1 more and less dropout.
+        """
         found = [replace(self, rate=self.rate * by) for by in (2, 0.5)]
         found += [replace(self, embedding_factor=self.embedding_factor * by) for by in (2, 0.5)]
-        if tunes_decay:
+        if regularises:
             found += [replace(self, weight_decay=float(f"{self.weight_decay * by:.1g}")) for by in (3, 1 / 3)]
+            dropouts = [round(self.attention_dropout + by, 1) for by in (0.1, -0.1)]
+            found += [replace(self, attention_dropout=dropout) for dropout in dropouts if 0 <= dropout < 1]
         return found
 
     def __str__(self) -> str:
         decay = "" if self.weight_decay == WEIGHT_DECAY else f"-wd{self.weight_decay:g}"
-        return f"lr{self.rate:g}-emb{self.embedding_factor:g}{decay}"
+        dropout = f"-drop{self.attention_dropout:g}" if self.attention_dropout else ""
+        return f"lr{self.rate:g}-emb{self.embedding_factor:g}{decay}{dropout}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,7 @@ class Row:
         sparse: `SparseIFTConfig` as a mapping; None for a dense model.
         shape: width of the dense model with two layers -> fields of the model's config; None leaves them as they are.
         widths: those of the dense models that it can be compared with.
-        tokens: how many times the other rows' training tokens it has.
+        tokens: how many times the usual training tokens it has.
     """
 
     name: str
@@ -116,6 +129,13 @@ def dense_shape(size: Size) -> dict[str, Any]:
     }
 
 
+def tokens_per_weight(size: Size, row: Row) -> float:
+    """Training tokens for each weight of the dense model's projections."""
+    shape = dense_shape(size)
+    weights = shape["num_hidden_layers"] * projection_weights(shape)
+    return MAX_STEPS[size.width] * row.tokens * BATCH_SIZE[size.width] * SEQ_LEN / weights
+
+
 def other_shape(width: int, hidden: float, heads: float, layers: int = LAYERS[0]) -> dict[str, Any]:
     """A dense model of another shape with the FLOPs of the usual one, by the choice of its FFN's inner side.
 
@@ -135,9 +155,14 @@ def other_shape(width: int, hidden: float, heads: float, layers: int = LAYERS[0]
 
 def forward_flops(shape: Mapping[str, Any]) -> float:
     """FLOPs of a token's forward pass in a dense model; attention is counted in full, as everywhere in this project."""
-    hidden, attention = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
-    weights = 4 * hidden * attention + 3 * hidden * shape["intermediate_size"]
-    return shape["num_hidden_layers"] * (2 * weights + 4 * SEQ_LEN * attention) + 2 * hidden * VOCAB
+    attention = 4 * SEQ_LEN * shape["num_attention_heads"] * shape["head_dim"]
+    return shape["num_hidden_layers"] * (2 * projection_weights(shape) + attention) + 2 * shape["hidden_size"] * VOCAB
+
+
+def projection_weights(shape: Mapping[str, Any]) -> int:
+    """Weights of the projections of one layer of a dense model."""
+    heads = shape["num_attention_heads"] * shape["head_dim"]
+    return int(4 * shape["hidden_size"] * heads + 3 * shape["hidden_size"] * shape["intermediate_size"])
 
 
 def residual(k: int, **fields: Any) -> dict[str, Any]:
@@ -158,12 +183,16 @@ NARROWER = partial(other_shape, hidden=0.75, heads=1)
 DEEPER = partial(other_shape, hidden=0.875, heads=0.75, layers=3)
 ROWS = (
     Row("dense", "dense", DENSE_START),
+    Row("dense-quarter", "dense, a quarter of the tokens", DENSE_START, tokens=0.25),
     Row("dense-half", "dense, half the tokens", DENSE_START, tokens=0.5),
     Row("dense-double", "dense, twice the tokens", DENSE_START, tokens=2),
     Row("dense-wide", "dense, hidden side 1.5 times, half the heads' size", DENSE_START, shape=WIDER),
     Row("dense-narrow", "dense, hidden side 0.75 times", DENSE_START, shape=NARROWER),
     Row("dense-deep", "dense, hidden side 0.875 times, three layers", DENSE_START, shape=DEEPER),
     Row("residual2", "residual, 2 times, single weights", WIDE_START, residual(2)),
+    Row("residual2-quarter", "residual, 2 times, a quarter of the tokens", WIDE_START, residual(2), tokens=0.25),
+    Row("residual2-half", "residual, 2 times, half the tokens", WIDE_START, residual(2), tokens=0.5),
+    Row("residual2-double", "residual, 2 times, twice the tokens", WIDE_START, residual(2), tokens=2),
     Row("residual4", "residual, 4 times, single weights", WIDE_START, residual(4)),
     Row("residual2-tile8", "residual, 2 times, tiles of 8", WIDE_START, residual(2, **tiles(8))),
     Row("residual2-tile16", "residual, 2 times, tiles of 16", WIDE_START, residual(2, **tiles(16))),

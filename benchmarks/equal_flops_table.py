@@ -16,6 +16,7 @@ from scipy import stats
 from sparseift_llm.reporting.sweep import difference_interval, t_interval
 from sparseift_llm.utils.tables import markdown_table
 
+DENSE_LENGTHS = ("dense-half", "dense", "dense-double")  # their slope says what compute is worth
 HEADER = (
     "row",
     "rate, embedding's",
@@ -38,7 +39,12 @@ def loss_of(result: Mapping[str, Any]) -> float:
 
 def rates_of(result: Mapping[str, Any]) -> Rates:
     """What a run was trained with."""
-    return Rates(result["rate"], result["embedding_factor"], result.get("weight_decay", WEIGHT_DECAY))
+    return Rates(
+        result["rate"],
+        result["embedding_factor"],
+        result.get("weight_decay", WEIGHT_DECAY),
+        result.get("attention_dropout", 0.0),
+    )
 
 
 def times_path(results: Path, size: Size) -> Path:
@@ -78,11 +84,11 @@ def best_of(folder: Path) -> Best | None:
     if not first:
         return None
     best = min(first, key=lambda rates: first[rates])
-    tunes_decay = any(rates.weight_decay != WEIGHT_DECAY for rates in first)
+    regularises = any(rates.is_regularised for rates in first)
     return Best(
         best,
         losses[best],
-        all(rates in first for rates in best.neighbours(tunes_decay)),
+        all(rates in first for rates in best.neighbours(regularises)),
         results[0]["train_flops"],
     )
 
@@ -98,7 +104,7 @@ def nats_per_e_fold(found: Mapping[str, Best]) -> float | None:
 
     None if it was trained for one length only.
     """
-    lengths = [found[name] for name in ("dense-half", "dense", "dense-double") if name in found]
+    lengths = [found[name] for name in DENSE_LENGTHS if name in found]
     if len(lengths) < 2:
         return None
     fit = stats.linregress([math.log(length.train_flops) for length in lengths], [length.mean for length in lengths])
@@ -124,15 +130,26 @@ def read_times(path: Path) -> dict[str, float]:
 
 
 def rates_cell(best: Best) -> str:
-    """The rates, the weight decay if it is another than the recipe's, and whether better ones may lie outside."""
+    """The rates, regularisation that is another than the recipe's, and whether better ones may lie outside."""
     words = f"{best.rates.rate:g}, {best.rates.embedding_factor:g}x"
     if best.rates.weight_decay != WEIGHT_DECAY:
         words += f", decay {best.rates.weight_decay:g}"
+    if best.rates.attention_dropout:
+        words += f", dropout {best.rates.attention_dropout:g}"
     return words if best.is_inside else f"{words} (search not ended)"
 
 
-def table_line(name: str, best: Best, dense: Best | None, slope: float | None, times: Mapping[str, float]) -> list[Any]:
+def peer_of(name: str, found: Mapping[str, Best]) -> Best | None:
+    """The dense model that a row's gain is over: one of as many tokens; "dense" for another dense one."""
+    row, usual = BY_NAME[name], (peer for peer in ROWS if peer.sparse is None and peer.shape is None)
+    return found.get(next(peer.name for peer in usual if peer.tokens == (row.tokens if row.sparse else 1)))
+
+
+def table_line(
+    name: str, best: Best, found: Mapping[str, Best], slope: float | None, times: Mapping[str, float]
+) -> list[Any]:
     """The cells of a row; what needs the dense model, its slope or step times is empty without them."""
+    dense, peer = found.get("dense"), peer_of(name, found)
     interval, is_other = t_interval(list(best.losses.values())), dense is not None and best is not dense
     line = [
         BY_NAME[name].title,
@@ -141,7 +158,7 @@ def table_line(name: str, best: Best, dense: Best | None, slope: float | None, t
         f"{best.mean:.4f}",
         f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "",
         len(best.losses),
-        gain(best, dense) if dense and is_other else "",
+        gain(best, peer) if peer and is_other else "",
         equal_loss_flops(best, dense, slope) if dense and is_other and slope else "",
         f"{times[name]:.2f}x" if name in times else "",
         equal_time_gain(best, dense, slope, times[name]) if dense and is_other and slope and name in times else "",
@@ -156,7 +173,7 @@ def table(results: Path) -> str:
     for corpus, size in sorted((path.parent.name, Size.from_name(path.name)) for path in results.glob("*/width*")):
         folder = results / corpus / str(size)
         found = {row.name: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
-        dense, slope, times = found.get("dense"), nats_per_e_fold(found), read_times(times_path(results, size))
-        lines = [table_line(name, best, dense, slope, times) for name, best in found.items()]
+        slope, times = nats_per_e_fold(found), read_times(times_path(results, size))
+        lines = [table_line(name, best, found, slope, times) for name, best in found.items()]
         parts.append(f"{corpus}, {size.title}\n\n{markdown_table(HEADER, lines, 'llrrlrlrrr')}")
     return "\n\n".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shlex
 import sys
@@ -93,27 +94,37 @@ def test_the_search_ends_where_no_neighbour_is_better(study: ModuleType, rate: f
     assert set(best.neighbours()) <= set(tried)
 
 
-def test_weight_decay_is_looked_for_where_that_is_asked(study: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
-    """The loss is lowest at a decay of 0.9, two steps away from the start."""
+def test_regularisation_is_looked_for_where_that_is_asked(
+    study: ModuleType, tables: ModuleType, corpus: Any, tmp_path: Path
+) -> None:
+    """The loss is lowest at a decay of 0.9 and a dropout of 0.2, each two steps away from the start."""
     start = study.Rates(8e-3, 4)
 
     def losses(wanted: list[Any]) -> Mapping[Any, float]:
         distance = {one: abs(math.log(one.rate / 8e-3)) + abs(math.log(one.embedding_factor / 4)) for one in wanted}
-        found = {one: distance[one] + abs(math.log(one.weight_decay / 0.9)) for one in wanted}
+        found = {
+            one: distance[one] + abs(math.log(one.weight_decay / 0.9)) + abs(one.attention_dropout - 0.2)
+            for one in wanted
+        }
         for one, loss in found.items():
             write_result(tmp_path / "novels" / "width64" / "dense", one, 0, loss)
         return found
 
     assert study.climb(start, losses) == start
-    best = study.climb(start, losses, tunes_decay=True)
-    assert (best, str(best)) == (study.Rates(8e-3, 4, 0.9), "lr0.008-emb4-wd0.9")
-    assert tables.table(tmp_path).splitlines()[4].startswith("| dense | 0.008, 4x, decay 0.9 | 1.0000 | 0.0000 |")
+    best = study.climb(start, losses, regularises=True)
+    assert (best, str(best)) == (study.Rates(8e-3, 4, 0.9, 0.2), "lr0.008-emb4-wd0.9-drop0.2")
+    line = tables.table(tmp_path).splitlines()[4]
+    assert line.startswith("| dense | 0.008, 4x, decay 0.9, dropout 0.2 | 1.0000 | 0.0000 |")
+    words = study.Search(study.BY_NAME["residual2"], study.Size(64), corpus, None).overrides(best)
+    recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
+    assert recipe.training["weight_decay"] == 0.9
+    assert recipe.model.config["attention_dropout"] == 0.2
 
 
 def write_result(folder: Path, rates: Any, seed: int, loss: float | None, flops: float = 100) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {"rate": rates.rate, "embedding_factor": rates.embedding_factor, "seed": seed, "eval_loss": loss}
-    result |= {"train_flops": flops, "weight_decay": rates.weight_decay}
+    result |= {"train_flops": flops, "weight_decay": rates.weight_decay, "attention_dropout": rates.attention_dropout}
     (folder / f"{rates}-seed{seed}.json").write_text(json.dumps(result))
 
 
@@ -151,6 +162,76 @@ def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, table
     assert [line.split("|")[8].strip() for line in lines[4:]] == ["", "0.50x", "2.00x", "1.41x"]
 
 
+def test_a_row_of_another_length_gains_over_the_dense_model_of_its_length(
+    study: ModuleType, tables: ModuleType, tmp_path: Path
+) -> None:
+    folder, rates = tmp_path / "novels" / "width64", study.Rates(8e-3, 4)
+    for row, loss, flops in (("dense-half", 4.2, 50), ("dense", 4.0, 100), ("residual2-half", 4.1, 50)):
+        write_result(folder / row, rates, 0, loss, flops)
+    assert [line.split("|")[7].strip() for line in tables.table(tmp_path).splitlines()[4:]] == ["", "-0.200", "+0.100"]
+
+
+def write_gains(folder: Path, study: ModuleType, gain: Any, sizes: Mapping[str, tuple[str, ...]]) -> None:
+    """Dense losses of 4 with seeds 0.01 apart and, with one seed, the wide model's by the gain at its place."""
+    for name, lengths in sizes.items():
+        for length in lengths:
+            size = sys.modules["equal_flops_rows"].Size.from_name(name)
+            tokens = sys.modules["equal_flops_rows"].tokens_per_weight(size, study.BY_NAME[f"residual2{length}"])
+            for seed, loss in enumerate((4.0, 4.01, 3.99)):
+                write_result(folder / name / f"dense{length}", study.Rates(8e-3, 4), seed, loss)
+            ours = 4 - gain(size.width, tokens)
+            write_result(folder / name / f"residual2{length}", study.Rates(8e-3, 4), 0, ours)
+
+
+def test_the_fit_finds_the_plane_that_gains_lie_on(study: ModuleType, tmp_path: Path) -> None:
+    """Twice the width adds 0.02 and twice the tokens -0.01, so it is 0.03 + 0.02 * log2(6) - 0.01 * log2(3) at 768."""
+
+    def gain(width: int, tokens: float) -> float:
+        return 0.03 + 0.02 * math.log2(width / 128) - 0.01 * math.log2(tokens / 10)
+
+    fits = study.equal_flops_fit
+    sizes = {"width64": ("", "-half"), "width128": ("",), "width256": ("", "-double"), "width64-layers8": ("",)}
+    write_gains(tmp_path / "novels", study, gain, sizes)
+    points = fits.points_of(tmp_path / "novels")
+    assert [point.place for point in points] == [
+        (width, pytest.approx(tokens, rel=0.02))
+        for width, tokens in ((64, 20.4), (64, 40.8), (128, 10.2), (256, 10.2), (256, 20.4))
+    ]
+    plane = fits.fit_plane(points)
+    assert plane.coefficients == pytest.approx([0.03, 0.02, -0.01])
+    value, low, high = plane.interval(fits.direction(*fits.TARGET))
+    assert value == pytest.approx(0.03 + 0.02 * math.log2(6) - 0.01 * math.log2(3))
+    assert value - low == pytest.approx(high - value)
+    assert "twice the width adds +0.020" in fits.report(tmp_path)
+    assert "predicts +0.066 (" in fits.report(tmp_path)
+
+
+def test_the_fits_interval_covers_the_truth_as_often_as_it_says(study: ModuleType, tables: ModuleType) -> None:
+    """Losses are drawn around a plane, with one seed at one of the points, 400 times."""
+    fits, draw = study.equal_flops_fit, random.Random(0)
+    places, truth = ((64, 42.0), (64, 10.0), (128, 10.0), (128, 5.0), (256, 10.0)), [0.02, 0.03, -0.01]
+    target, covered = fits.direction(*fits.TARGET), 0
+    for _ in range(400):
+        points = []
+        for place in places:
+            seeds = range(1 if place == places[-1] else 3)
+            gain = float(fits.direction(*place) @ truth)
+            rows = [
+                tables.Best(study.Rates(8e-3, 4), {seed: mean + draw.gauss(0, 0.02) for seed in seeds}, True, 1.0)
+                for mean in (4.0, 4.0 - gain)
+            ]
+            points.append(fits.Point(*place, *rows))
+        _, low, high = fits.fit_plane(points).interval(target)
+        covered += low <= float(target @ truth) <= high
+    assert 0.92 < covered / 400 < 0.98
+
+
+def test_places_that_determine_no_plane_have_no_fit(study: ModuleType, tmp_path: Path) -> None:
+    write_gains(tmp_path / "novels", study, lambda width, tokens: 0.1, {"width64": ("", "-half"), "width128": ()})
+    assert study.equal_flops_fit.fit_plane(study.equal_flops_fit.points_of(tmp_path / "novels")) is None
+    assert study.equal_flops_fit.report(tmp_path) == ""
+
+
 def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: ModuleType) -> None:
     paths = sorted(study.RESULTS.glob("*/*/*/*.json"))
     assert paths, "no results"
@@ -167,6 +248,7 @@ def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: Modul
 def test_the_page_has_the_committed_table_and_its_figures(study: ModuleType, tables: ModuleType) -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("\n", " ")
     assert tables.table(study.RESULTS).replace("\n", " ") in page
+    assert study.equal_flops_fit.report(study.RESULTS).replace("\n", " ") in page
     with_seeds = 0
     for size_folder in study.RESULTS.glob("*/width*"):
         ours, dense = (tables.best_of(size_folder / name) for name in ("residual2", "dense"))
@@ -236,7 +318,8 @@ def test_rows_of_other_lengths_train_on_as_many_tokens_as_they_say(
     for row in rows.ROWS:
         words = study.Search(row, study.Size(128), corpus, None).overrides(study.Rates(4e-3, 2))
         steps[row.name] = load_recipe(study.RECIPE, [*words, "--output_dir=x"]).training["max_steps"]
-    assert (steps.pop("dense-half"), steps.pop("dense-double")) == (500, 2000)
+    for row in ("dense", "residual2"):
+        assert [steps.pop(f"{row}-{length}") for length in ("quarter", "half", "double")] == [250, 500, 2000]
     assert set(steps.values()) == {load_recipe(study.RECIPE, []).training["max_steps"]}
 
 
