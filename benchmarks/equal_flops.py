@@ -12,6 +12,11 @@ can be stopped, and goes on where it was. Every row of a width has the same forw
 and trains on the same tokens. Rows whose names end in -quarter, -half or -double train on other tokens. The dense ones
 say what compute is worth to the dense model, and so how much more of it would do what another row does. Beside their
 sparse twins they say how a gain moves with tokens. `--layers 8` makes models deeper than the two layers of the others.
+`--at RATE,FACTOR` trains at given rates instead of a search. That is for widths at which a search costs too much, such
+as 1024, which is for a GPU: one pair there, of 26M weights in projections, is
+
+    python benchmarks/equal_flops.py run dense --width 1024 --corpus english=train.txt,valid.txt --at 0.008,8 --seeds 0
+    python benchmarks/equal_flops.py run residual2-tile128 --width 1024 --corpus ... --at 0.002,4 --seeds 0
 
 On a corpus that is much smaller than what a run reads, models overfit: `run --tune_regularisation` looks for the
 weight decay and the dropout of attention, too. `time` measures the step times of all rows in turns; with them, and with
@@ -27,14 +32,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import equal_flops_fit
-from equal_flops_rows import BATCH_SIZE, BY_NAME, LAYERS, MAX_STEPS, ROWS, SEEDS, WIDTHS, Rates, Row, Size
+from equal_flops_rows import BATCH_SIZE, BY_NAME, IN_BFLOAT16, LAYERS, MAX_STEPS, ROWS, SEEDS, WIDTHS, Rates, Row, Size
 from equal_flops_table import loss_of, table, times_path
 from recipe_steps import step_times
 
@@ -127,6 +132,7 @@ class Search:
             *(f"--model.config.{key}={value}" for key, value in self.row.config(self.size).items()),
             f"--training.max_steps={round(MAX_STEPS[self.size.width] * self.row.tokens)}",
             f"--training.per_device_train_batch_size={BATCH_SIZE[self.size.width]}",
+            *(["--training.bf16=true"] if self.size.width in IN_BFLOAT16 else []),
             *self.corpus.overrides(),
             f"--training.learning_rate={rates.rate:g}",
             f"--embedding_lr_factor={rates.embedding_factor:g}",
@@ -157,14 +163,19 @@ class Search:
         return {**dataclasses.asdict(rates), "seed": seed, "corpus": self.corpus.to_dict(), **summary}
 
 
-def search_all(searches: Iterable[tuple[Row, Size]], corpus: Corpus, jobs: int, regularises: bool) -> None:
-    """Bring the searches of rows and sizes to their ends, with at most `jobs` runs at a time."""
+def run_all(wanted: Sequence[tuple[Row, Size]], choice: argparse.Namespace) -> None:
+    """Bring the searches of rows and sizes to their ends, with at most `choice.jobs` runs at a time."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = [Search(row, size, corpus, pool, regularises) for row, size in searches]
-        with ThreadPoolExecutor(len(waiting)) as climbers:
-            for climber in [climbers.submit(search.run) for search in waiting]:
-                climber.result()
+    with ThreadPoolExecutor(choice.jobs) as pool, ThreadPoolExecutor(len(wanted)) as climbers:
+        ends = []
+        for row, size in wanted:
+            search = Search(row, size, choice.corpus, pool, choice.tune_regularisation)
+            if choice.at:
+                ends.append(climbers.submit(search.losses, [(choice.at, seed) for seed in choice.seeds]))
+            else:
+                ends.append(climbers.submit(search.run))
+        for end in ends:
+            end.result()
 
 
 def recipes_of(size: Size) -> dict[str, Recipe]:
@@ -173,6 +184,15 @@ def recipes_of(size: Size) -> dict[str, Recipe]:
     corpus, pool = Corpus.from_word(BUILTIN), ThreadPoolExecutor(1)
     words = {row.name: Search(row, size, corpus, pool).overrides(row.start) for row in rows}
     return {name: load_recipe(RECIPE, [*overrides, "--output_dir=unused"]) for name, overrides in words.items()}
+
+
+def rates_from_word(word: str) -> Rates:
+    """From `RATE,FACTOR`; argparse shows what is wrong with another word."""
+    rate, _, factor = word.partition(",")
+    try:
+        return Rates(float(rate), float(factor))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} must be RATE,FACTOR, such as 0.008,4") from None
 
 
 def climb(start: Rates, losses: Callable[[list[Rates]], Mapping[Rates, float]], regularises: bool = False) -> Rates:
@@ -196,8 +216,10 @@ def main(words: list[str] | None = None) -> None:
     run.add_argument("--width", type=int, choices=WIDTHS, nargs="+", default=[128])
     run.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     run.add_argument("--tune_regularisation", action="store_true", help="look for it as for the rates")
-    time = commands.add_parser("time", help="step times of all rows")
-    time.add_argument("--width", type=int, choices=WIDTHS, default=128)
+    run.add_argument("--at", type=rates_from_word, metavar="RATE,FACTOR", help="train at these rates only; no search")
+    run.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="with --at")
+    time = commands.add_parser("time", help="step times of all rows, in float32 on one core")
+    time.add_argument("--width", type=int, choices=sorted(set(WIDTHS) - set(IN_BFLOAT16)), default=128)
     for command in (run, time):
         command.add_argument("--layers", type=int, choices=LAYERS, default=LAYERS[0], help="decoder layers")
     commands.add_parser("table", help="what came out so far")
@@ -213,7 +235,7 @@ def main(words: list[str] | None = None) -> None:
     for row, size in wanted:
         if not row.exists_at(size):
             parser.error(f"{row.name} has no shape or tiles that fit {size.title}: choose another width, or two layers")
-    search_all(wanted, choice.corpus, choice.jobs, choice.tune_regularisation)
+    run_all(wanted, choice)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128, 256, 1024)
 SEEDS = (0, 1, 2)
 LAYERS = (2, 8)
 HEAD_DIM, VOCAB, SEQ_LEN = 32, 1024, 128
 WEIGHT_DECAY = 0.1  # the recipe's
-# The recipe's tokens are 41 for each projection weight at width 64 (10 with eight layers), and 10 at 128; four times as
-# many are 10 at 256.
-MAX_STEPS: Mapping[int, int] = {64: 1000, 128: 1000, 256: 2000}
-BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64}
+# The recipe's tokens are 41 for each projection weight at width 64 (10 with eight layers), and 10 at 128. More tokens
+# make that 10 at larger widths, too. Width 1024, with 26M weights in projections, is for a GPU.
+MAX_STEPS: Mapping[int, int] = {64: 1000, 128: 1000, 256: 2000, 1024: 4000}
+BATCH_SIZE: Mapping[int, int] = {64: 32, 128: 32, 256: 64, 1024: 512}
+IN_BFLOAT16 = (1024,)
 
 
 @dataclass(frozen=True, order=True)
@@ -197,6 +198,7 @@ ROWS = (
     Row("residual2-tile8", "residual, 2 times, tiles of 8", WIDE_START, residual(2, **tiles(8))),
     Row("residual2-tile16", "residual, 2 times, tiles of 16", WIDE_START, residual(2, **tiles(16))),
     Row("residual2-tile32", "residual, 2 times, tiles of 32", WIDE_START, residual(2, **tiles(32)), widths=(128, 256)),
+    Row("residual2-tile128", "residual, 2 times, tiles of 128", WIDE_START, residual(2, **tiles(128)), widths=(1024,)),
     Row("residual4-tile16", "residual, 4 times, tiles of 16", WIDE_START, residual(4, **tiles(16))),
     Row("residual4-tile32", "residual, 4 times, tiles of 32", WIDE_START, residual(4, **tiles(32)), widths=(128, 256)),
     Row("model", "scope model at whole-model FLOPs, 75%", WIDE_START, MODEL),

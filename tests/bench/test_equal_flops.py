@@ -49,7 +49,7 @@ def corpus(study: ModuleType, tmp_path: Path) -> Any:
     return study.Corpus.from_word(f"novels={tmp_path / 'train.txt'},{tmp_path / 'valid.txt'}")
 
 
-@pytest.mark.parametrize(("width", "layers"), [(64, 2), (128, 2), (256, 2), (64, 8)])
+@pytest.mark.parametrize(("width", "layers"), [(64, 2), (128, 2), (256, 2), (1024, 2), (64, 8)])
 def test_every_row_costs_what_the_dense_model_costs(
     study: ModuleType, rows: ModuleType, corpus: Any, width: int, layers: int
 ) -> None:
@@ -119,6 +119,29 @@ def test_regularisation_is_looked_for_where_that_is_asked(
     recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
     assert recipe.training["weight_decay"] == 0.9
     assert recipe.model.config["attention_dropout"] == 0.2
+
+
+def test_rates_can_be_given_instead_of_a_search(
+    study: ModuleType,
+    rows: ModuleType,
+    corpus: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trained = []
+    monkeypatch.setattr(
+        study.Search, "_train", lambda search, *run: trained.append((search.row.name, search.size, *run))
+    )
+    monkeypatch.setattr(study.Search, "result_path", lambda search, *run: Path(__file__).parent / "none")
+    files = corpus.files
+    words = ["run", "dense", "residual2-tile128", "--corpus", f"novels={files['train']},{files['held_out']}"]
+    with pytest.raises(FileNotFoundError):  # nothing was trained, so there is no result to read
+        study.main([*words, "--width", "1024", "--at", "0.002,4", "--seeds", "5"])
+    rates = study.Rates(2e-3, 4)
+    assert sorted(trained) == [(row, rows.Size(1024), rates, 5) for row in ("dense", "residual2-tile128")]
+    with pytest.raises(SystemExit):
+        study.main([*words, "--at", "0.002"])
+    assert "must be RATE,FACTOR, such as 0.008,4" in capsys.readouterr().err
 
 
 def write_result(folder: Path, rates: Any, seed: int, loss: float | None, flops: float = 100) -> None:
