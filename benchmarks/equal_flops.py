@@ -8,21 +8,24 @@
 starts at a guess, tries twice and half of each, moves to the best, and ends when no neighbour is better, so that the
 best is never at an edge of what was tried. Then it repeats the best with two more seeds. The searches of all rows and
 widths go on at once, and share the runs that train at a time. Runs that have a result are not repeated, so the command
-can be stopped, and goes on where it was. Every row of a width has the same forward FLOPs as the dense model, to 0.1%,
-and trains on the same tokens. Rows whose names end in -quarter, -half or -double train on other tokens. The dense ones
-say what compute is worth to the dense model, and so how much more of it would do what another row does. Beside their
-sparse twins they say how a gain moves with tokens. `--layers 8` makes models deeper than the two layers of the others.
+can be stopped, and goes on where it was; who wants to train them again moves results/equal_flops away.
+
+Every row of a width has the same forward FLOPs as the dense model, to 0.1%, and trains on the same tokens. Rows whose
+names end in -quarter, -half or -double train on other tokens. The dense ones say what compute is worth to the dense
+model, and so how much more of it would do what another row does. Beside their sparse twins they say how a gain moves
+with tokens. `--layers 8` makes models deeper than the two layers of the others.
+
 `--at RATE,FACTOR` trains at given rates instead of a search. That is for widths at which a search costs too much, such
 as 1024, which is for a GPU: one pair there, of 26M weights in projections, is
 
     python benchmarks/equal_flops.py run dense --width 1024 --corpus english=train.txt,valid.txt --at 0.008,8 --seeds 0
     python benchmarks/equal_flops.py run residual2-tile128 --width 1024 --corpus ... --at 0.002,4 --seeds 0
 
-On a corpus that is much smaller than what a run reads, models overfit: `run --tune_regularisation` looks for the
-weight decay and the dropout of attention, too. `time` measures the step times of all rows in turns; with them, and with
-the rows dense-half or dense-double, the table says what the dense model would have reached in the time that another row
-takes. Results are in results/equal_flops, a file a run. The rows are in equal_flops_rows.py, `table` prints
-what is made in equal_flops_table.py and, of gains over widths and tokens, in equal_flops_fit.py.
+On a corpus that is much smaller than what a run reads, models overfit: `run --tune_regularisation` looks for the weight
+decay and the dropout of attention, too. `time` measures the step times of all rows in turns; with them, and with the
+rows dense-half or dense-double, the table says what the dense model would have reached in the time that another row
+takes. Results are in results/equal_flops, a file a run. The rows are in equal_flops_rows.py, `table` prints what is
+made in equal_flops_table.py and, of gains over widths and tokens, in equal_flops_fit.py.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +56,7 @@ RECIPE = HERE / "equal_flops.yaml"
 RESULTS = HERE / "results" / "equal_flops"
 RUNS = Path("runs") / "equal_flops"
 BUILTIN = "builtin"
+RATES_FORM = "RATE,FACTOR[,WEIGHT_DECAY,DROPOUT]"
 
 
 @dataclass(frozen=True)
@@ -159,8 +164,17 @@ class Search:
         summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
         for section, key in (("data", "corpus"), ("data", "eval_corpus"), ("training", "output_dir")):
             del summary["config"][section][key]  # places on one machine; the corpus is named by its files' hashes
-        del summary["command"]
-        return {**dataclasses.asdict(rates), "seed": seed, "corpus": self.corpus.to_dict(), **summary}
+        command = {"command": self.command(rates, seed)}
+        return {**dataclasses.asdict(rates), "seed": seed, "corpus": self.corpus.to_dict(), **summary, **command}
+
+    def command(self, rates: Rates, seed: int) -> str:
+        """What trains one run alone, started where the corpus lies."""
+        corpus = ",".join(path.name for path in self.corpus.files.values())
+        words = ["benchmarks/equal_flops.py", "run", self.row.name, "--width", str(self.size.width)]
+        if self.size.layers != LAYERS[0]:
+            words += ["--layers", str(self.size.layers)]
+        words += ["--corpus", f"{self.corpus.name}={corpus}" if corpus else BUILTIN]
+        return shlex.join([*words, "--at", rates.word, "--seeds", str(seed)])
 
 
 def run_all(wanted: Sequence[tuple[Row, Size]], choice: argparse.Namespace) -> None:
@@ -187,12 +201,12 @@ def recipes_of(size: Size) -> dict[str, Recipe]:
 
 
 def rates_from_word(word: str) -> Rates:
-    """From `RATE,FACTOR`; argparse shows what is wrong with another word."""
-    rate, _, factor = word.partition(",")
+    """The one whose `word` this is; argparse shows what is wrong with another word."""
     try:
-        return Rates(float(rate), float(factor))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r} must be RATE,FACTOR, such as 0.008,4") from None
+        rate, factor, *regularisation = map(float, word.split(","))
+        return Rates(rate, factor, *regularisation)
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{word!r} must be {RATES_FORM}, such as 0.008,4 or 0.008,4,0.3,0.1") from None
 
 
 def climb(start: Rates, losses: Callable[[list[Rates]], Mapping[Rates, float]], regularises: bool = False) -> Rates:
@@ -216,7 +230,7 @@ def main(words: list[str] | None = None) -> None:
     run.add_argument("--width", type=int, choices=WIDTHS, nargs="+", default=[128])
     run.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     run.add_argument("--tune_regularisation", action="store_true", help="look for it as for the rates")
-    run.add_argument("--at", type=rates_from_word, metavar="RATE,FACTOR", help="train at these rates only; no search")
+    run.add_argument("--at", type=rates_from_word, metavar=RATES_FORM, help="train at these alone; no search")
     run.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="with --at")
     time = commands.add_parser("time", help="step times of all rows, in float32 on one core")
     time.add_argument("--width", type=int, choices=sorted(set(WIDTHS) - set(IN_BFLOAT16)), default=128)

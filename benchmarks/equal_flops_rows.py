@@ -67,6 +67,14 @@ class Rates:
         """Whether regularisation is another than the recipe's."""
         return (self.weight_decay, self.attention_dropout) != (WEIGHT_DECAY, 0.0)
 
+    @property
+    def word(self) -> str:
+        """For the command line; regularisation is left out where it is the recipe's."""
+        numbers = [self.rate, self.embedding_factor]
+        if self.is_regularised:
+            numbers += [self.weight_decay, self.attention_dropout]
+        return ",".join(f"{number:g}" for number in numbers)
+
     def neighbours(self, regularises: bool = False) -> list[Rates]:
         """Twice and half of each rate.
 

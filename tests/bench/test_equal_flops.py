@@ -141,7 +141,26 @@ def test_rates_can_be_given_instead_of_a_search(
     assert sorted(trained) == [(row, rows.Size(1024), rates, 5) for row in ("dense", "residual2-tile128")]
     with pytest.raises(SystemExit):
         study.main([*words, "--at", "0.002"])
-    assert "must be RATE,FACTOR, such as 0.008,4" in capsys.readouterr().err
+    assert "must be RATE,FACTOR[,WEIGHT_DECAY,DROPOUT], such as 0.008,4" in capsys.readouterr().err
+
+
+def test_a_result_names_the_command_that_trains_it_alone(
+    study: ModuleType, rows: ModuleType, corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every committed result; the program understands the command, and would write the same file."""
+    folder, asked = corpus.files["train"].parent, []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(
+        study.Search, "losses", lambda search, wanted: asked.extend(search.result_path(*run) for run in wanted)
+    )
+    for path in sorted(study.RESULTS.glob("*/*/*/*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        for part in ("train", "held_out") if result["corpus"]["name"] != study.BUILTIN else ():
+            (folder / result["corpus"][part]["file"]).touch()
+        program, *words = shlex.split(result["command"])
+        assert program == "benchmarks/equal_flops.py"
+        study.main(words)
+        assert asked.pop() == path
 
 
 def write_result(folder: Path, rates: Any, seed: int, loss: float | None, flops: float = 100) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from sparseift_llm.reporting.sweep import difference_interval
 from sparseift_llm.utils.tables import markdown_table
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -47,12 +48,13 @@ def equal_flops() -> Iterator[tuple[str, str, str, str]]:
             if ours is None or dense is None or min(len(ours.losses), len(dense.losses)) < 3:
                 continue
             flops = ours.train_flops / dense.train_flops
-            what = f"{title}, {folder.parent.name}, {size.title}"
+            low, high = difference_interval(list(dense.losses.values()), list(ours.losses.values())) or (0, 0)
+            what = f"{title}, {folder.parent.name}, {size.title}" + (" (within noise)" if low <= 0 <= high else "")
             yield _row(what, (dense.mean, ours.mean), flops, times.get(name))
 
 
 def study() -> Iterator[tuple[str, str, str, str]]:
-    """Static masks of the study of tiles, means of three seeds, and the scope that keeps the whole model's FLOPs."""
+    """Static masks of the study of tiles, means of three seeds; RigL with the scope that keeps the model's FLOPs."""
     seconds = _read(RESULTS / "quality_study" / "tiles" / "times.json")["step_seconds"]
     dense = [_summary("tiles", f"dense{seed}-lr0.008") for seed in ("", "-seed1", "-seed2")]
     for title, name in (("`scope: model`, single weights", "mask"), ("`scope: model`, tiles, 8 per side", "tile32")):
@@ -63,7 +65,7 @@ def study() -> Iterator[tuple[str, str, str, str]]:
     ours, dense = _best("wide-scope-ffn"), _best("dense")
     seconds = _read(RESULTS / "quality_study" / "families" / "times.json")["step_seconds"]
     ratio = seconds["wide-scope-ffn"] / seconds["dense"]
-    yield _row("`scope: ffn`, tiles of 16", (_loss([dense]), _loss([ours])), _flops([ours], [dense]), ratio)
+    yield _row("`scope: ffn`, tiles of 16, RigL", (_loss([dense]), _loss([ours])), _flops([ours], [dense]), ratio)
 
 
 def timings() -> Iterator[tuple[str, str, str, str]]:

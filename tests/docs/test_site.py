@@ -23,7 +23,7 @@ from tests.helpers.paths import ROOT
 def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """What `make docs` runs, of the project in `folder`."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
