@@ -36,7 +36,8 @@ def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwar
         The record that the model has now.
 
     Raises:
-        ValueError: embedding or logits are in tiles, or weights are sharded.
+        ValueError: embedding or logits are in tiles, or weights are sharded. What transformers raises is passed on; the
+            model is then what it was.
     """
     layers = sparse_layers(model)
     ends = [layer for layer in record.layers if layer.kind in ENDS]
@@ -49,17 +50,33 @@ def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwar
         raise ValueError("resize_token_embeddings needs whole weights; resize before the model is sharded")
     masks = {name: layer.current_mask() for name, layer in layers.items() if isinstance(layer, MaskedProjection)}
     remove_ends(model)
-    type(model).resize_token_embeddings(model, *args, **kwargs)
+    stock, old_vocab = (model.get_input_embeddings(), model.get_output_embeddings()), model.config.vocab_size
+    try:
+        type(model).resize_token_embeddings(model, *args, **kwargs)
+    except Exception:
+        model.set_input_embeddings(stock[0])
+        model.set_output_embeddings(stock[1])
+        model.config.vocab_size = old_vocab
+        install_sparse_layers(model, ends)
+        for layer in ends:
+            if layer.name in masks:
+                _masked(model, layer).set_mask(masks[layer.name])
+        raise
     vocab = model.config.vocab_size
     changed = {layer.name: _resized(layer, vocab) for layer in ends}
     new_layers = tuple(changed.get(layer.name, layer) for layer in record.layers)
     install_sparse_layers(model, changed.values())
     for index, spec in enumerate(changed.values()):
-        module = model.get_submodule(spec.name)
-        if spec.is_sparse and isinstance(module, MaskedProjection):
+        if spec.name in masks:
             seed = derive_seed(record.transformation.seed, "resized", vocab, index)
-            _mask_words(module, masks[spec.name], spec, seed)
+            _mask_words(_masked(model, spec), masks[spec.name], spec, seed)
     return dataclasses.replace(record, layers=new_layers)
+
+
+def _masked(model: PreTrainedModel, layer: LayerSpec) -> MaskedProjection:
+    module = model.get_submodule(layer.name)
+    assert isinstance(module, MaskedProjection)
+    return module
 
 
 def _resized(layer: LayerSpec, vocab: int) -> LayerSpec:

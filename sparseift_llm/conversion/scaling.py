@@ -61,7 +61,8 @@ def scale_initial_weights(model: PreTrainedModel, record: ModelRecord) -> None:
     `fan_in_multipliers`, so that outputs have the dense layer's variance; a sparse embedding's by 1 / sqrt(density), so
     that the stream that it begins has, and the factor sqrt(hidden) of Gemma's embeddings is taken back. `supar` does
     that too, divides the logits by `logit_multiplier` (in the final norm) and scales attention scores by 1 / head size
-    instead of its root (in the queries).
+    instead of its root (in the queries). Logits that are tied to a sparse embedding have its larger weights, so they
+    begin 1 / sqrt(density) times as large as the dense model's under both.
 
     Args:
         model: widened model with stock initialisation, before masks.

@@ -88,9 +88,9 @@ def set_starting_masks(model: PreTrainedModel, record: ModelRecord) -> None:
     """Give every masked layer its first mask, after it has taken over the weights that `widen_trained` made.
 
     The largest of the trained weights are active, but for a share that goes to new channels (`reserve` of the family).
-    Under `gmp` all weights of the projections are active at first.
+    Under `gmp` and `granet` all weights of the projections are active at first.
     """
-    is_dense_at_first = record.transformation.dst.algorithm == "gmp"
+    is_dense_at_first = record.transformation.dst.starts_dense
     for layer, choose in _choices(record):
         module = model.get_submodule(layer.name)
         if isinstance(module, MaskedProjection) and (layer.kind in ENDS or not is_dense_at_first):

@@ -180,6 +180,15 @@ class BlockSparseLogits(VocabularyTiles):
         return stock_layer(self._dense_weight(), self.bias, as_conv1d=False, training=self.training)
 
 
+def check_shared(head: Tensor, embedding: Tensor) -> None:
+    """Raise RuntimeError unless the weights of tied logits and of their embedding are one parameter."""
+    if head is not embedding and not embedding.is_meta:  # which is offloaded, then
+        raise RuntimeError(
+            "the output head and the embedding no longer share one parameter, so that they would be trained apart: "
+            "call model.tie_weights() after weights were replaced, and with FSDP2 keep both in one fully_shard group"
+        )
+
+
 class TiedBlockLogits(nn.Module):
     """The output head of a model that ties it to its embedding. It is no sparse layer of its own.
 
@@ -217,12 +226,7 @@ class TiedBlockLogits(nn.Module):
         Raises:
             RuntimeError: the weights are no longer one parameter.
         """
-        if self.weight is not self.owner.weight and not self.owner.weight.is_meta:  # which is offloaded, then
-            raise RuntimeError(
-                "the output head and the embedding no longer share one parameter, so that they would be trained "
-                "apart: call model.tie_weights() after weights were replaced, and with FSDP2 keep both in one "
-                "fully_shard group"
-            )
+        check_shared(self.weight, self.owner.weight)
         return self.owner.logits(input, self.weight)
 
     def to_dense(self, embedding: nn.Embedding) -> nn.Module:

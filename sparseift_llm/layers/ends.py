@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseift_llm.layers.base import plain_name
-from sparseift_llm.layers.block_embedding import TiedBlockLogits
+from sparseift_llm.layers.block_embedding import TiedBlockLogits, check_shared
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.layers.stock import embedding_scale, stock_layer
 from sparseift_llm.ops.masked_weight import masked_weight
@@ -100,8 +100,13 @@ class TiedLogits(nn.Linear):
         return self._owner[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., hidden) -> (..., vocabulary)."""
+        """(..., hidden) -> (..., vocabulary).
+
+        Raises:
+            RuntimeError: the weights are no longer one parameter.
+        """
         owner = self.owner
+        check_shared(self.weight, owner.weight)
         return F.linear(input, masked_weight(self.weight, owner.mask, owner.dense_gradient), self.bias)
 
     def to_dense(self, embedding: nn.Embedding) -> nn.Module:

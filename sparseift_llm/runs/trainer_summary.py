@@ -79,7 +79,7 @@ def _linear(model_config: Mapping[str, Any]) -> dict[str, Any]:
             active, size = cost.linear_active_params, cost.linear_params
         else:
             record = read_record(config)
-            if record.transformation.dst.algorithm == "gmp":  # which prunes, so that the record is that of the start
+            if record.transformation.dst.starts_dense:  # and is pruned, so that the record is not that of the end
                 return {}
             layers = [layer for layer in record.layers if layer.layer_index is not None]
             active, size = sum(layer.num_active for layer in layers), sum(layer.num_weights for layer in layers)

@@ -21,6 +21,7 @@ def drop_and_grow(
     num_exchanged: Tensor,
     groups: Groups,
     connected: tuple[int, ...] | None = None,
+    only_moving: bool = False,
 ) -> Tensor:
     """In every group drop the active units of least importance, then grow as many of largest `growth`.
 
@@ -34,8 +35,9 @@ def drop_and_grow(
             more than were inactive, because dropped units can be grown again.
         groups: the groups.
         connected: None for the rule of the reference. Otherwise the last active unit of a line is not dropped, the
-            lines being those along these dimensions (see connected.py), and a unit whose growth score is 0 is not
-            grown: instead the most important one that would have been dropped stays.
+            lines being those along these dimensions (see connected.py), and `only_moving` is true.
+        only_moving: a unit whose growth score is 0 is not grown: instead the most important one that would have been
+            dropped stays.
 
     Returns:
         New mask with as many ones in every group as `mask`.
@@ -47,7 +49,7 @@ def drop_and_grow(
         dropped = groups.largest(-importance, mask, num_exchanged)
     else:
         dropped = _least_but_last(mask, importance, num_exchanged, groups, connected)
-    return groups.regrown(mask, dropped, importance, growth, only_moving=connected is not None)
+    return groups.regrown(mask, dropped, importance, growth, only_moving or connected is not None)
 
 
 def _least_but_last(

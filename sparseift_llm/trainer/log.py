@@ -33,11 +33,13 @@ LAYERS_NAME = "layers.jsonl"
 SUMMARY = "summary"
 ALL = "all"
 _ALWAYS = ("grad_norm_active", "tokens_per_second", "model_flops_utilization")
+_SEARCH = ("exploration", "mask_churn", "mask_survival")
 _SUMMARY_KEYS = {  # of each update rule: only what changes while it trains
     "static": _ALWAYS,
     "gmp": ("sparsity", *_ALWAYS),
+    "granet": ("sparsity", *_SEARCH, *_ALWAYS),
 }
-_SUMMARY_KEYS_OF_OTHERS = ("exploration", "mask_churn", "mask_survival", *_ALWAYS)
+_SUMMARY_KEYS_OF_OTHERS = (*_SEARCH, *_ALWAYS)
 
 
 def chosen_metrics(metrics: str | bool) -> str | None:

@@ -79,7 +79,9 @@ class SET(Static):
         importance = layer.magnitude() if importance is None else importance
         num_exchanged = groups.num_exchanged(mask, importance, self.drop_fraction(step), phase)
         connected = layer.lines if self.config.keeps_connected("block" if layer.unit_size > 1 else "") else None
-        return drop_and_grow(mask, importance, scores, num_exchanged, groups, connected)
+        # The row of a word that the batch lacks has no gradient, and nothing to choose other weights by.
+        only_moving = layer.role == "embedding"
+        return drop_and_grow(mask, importance, scores, num_exchanged, groups, connected, only_moving)
 
     def growth_scores(self, layer: SparseProjection, step: int, index: int, growth: Tensor | None) -> Tensor:
         """Scores of the mask's shape; the largest among the inactive ones grow."""

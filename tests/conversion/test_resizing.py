@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseift_llm import load_pretrained
+from sparseift_llm import load_pretrained, to_dense
 from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.ends import MaskedEmbedding, TiedLogits
@@ -47,12 +47,28 @@ def test_old_words_stay_and_new_ones_have_as_many_weights(tied: bool, words: int
 def test_fewer_words() -> None:
     model = residual_model()
     mask = sparse_layers(model)[EMBEDDING].current_mask().clone()
-    before = logits_of(model)
+    stock = to_dense(residual_model())
     model.resize_token_embeddings(pad_to_multiple_of=64, new_num_tokens=70)
     assert torch.equal(sparse_layers(model)[EMBEDDING].current_mask()[:100], mask)
     model.resize_token_embeddings(99)
-    assert torch.equal(logits_of(model), before[..., :99]) or int(logits_of(model).shape[-1]) == 99
+    ids = torch.arange(98)[None]
+    assert torch.equal(model(ids).logits, stock(ids).logits[..., :99])
     assert torch.equal(sparse_layers(model)[EMBEDDING].current_mask(), mask[:99])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resize_that_transformers_refuses_leaves_the_model_as_it_was(tied: bool, tmp_path: Path) -> None:
+    model = residual_model(tied=tied)
+    before, layers = logits_of(model), {name: type(layer) for name, layer in sparse_layers(model).items()}
+    masks = {name: layer.current_mask().clone() for name, layer in sparse_layers(model).items()}
+    with pytest.raises(ValueError, match="not and integer"):
+        model.resize_token_embeddings(120, pad_to_multiple_of=8.0)
+    assert {name: type(layer) for name, layer in sparse_layers(model).items()} == layers
+    assert isinstance(model.lm_head, TiedLogits) == tied
+    assert all(torch.equal(layer.current_mask(), masks[name]) for name, layer in sparse_layers(model).items())
+    assert torch.equal(logits_of(model), before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load_pretrained(tmp_path).eval()), before)
 
 
 def test_new_words_begin_with_rows_as_long_as_transformers_makes_them() -> None:

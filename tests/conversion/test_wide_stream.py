@@ -228,9 +228,10 @@ def test_a_dense_embedding() -> None:
     assert "model.embed_tokens" not in sparse_layers(wide)
 
 
-def test_gradual_pruning_starts_with_all_weights() -> None:
+@pytest.mark.parametrize("algorithm", ["gmp", "granet"])
+def test_gradual_pruning_starts_with_all_weights(algorithm: Any) -> None:
     dense = tiny_model("llama")
-    model = widened(dense, dst=DSTConfig("gmp"), reserve=0.0)
+    model = widened(dense, dst=DSTConfig(algorithm), reserve=0.0)
     assert difference(dense, model) == 0
     for name, layer in sparse_layers(model).items():
         assert bool(layer.current_mask().all()) == (name not in ("model.embed_tokens", "lm_head"))

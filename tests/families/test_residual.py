@@ -23,7 +23,7 @@ from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.planning.planner import plan
 from tests.helpers.decoders import SUPPORTED, decoder, decoder_config
 from tests.helpers.models import gradients_of, logits_of, tiny_config, tiny_model, token_ids, trained
-from tests.helpers.residual import residual, residual_model
+from tests.helpers.residual import STORAGES, residual, residual_model
 from tests.helpers.tiny_runs import controller_of, differences, final_state, sparse_trainer, violations
 
 EMBEDDING = "model.embed_tokens"
@@ -261,6 +261,34 @@ def test_ends_keep_their_masks_unless_asked_and_always_their_rows(tied: bool, al
             assert layer.current_mask().sum(1).tolist() == [32] * 100
             assert layer.dense_gradient is None or updates
     assert controller.active_weight_steps == 3 * plan(tiny_config("llama"), residual()).sparse.linear_active_params
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_head_that_lost_its_tie_is_an_error(storage: str) -> None:
+    """The two would be trained apart, and mask updates would clear the weights of one."""
+    model = residual_model(**STORAGES[storage])
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"no longer share one parameter.*tie_weights"):
+        model(token_ids())
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model(token_ids())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_words_that_the_batch_lacks_keep_their_weights(storage: str) -> None:
+    """Their gradient is 0, which does not say which weights would be better. In tiles this is so for block-rows."""
+    model = residual_model(tied=False, algorithm="rigl", embedding_updates=True, **STORAGES[storage])
+    embedding = sparse_layers(model)[EMBEDDING]
+    before = embedding.current_mask().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = SparseTrainingController(model, optimizer, total_steps=8)
+    ids = torch.tensor([[1, 2, 3, 1, 2, 3]])
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    assert controller.step == 1
+    seen = 1 if storage == "tiles" else 4  # block-rows of eight words each, or words
+    assert torch.equal(embedding.current_mask()[seen:], before[seen:])
+    assert not torch.equal(embedding.current_mask()[:seen], before[:seen])
 
 
 def test_growth_at_the_tied_matrix_follows_the_sum_of_both_gradients() -> None:
