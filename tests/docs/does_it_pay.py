@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MAX_ROWS = 6
 BETWEEN = re.compile(r"(?<=<!-- does it pay -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 HEADER = ("sparse model", "held-out loss, dense → sparse", "FLOPs", "step time")
+CORPORA = ("novels", "builtin")
 # Rows of benchmarks/equal_flops_rows.py, whose rates are tuned for both models.
 TITLES = {
     "residual2": "`scope: residual`",
@@ -38,19 +40,20 @@ def table() -> str:
 
 
 def equal_flops() -> Iterator[tuple[str, str, str, str]]:
-    """Rows at equal whole-model FLOPs with tuned rates for both models and three seeds, widest models first."""
+    """Rows at equal whole-model FLOPs, rates tuned for both models, three seeds: of each corpus the widest models."""
     tables = load_script("benchmarks/equal_flops_table.py")
-    folders = {folder: tables.Size.from_name(folder.name) for folder in (RESULTS / "equal_flops").glob("*/width*")}
-    for folder, size in sorted(folders.items(), key=lambda item: (-item[1].width, item[1].layers, item[0].parent.name)):
-        times = tables.read_times(tables.times_path(RESULTS / "equal_flops", size))
-        for name, title in TITLES.items():
+    for corpus, (name, title) in product(CORPORA, TITLES.items()):
+        sizes = [tables.Size.from_name(path.name) for path in (RESULTS / "equal_flops" / corpus).glob("width*")]
+        for size in sorted(sizes, key=lambda size: (-size.width, size.layers)):
+            folder = RESULTS / "equal_flops" / corpus / str(size)
             ours, dense = tables.best_of(folder / name), tables.best_of(folder / "dense")
             if ours is None or dense is None or min(len(ours.losses), len(dense.losses)) < 3:
                 continue
-            flops = ours.train_flops / dense.train_flops
+            times = tables.read_times(tables.times_path(RESULTS / "equal_flops", size))
             low, high = difference_interval(list(dense.losses.values()), list(ours.losses.values())) or (0, 0)
-            what = f"{title}, {folder.parent.name}, {size.title}" + (" (within noise)" if low <= 0 <= high else "")
-            yield _row(what, (dense.mean, ours.mean), flops, times.get(name))
+            what = f"{title}, {corpus}, {size.title}" + (" (within noise)" if low <= 0 <= high else "")
+            yield _row(what, (dense.mean, ours.mean), ours.train_flops / dense.train_flops, times.get(name))
+            break
 
 
 def study() -> Iterator[tuple[str, str, str, str]]:
