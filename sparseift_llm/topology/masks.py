@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _FEW = 16  # entries of a row, up to which comparing all pairs is faster than sorting
+_ROWS_AT_ONCE = 4096  # rows that are sorted together
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -37,7 +38,7 @@ def random_mask(shape: torch.Size, num_active: int, seed: int) -> Tensor:
     return mask.view(shape)
 
 
-def random_rows(shape: torch.Size, per_row: int, seed: int, rows_at_once: int = 4096) -> Tensor:
+def random_rows(shape: torch.Size, per_row: int, seed: int, rows_at_once: int = _ROWS_AT_ONCE) -> Tensor:
     """A random mask whose every row has exactly `per_row` ones, uniform within the row.
 
     Args:
@@ -92,21 +93,31 @@ def largest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     return selected.view(scores.shape)
 
 
-def largest_per_row(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+def largest_per_row(scores: Tensor, eligible: Tensor, counts: Tensor, rows_at_once: int = _ROWS_AT_ONCE) -> Tensor:
     """Mask of the `counts[r]` eligible entries of row r with the largest scores; among equals the lower index wins.
 
     Args:
-        scores: (R, C), finite where eligible.
+        scores: (R, C), finite where eligible. One row may stand for each of 50,000 words, so that long rows are sorted
+            in parts: the places of a sort take twice the memory of float32 scores.
         eligible: bool (R, C), with at least `counts[r]` ones in row r.
         counts: int (R,), on any device.
+        rows_at_once: rows of a part; another number gives the same mask.
     """
     counts = counts.to(scores.device)
     if scores.shape[1] <= _FEW:
         return eligible & (_num_before(scores.T.contiguous(), eligible.T.contiguous()) < counts).T
+    mask = eligible.new_zeros(eligible.shape)
+    ranks = torch.arange(scores.shape[1], device=scores.device)
+    parts = zip(*(rows.split(rows_at_once) for rows in (mask, scores, eligible, counts)), strict=True)
+    for part, some_scores, are_eligible, numbers in parts:
+        part.scatter_(1, _largest_first(some_scores, are_eligible), ranks < numbers[:, None])
+    return mask
+
+
+def _largest_first(scores: Tensor, eligible: Tensor) -> Tensor:
+    """Columns of every row (R, C), the eligible ones first and among them the largest: int64."""
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    order = order.gather(1, (~eligible).gather(1, order).sort(dim=1, stable=True).indices)  # eligible ones first
-    ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    return torch.zeros_like(eligible).scatter(1, order, ranks < counts[:, None])
+    return order.gather(1, (~eligible).gather(1, order).sort(dim=1, stable=True).indices)
 
 
 def _num_before(scores: Tensor, eligible: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseift_llm.topology import masks
 from sparseift_llm.topology.distributions import erdos_renyi_kernel, uniform
@@ -78,6 +80,39 @@ def test_largest_of_every_row(rows: int, width: int, levels: int, seed: int) -> 
             expected.append(largest_per_row(scores.masked_fill(~eligible, torch.nan), eligible, counts))
     for found in expected[1:]:
         assert torch.equal(found, expected[0])
+
+
+@given(rows=st.integers(0, 9), width=st.integers(17, 40), levels=st.sampled_from([1, 4, 1000]), seed=st.integers(0, 99))
+def test_rows_that_are_sorted_in_parts_are_those_sorted_at_once(rows: int, width: int, levels: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = (levels * torch.rand(rows, width, generator=generator)).round() - levels / 2
+    eligible = torch.rand(rows, width, generator=generator) > 0.3
+    counts = (torch.rand(rows, generator=generator) * (eligible.sum(1) + 1)).long()
+    whole = largest_per_row(scores, eligible, counts, rows_at_once=rows + 1)
+    for size in (1, 2, 3, 4096):
+        assert torch.equal(largest_per_row(scores, eligible, counts, rows_at_once=size), whole)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that an operation returns."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(result, Tensor):
+                self.num_bytes = max(self.num_bytes, result.nbytes)
+        return results
+
+
+def test_rows_of_many_words_are_sorted_in_parts() -> None:
+    """Of 50,000 words: no tensor is larger than the places of 4,096 rows, or a mask of all."""
+    scores = torch.arange(50_000 * 20).float().view(50_000, 20) % 7
+    with LargestTensor() as seen:
+        mask = largest_per_row(scores, scores > 0, torch.full((50_000,), 3))
+    assert mask.sum(1).unique().tolist() == [3]
+    assert seen.num_bytes == scores.numel() > 4096 * 20 * 8
 
 
 # ---- random masks and seeds
