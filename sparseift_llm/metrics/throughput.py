@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +11,7 @@ from sparseift_llm import isoflop
 from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.config.families import Wide
 from sparseift_llm.layers.base import sparse_layers
-from sparseift_llm.planning.cost import count_flops
+from sparseift_llm.planning.cost import count_flops, sparse_head
 from sparseift_llm.training.controller import SparseTrainingController
 
 
@@ -39,12 +38,12 @@ class TrainingFlops:
 
     @staticmethod
     def _weights_of_head(model: PreTrainedModel) -> int:
-        """Weights of the output head if its mask is updated, too, and so takes a dense gradient."""
+        """Weights of a sparse output head, inactive ones included, if mask updates take its dense gradient; else 0."""
         family = read_record(model.config).transformation.family
         if not (isinstance(family, Wide) and family.embedding_updates):
             return 0
-        head: Any = model.get_output_embeddings()
-        return int(head.weight.numel())
+        head = sparse_head(model)
+        return 0 if head is None else head.num_weights
 
     def total(self, num_steps: int) -> int:
         """FLOPs of the run's first `num_steps` steps, which the controller has just seen."""

@@ -137,7 +137,13 @@ def _whole_model_total(
             f"token; lower sparsity={config.sparsity}, use scope='ffn' or a smaller vocabulary"
             f"{_SPARSE_ENDS if config.scope == 'residual' else ''}"
         )
-    assert total <= available, "a widened model never costs less than the dense one"
+    if total > available:  # an embedding in tiles is rounded, perhaps by more than a hidden size has grown
+        missing = 2 * (total - available)
+        raise ValueError(
+            f"accounting='whole_model' cannot be met: with all weights of its projections the widened model would cost "
+            f"{missing:,} FLOP per token less than the dense one, because embedding and logits are whole tiles; raise "
+            f"sparsity={config.sparsity}, use a smaller block_size, or embedding='unstructured'"
+        )
     return total
 
 

@@ -15,6 +15,7 @@ from sparseift_llm import isoflop
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
 from sparseift_llm.layers.block_embedding import TiedBlockLogits
 from sparseift_llm.layers.ends import TiedLogits
+from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.projections import Projection, attention_widths, find_projections
 
@@ -29,6 +30,8 @@ class ModelCost:
         stored_params: parameters in memory, zeros included, tied ones once.
         flops: forward FLOPs per token.
         topology_bytes: bytes of masks, or of tile indices.
+        masked_zeros: zeros that products go through: those under the masks of projections and of the output head. Zeros
+            outside of tiles are not among them.
     """
 
     linear_active_params: int
@@ -36,6 +39,7 @@ class ModelCost:
     stored_params: int
     flops: isoflop.FlopCount
     topology_bytes: int = 0
+    masked_zeros: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """The fields printed by `sparseift plan --json`."""
@@ -62,13 +66,22 @@ def cost_of(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> ModelCos
     """
     if isinstance(model, PreTrainedConfig):
         model = build_model(model, meta=True)
-    layers = sparse_layers(model).values()
-    inactive = sum(layer.num_weights - layer.count_active() for layer in layers if layer.role == "projection")
+    layers, head = sparse_layers(model).values(), sparse_head(model)
+    zeros = {layer: layer.num_weights - layer.count_active() for layer in layers if layer.role == "projection"}
     projections = find_projections(model)
     total = sum(projection.num_weights for projection in projections)
-    flops = model_flops(model, projections, total - inactive, seq_len, num_logit_weights=_active_logit_weights(model))
+    num_active = total - sum(zeros.values())
+    num_logit_weights = None
+    if head is not None:
+        num_logit_weights = head.count_active()
+        zeros[head] = head.num_weights - num_logit_weights
     return ModelCost(
-        total - inactive, total, model.num_parameters(), flops, sum(layer.topology_bytes for layer in layers)
+        num_active,
+        total,
+        model.num_parameters(),
+        model_flops(model, projections, num_active, seq_len, num_logit_weights=num_logit_weights),
+        topology_bytes=sum(layer.topology_bytes for layer in layers),
+        masked_zeros=sum(number for layer, number in zeros.items() if isinstance(layer, MaskedProjection)),
     )
 
 
@@ -77,11 +90,11 @@ def count_flops(model: PreTrainedModel | PreTrainedConfig, seq_len: int) -> isof
     return cost_of(model, seq_len).flops
 
 
-def _active_logit_weights(model: PreTrainedModel) -> int | None:
-    """Active weights of a sparse output head; None if it is dense."""
+def sparse_head(model: PreTrainedModel) -> SparseProjection | None:
+    """The sparse layer whose matrix makes the logits, which is the embedding's where they are tied; None if dense."""
     head = model.get_output_embeddings()
-    matrix = head.owner if isinstance(head, TiedLogits | TiedBlockLogits) else head
-    return matrix.count_active() if isinstance(matrix, SparseProjection) else None
+    layer = head.owner if isinstance(head, TiedLogits | TiedBlockLogits) else head
+    return layer if isinstance(layer, SparseProjection) else None
 
 
 def model_flops(

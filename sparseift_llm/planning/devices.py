@@ -5,8 +5,8 @@ over 90% of the device's memory. Activations come on top.
 
 Time: tokens x 3 x forward FLOPs that are executed, over the device's peak for dense bfloat16 products times a
 utilization. A block-sparse matrix executes its active tiles. A masked one is multiplied whole, zeros included, and so
-are dense ones. That the products with tiles reach the same utilization as dense ones is an assumption, which is why
-the utilization can be given.
+are dense ones; the output head is one of these matrices. That the products with tiles reach the same utilization as
+dense ones is an assumption, which is why the utilization can be given.
 
 Memory and rates are those of the makers' data sheets, which `Device.source` names. Where a sheet gives a rate with 2:4
 sparsity alone, it is halved.
@@ -54,16 +54,9 @@ DEVICES = (
 )
 
 
-def executed_flops(cost: ModelCost, is_block: bool) -> int:
-    """Forward FLOPs per token that a device really computes.
-
-    Args:
-        cost: of a dense or a sparse model.
-        is_block: whether zeros are left out of products, as with `structure="block"`.
-    """
-    if is_block:
-        return cost.flops.forward
-    return cost.flops.forward - cost.flops.linear + isoflop.linear_flops(cost.linear_params)
+def executed_flops(cost: ModelCost) -> int:
+    """Forward FLOPs per token that a device really computes, for a dense or a sparse model."""
+    return cost.flops.forward + isoflop.linear_flops(cost.masked_zeros)
 
 
 def training_seconds(

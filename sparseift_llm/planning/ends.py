@@ -19,7 +19,8 @@ def end_layers(
     """The specifications of the input embedding and of the output head; none with other scopes.
 
     They have as many active weights as in the dense model, and without tiles every row has, so that logits cost what
-    they did. In tiles the vocabulary may be filled up.
+    they did. In tiles both hold to a tile, and the vocabulary may be filled up. Where the hidden size has not grown,
+    nothing is left out, so that they stay dense.
 
     Raises:
         ValueError: the model has other matrices there than an embedding and a linear head.
@@ -28,7 +29,7 @@ def end_layers(
         return ()
     assert isinstance(config.family, Wide)
     before, after = find_ends(dense_model), find_ends(widened_model)
-    choice = config.family.embedding
+    choice = config.family.embedding if after.shape != before.shape else "dense"
     if choice != "dense":
         check_embedding(widened_model.get_submodule(after.embedding))
     if choice == "dense":
@@ -56,9 +57,9 @@ def _in_tiles(dense: tuple[int, int], wide: tuple[int, int], size: int) -> Matri
     return MatrixSpec("", (num_rows * size, wide[1]), num_tiles * size**2, structure="block", block_size=size)
 
 
-def num_logit_weights(ends: tuple[LayerSpec, ...]) -> int | None:
-    """Active weights of the output head by what `end_layers` gave; None with other scopes."""
+def head_matrix(ends: tuple[LayerSpec, ...]) -> MatrixSpec | None:
+    """The matrix of the output head, perhaps the embedding's, by what `end_layers` gave; None with other scopes."""
     if not ends:
         return None
     embedding, logits = ends
-    return embedding.num_active if logits.tied_to else logits.num_active
+    return (embedding if logits.tied_to else logits).matrices[0]

@@ -30,7 +30,7 @@ from sparseift_llm.models.fused_rows import RowPattern
 from sparseift_llm.models.projections import Projection, find_projections
 from sparseift_llm.planning.allocation import active_counts, head_groups
 from sparseift_llm.planning.cost import ModelCost, cost_of, model_flops
-from sparseift_llm.planning.ends import end_layers, num_logit_weights
+from sparseift_llm.planning.ends import end_layers, head_matrix
 from sparseift_llm.planning.equal_cost import check_equal_cost
 from sparseift_llm.planning.kinds_apart import parts_of, patterns_of, row_groups, split_evenly
 from sparseift_llm.record.model_record import DenseSizes, ModelRecord, has_record, missing_layers
@@ -185,7 +185,8 @@ def plan_of_dense(
     widened_config = family_of(config.family).sparse_config(dense_config, config)
     widened_model, projections = build_widened(dense_config, dense_projections, widened_config, config.scope)
     ends = end_layers(dense_model, widened_model, config)
-    num_logits = num_logit_weights(ends)
+    head = head_matrix(ends)
+    num_logits = None if head is None else head.num_active
     rules, chosen = _choices(projections, config, dense_config)
     dense_cost = cost_of(dense_model, seq_len)
     is_sparse = [is_wide or rule is not None for is_wide, rule in zip(chosen, rules, strict=True)]
@@ -214,6 +215,8 @@ def plan_of_dense(
         for layer, rule, replacing in zip(layers, rules, parts, strict=True)
         if rule is not None
     )
+    multiplied = [*(matrix for layer in layers for matrix in layer.matrices), *([] if head is None else [head])]
+    masked_zeros = sum(matrix.num_weights - matrix.num_active for matrix in multiplied if matrix.block_size is None)
     layers = (*ends[:1], *layers, *ends[1:])
     sparse = [matrix for layer in layers for matrix in layer.matrices if matrix.is_sparse]
     if config.block_size is not None:
@@ -224,7 +227,7 @@ def plan_of_dense(
             for matrix in layer.matrices
         )
     flops = model_flops(widened_model, projections, sum(active), seq_len, num_logit_weights=num_logits)
-    sparse_cost = ModelCost(sum(active), num_linear, num_stored, flops, sum(map(_topology_bytes, sparse)))
+    sparse_cost = ModelCost(sum(active), num_linear, num_stored, flops, sum(map(_topology_bytes, sparse)), masked_zeros)
     sizes = sizes_of(dense_config)
     dense_sizes = DenseSizes(sizes.hidden, sizes.ffn, sizes.head_dim, vocab_size or sizes.vocab)
     return Plan(config, widened_config, seq_len, dense_sizes, layers, dense_cost, sparse_cost)

@@ -33,10 +33,7 @@ def estimates_of(plan: Plan, num_tokens: float, utilization: float | None = None
         raise ValueError(f"tokens must be above 0, got {num_tokens:g}")
     utilization = UTILIZATION if utilization is None else utilization
     state = {"dense": _state_bytes(plan.dense), "sparse": _state_bytes(plan.sparse)}
-    flops = {
-        "dense": executed_flops(plan.dense, is_block=False),
-        "sparse": executed_flops(plan.sparse, is_block=plan.config.structure == "block"),
-    }
+    flops = {"dense": executed_flops(plan.dense), "sparse": executed_flops(plan.sparse)}
     devices = [
         {
             "device": device.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -45,14 +46,18 @@ def test_a_static_run_costs_what_the_dense_run_costs(storage: str, tied: bool) -
     assert TrainingFlops(model, 24, 12, controller).total(3) == pytest.approx(3 * 24 * dense, rel=2e-3)
 
 
+@every_storage
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("updates", [True, False])
-def test_dense_gradients_of_logits_count_where_rigl_takes_them(updates: bool) -> None:
-    model = residual_model(algorithm="rigl", embedding_updates=updates)
+def test_dense_gradients_of_logits_count_where_rigl_takes_them(storage: str, tied: bool, updates: bool) -> None:
+    options = {**STORAGES[storage], "embedding_updates": updates}
+    model = residual_model(tied=tied, algorithm="rigl", **options)
     total = TrainingFlops(model, 24, 12, trained(model)[0]).total(3)
-    dense = 3 * 24 * count_flops(tiny_config("llama"), 12).training
+    active = 3 * 24 * count_flops(model, 12).training
     layers = sparse_layers(model).values()
-    counted = sum(layer.num_weights for layer in layers if updates or layer.role == "projection")
-    assert total == dense + 24 * 2 * 3 * counted
+    counted = sum(math.prod(layer.gradient_shape) for layer in layers if layer.role == "projection")
+    counted += (104 if storage == "tiles" else 100) * 128 * updates  # words, in tiles of 8, times channels
+    assert total == active + 24 * 2 * 3 * counted
 
 
 @every_storage

@@ -18,6 +18,7 @@ from sparseift_llm.layers.block_embedding import BlockSparseEmbedding, BlockSpar
 from sparseift_llm.layers.ends import MaskedEmbedding, TiedLogits
 from sparseift_llm.layers.masked import MaskedLinear
 from sparseift_llm.layers.tiled import TiledProjection
+from sparseift_llm.metrics.throughput import TrainingFlops
 from sparseift_llm.models.presets import load_config
 from sparseift_llm.ops.tiles import tiles_of
 from sparseift_llm.planning.cost import cost_of
@@ -83,6 +84,56 @@ def test_flops_are_the_dense_models_at_every_size(name: str, size: int | None, s
     assert result.ratio_linear == pytest.approx(1, abs=1e-4)
     assert result.ratio_whole_model == pytest.approx(1, abs=1e-4)
     assert result.sparse.to_dict()["train_state_bytes"] < 1.02 * result.dense.to_dict()["train_state_bytes"]
+
+
+@tied_or_not
+def test_block_rows_of_words_have_as_many_tiles_to_one(tied: bool) -> None:
+    """50 tiles in 13 block-rows: 100 words are a multiple of no tile."""
+    model = residual_model(tied=tied, **STORAGES["tiles"])
+    for layer in sparse_layers(model).values():
+        if layer.role != "projection":
+            assert layer.current_mask().sum(1).unique().tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@tied_or_not
+@pytest.mark.parametrize("accounting", ["linears", "whole_model"])
+def test_nothing_is_left_out_where_the_hidden_size_does_not_grow(storage: str, tied: bool, accounting: str) -> None:
+    """The sparse twin as a dense baseline."""
+    config = tiny_config("llama", tie_word_embeddings=tied)
+    options = {**STORAGES[storage], "embedding_updates": True, "accounting": accounting, "seq_len": 32}
+    transformation = residual(0.0, "rigl", **options)
+    result = plan(config, transformation)
+    assert [layer.sparsity for layer in result.layers if layer.tied_to is None] == [0.0] * (16 - tied)
+    assert (result.ratio_linear, result.ratio_whole_model) == (1.0, 1.0)
+    assert result.sparse.masked_zeros == 0
+    model = sparsify(config, transformation)
+    assert cost_of(model, 32) == result.sparse
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    controller = SparseTrainingController(model, optimizer, total_steps=12)
+    ids = token_ids()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    assert controller.cost.num_updates == 1
+    assert cost_of(model, 32) == result.sparse
+    assert TrainingFlops(model, 24, 32, controller).total(1) > 24 * result.dense.flops.training
+
+
+def test_tiles_that_cannot_take_all_flops_of_the_dense_model_say_so() -> None:
+    """A hidden size of 126 grows to 128, by less than the 33.47 tiles of its embedding are rounded down."""
+    config = tiny_config(
+        "llama", hidden_size=126, num_attention_heads=2, num_key_value_heads=2, head_dim=32, intermediate_size=64,
+        num_hidden_layers=1, vocab_size=1088, tie_word_embeddings=True,
+    )  # fmt: skip
+    options: dict[str, Any] = {"structure": "block", "block_size": 64, "accounting": "whole_model", "seq_len": 32}
+    message = (
+        r"would cost 2,048 FLOP per token less than the dense one.*raise sparsity=0\.01, use a smaller block_size, or "
+        "embedding='unstructured'"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan(config, residual(0.01, **options))
+    for changed in ({"block_size": 32}, {"embedding": "unstructured"}):
+        assert plan(config, residual(0.01, **{**options, **changed})).ratio_whole_model == pytest.approx(1, abs=0.01)
 
 
 def test_tiles_that_do_not_fit_heads_that_share_keys_are_refused() -> None:
