@@ -47,8 +47,9 @@ class Wide(_Named):
     FFN's inner size as they were."""
     embedding: Literal["sparse", "unstructured", "dense"] = "sparse"
     """With scope `residual`: `sparse` (embedding and logits have as many active weights as in the dense model, every
-    word as many as another; in tiles with structure `block`), `unstructured` (single weights even where projections are
-    in tiles) or `dense` (all are active; with accounting `whole_model` the projections pay for the logits)."""
+    word as many as another; with structure `block` in tiles, and then to a tile), `unstructured` (single weights, with
+    structure `block` only) or `dense` (all are active; with accounting `whole_model` the projections pay for the
+    logits)."""
     embedding_updates: bool = False
     """With scope `residual`: mask updates change the masks of sparse embeddings and logits, too. `rigl` takes a dense
     gradient of vocabulary times hidden size for that."""

@@ -233,6 +233,12 @@ class SparseIFTConfig:
                         f"{name}={getattr(family, name)!r} goes with scope='residual' only, not with "
                         f"scope={self.scope!r}, which leaves embeddings dense; leave it out"
                     )
+        elif family.embedding == "unstructured" and self.structure != "block":
+            raise ValueError(
+                "embedding='unstructured' keeps single weights at the ends of a model whose projections are in tiles, "
+                f"and with structure={self.structure!r} embedding='sparse' does so, too; write embedding='sparse' or "
+                "leave it out, or set structure='block'"
+            )
         elif family.embedding_updates and family.embedding == "dense":
             raise ValueError("embedding_updates=True needs embedding='sparse': a dense embedding has no mask")
         elif family.embedding_updates and self.dst.algorithm not in ("set", "rigl"):

@@ -84,9 +84,12 @@ def check_optimizer(
         if isinstance(layer.weight, DTensor):
             _check_sharding(name, layer.weight, is_sharded_by_fsdp)
         if id(layer.weight) not in owned and not layer.is_frozen:
+            dense = "the projection dense with SparseIFTConfig(exclude=...)"
+            if layer.role != "projection":
+                dense = "embedding and logits dense with embedding='dense', or freeze them with requires_grad_(False)"
             raise ValueError(
                 f"{name}.weight is not in the optimizer; create the optimizer after sparsify (and after fully_shard), "
-                "from model.parameters(), or leave the projection dense with SparseIFTConfig(exclude=...)"
+                f"from model.parameters(), or leave {dense}"
             )
 
 

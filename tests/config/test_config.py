@@ -115,6 +115,11 @@ WRONG = [
         "{structure: 2:4, init: pretrained, scope: ffn, reserve: 0.2}",
         "reserve=0.2 shares active weights out to new units",
     ),
+    (
+        "{scope: residual, embedding: unstructured}",
+        "with structure='unstructured' embedding='sparse' does so, too; write embedding='sparse' or leave it",
+    ),
+    ("{scope: residual, embedding: unstructured, structure: 2:4}", "with structure='2:4' embedding='sparse' does so,"),
     # files
     ("sparsity: 0.5\nsparsity: 0.75", "key 'sparsity' stands twice"),
     ("dst:\n  algorithm: set\n  algorithm: rigl", "key 'algorithm' stands twice"),
@@ -158,6 +163,7 @@ def test_defaults() -> None:
         "dst: {update_every_steps: 1}",
         "{accounting: whole_model, seq_len: 1}",
         "{scope: ffn, targets: [mlp_out]}",
+        "{scope: residual, structure: block, embedding: unstructured}",
     ],
 )
 def test_values_at_the_edge_are_accepted(text: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from sparseift_llm.checkpoints.mask_file import pack, unpack
 from sparseift_llm.layers.base import sparse_layers
 from tests.conftest import tiny_models_of
 from tests.helpers.models import tiny_model
+from tests.helpers.residual import STORAGES, residual_model
 from tests.helpers.tiny_runs import ToyModel, batches, bits, differences, first_sparse, masks, sparse_gpt2, train
 
 
@@ -323,6 +324,22 @@ def test_sparse_weight_missing_from_the_optimizer() -> None:
     rest = [value for key, value in model.named_parameters() if key != f"{name}.weight"]
     with pytest.raises(ValueError, match=rf"{name}\.weight is not in the optimizer"):
         SparseTrainingController(model, SGD(rest, lr=1.0), 10)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("missing", ["embed_tokens", "lm_head", "q_proj"])
+def test_an_end_missing_from_the_optimizer_is_left_dense_in_another_way(storage: str, missing: str) -> None:
+    """`exclude` takes kinds of projections alone."""
+    model = residual_model(tied=False, **STORAGES[storage])
+    rest = [value for key, value in model.named_parameters() if missing not in key]
+    with pytest.raises(ValueError, match=rf"{missing}\.weight is not in the optimizer") as error:
+        SparseTrainingController(model, SGD(rest, lr=1.0), 10)
+    is_end = missing != "q_proj"
+    assert ("embedding='dense', or freeze them" in str(error.value)) == is_end
+    assert ("exclude" in str(error.value)) != is_end
+    for key, value in model.named_parameters():
+        value.requires_grad_(missing not in key)
+    SparseTrainingController(model, SGD(rest, lr=1.0), 10).close()
 
 
 def test_not_a_torch_optimizer() -> None:
