@@ -28,10 +28,12 @@ class Point:
     """The dense model and the wide one, both at their best rates, at one width and length of training.
 
     Args:
+        corpus: what both train on.
         width: of the dense model.
         tokens: training tokens for each projection weight.
     """
 
+    corpus: str
     width: int
     tokens: float
     dense: Best
@@ -48,24 +50,30 @@ class Point:
         return 1 / len(self.dense.losses) + 1 / len(self.ours.losses)
 
     @property
-    def place(self) -> tuple[float, float]:
-        """Width and tokens for each weight."""
-        return self.width, self.tokens
+    def place(self) -> tuple[str, float, float]:
+        """Corpus, width, and tokens for each weight."""
+        return self.corpus, self.width, self.tokens
 
 
 @dataclass(frozen=True)
 class Plane:
-    """gain = c0 + c1 log2(width / 128) + c2 log2(tokens for each weight / 10), by weighted least squares.
+    """gain = c[corpus] + a log2(width / 128) + b log2(tokens for each weight / 10), by weighted least squares.
 
     Args:
-        coefficients: c0 to c2.
-        covariance: [3, 3], of the coefficients.
+        corpora: the K corpora.
+        coefficients: [K + 2], the constants of the corpora, a and b.
+        covariance: [K + 2, K + 2], of the coefficients.
         t: half of a 95% interval, in standard errors.
     """
 
+    corpora: tuple[str, ...]
     coefficients: NDArray[np.float64]
     covariance: NDArray[np.float64]
     t: float
+
+    def at(self, corpus: str, width: float, tokens: float) -> tuple[float, float, float]:
+        """The gain at a place, and the ends of its 95% interval."""
+        return self.interval(direction(self.corpora, corpus, width, tokens))
 
     def interval(self, direction: NDArray[np.float64]) -> tuple[float, float, float]:
         """The coefficients' sum weighted by `direction`, and the ends of its 95% interval."""
@@ -75,14 +83,14 @@ class Plane:
 
 
 def points_of(folder: Path) -> list[Point]:
-    """All of one corpus whose models have two layers: `folder` has a folder for each size."""
+    """All of one corpus whose models have two layers: `folder`, named as the corpus, has a folder for each size."""
     found = []
     for size in sorted(Size.from_name(path.name) for path in folder.glob("width*")):
         for length in LENGTHS:
             dense, ours = (best_of(folder / str(size) / f"{row}{length}") for row in ("dense", OURS))
             if size == Size(size.width) and dense and ours:
                 tokens = tokens_per_weight(size, BY_NAME[f"{OURS}{length}"])
-                found.append(Point(size.width, tokens, dense, ours))
+                found.append(Point(folder.name, size.width, tokens, dense, ours))
     return found
 
 
@@ -95,9 +103,10 @@ def seed_variance(groups: Iterable[Sequence[float]]) -> tuple[float, int] | None
     return sum((len(group) - 1) * statistics.variance(group) for group in repeated) / freedom, freedom
 
 
-def direction(width: float, tokens: float) -> NDArray[np.float64]:
-    """[3]: what the coefficients are multiplied with at this place."""
-    return np.array([1.0, math.log2(width / CENTRE[0]), math.log2(tokens / CENTRE[1])])
+def direction(corpora: Sequence[str], corpus: str, width: float, tokens: float) -> NDArray[np.float64]:
+    """[K + 2]: what the coefficients are multiplied with at this place."""
+    constants = [float(corpus == other) for other in corpora]
+    return np.array([*constants, math.log2(width / CENTRE[0]), math.log2(tokens / CENTRE[1])])
 
 
 def fit_plane(points: Sequence[Point]) -> Plane | None:
@@ -107,29 +116,35 @@ def fit_plane(points: Sequence[Point]) -> Plane | None:
     point with one seed counts, too. They do not contain that the truth may not be a plane.
     """
     variance = seed_variance(list(row.losses.values()) for point in points for row in (point.dense, point.ours))
-    places = np.array([direction(*point.place) for point in points])
+    corpora = tuple(dict.fromkeys(point.corpus for point in points))
+    places = np.array([direction(corpora, *point.place) for point in points])
     if variance is None or np.linalg.matrix_rank(places) < places.shape[1]:
         return None
     weights = np.array([1 / point.variance_factor for point in points])
     inverse = np.linalg.inv(places.T @ (weights[:, None] * places))
     coefficients = inverse @ (places.T @ (weights * np.array([point.gain for point in points])))
-    return Plane(coefficients, variance[0] * inverse, float(stats.t.ppf(0.975, variance[1])))
+    return Plane(corpora, coefficients, variance[0] * inverse, float(stats.t.ppf(0.975, variance[1])))
 
 
 def report(results: Path) -> str:
-    """Markdown: for every corpus with a plane, its points, what a doubling adds, and the gain at `TARGET`."""
-    return "\n\n".join(
-        f"{folder.name}: gain of a residual stream twice as wide, by width and tokens\n\n{points_table(points)}\n\n"
-        f"{fitted(plane)}"
-        for folder in sorted(results.iterdir())
-        if folder.is_dir() and (points := points_of(folder)) and (plane := fit_plane(points))
-    )
+    """Markdown: all points of corpora with at least two, what a doubling adds, and the gain at `TARGET`.
+
+    Empty if the points do not determine a plane.
+    """
+    found = [points_of(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    points = [point for points in found if len(points) > 1 for point in points]
+    plane = fit_plane(points) if points else None
+    if plane is None:
+        return ""
+    title = "Gain of a residual stream twice as wide, by corpus, width and tokens"
+    return f"{title}\n\n{points_table(points)}\n\n{fitted(plane)}"
 
 
 def points_table(points: Iterable[Point]) -> str:
     """One line each."""
     lines = [
         (
+            point.corpus,
             point.width,
             f"{point.tokens:.0f}",
             gain(point.ours, point.dense),
@@ -137,19 +152,23 @@ def points_table(points: Iterable[Point]) -> str:
         )
         for point in points
     ]
-    return markdown_table(("width", "tokens for each weight", "gain (95%)", "seeds: dense, wide"), lines, "rrlr")
+    return markdown_table(
+        ("corpus", "width", "tokens for each weight", "gain (95%)", "seeds: dense, wide"), lines, "lrrlr"
+    )
 
 
 def fitted(plane: Plane) -> str:
     """What the plane says, in words."""
-
-    def words(of: NDArray[np.float64]) -> str:
-        value, low, high = plane.interval(of)
-        return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-
-    wider, longer = np.eye(3)[1:]
+    wider, longer = (in_words(plane.interval(of)) for of in np.eye(len(plane.corpora) + 2)[-2:])
+    there = [f"{in_words(plane.at(corpus, *TARGET))} for {corpus}" for corpus in plane.corpora]
     return (
-        f"A plane through these gains, over the logarithms: twice the width adds {words(wider)} nats, twice the tokens "
-        f"{words(longer)}. At width {TARGET[0]:.0f} and {TARGET[1]:.0f} tokens for each weight it predicts "
-        f"{words(direction(*TARGET))}."
+        f"A plane through these gains, over the logarithms, with a constant for each corpus: twice the width adds "
+        f"{wider} nats, twice the tokens {longer}. At width {TARGET[0]:.0f} and {TARGET[1]:.0f} tokens for each weight it "
+        f"predicts {' and '.join(there)}."
     )
+
+
+def in_words(interval: tuple[float, float, float]) -> str:
+    """A value and its 95% interval."""
+    value, low, high = interval
+    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"

@@ -236,35 +236,41 @@ def test_the_fit_finds_the_plane_that_gains_lie_on(study: ModuleType, tmp_path: 
     write_gains(tmp_path / "novels", study, gain, sizes)
     points = fits.points_of(tmp_path / "novels")
     assert [point.place for point in points] == [
-        (width, pytest.approx(tokens, rel=0.02))
+        ("novels", width, pytest.approx(tokens, rel=0.02))
         for width, tokens in ((64, 20.4), (64, 40.8), (128, 10.2), (256, 10.2), (256, 20.4))
     ]
     plane = fits.fit_plane(points)
     assert plane.coefficients == pytest.approx([0.03, 0.02, -0.01])
-    value, low, high = plane.interval(fits.direction(*fits.TARGET))
+    value, low, high = plane.at("novels", *fits.TARGET)
     assert value == pytest.approx(0.03 + 0.02 * math.log2(6) - 0.01 * math.log2(3))
     assert value - low == pytest.approx(high - value)
     assert "twice the width adds +0.020" in fits.report(tmp_path)
     assert "predicts +0.066 (" in fits.report(tmp_path)
+    sizes = {"width64": ("",), "width128": ("-half",)}
+    write_gains(tmp_path / "builtin", study, lambda width, tokens: gain(width, tokens) - 0.05, sizes)
+    write_gains(tmp_path / "tenth", study, lambda width, tokens: -0.3, {"width64": ("",)})  # too few to count
+    said = fits.report(tmp_path)
+    assert "twice the width adds +0.020" in said
+    assert re.search(r"predicts \+0\.016 \([^)]*\) for builtin and \+0\.066 \([^)]*\) for novels\.$", said)
 
 
 def test_the_fits_interval_covers_the_truth_as_often_as_it_says(study: ModuleType, tables: ModuleType) -> None:
     """Losses are drawn around a plane, with one seed at one of the points, 400 times."""
     fits, draw = study.equal_flops_fit, random.Random(0)
     places, truth = ((64, 42.0), (64, 10.0), (128, 10.0), (128, 5.0), (256, 10.0)), [0.02, 0.03, -0.01]
-    target, covered = fits.direction(*fits.TARGET), 0
+    covered, there = 0, fits.direction(["novels"], "novels", *fits.TARGET)
     for _ in range(400):
         points = []
         for place in places:
             seeds = range(1 if place == places[-1] else 3)
-            gain = float(fits.direction(*place) @ truth)
+            gain = float(fits.direction(["novels"], "novels", *place) @ truth)
             rows = [
                 tables.Best(study.Rates(8e-3, 4), {seed: mean + draw.gauss(0, 0.02) for seed in seeds}, True, 1.0)
                 for mean in (4.0, 4.0 - gain)
             ]
-            points.append(fits.Point(*place, *rows))
-        _, low, high = fits.fit_plane(points).interval(target)
-        covered += low <= float(target @ truth) <= high
+            points.append(fits.Point("novels", *place, *rows))
+        _, low, high = fits.fit_plane(points).at("novels", *fits.TARGET)
+        covered += low <= float(there @ truth) <= high
     assert 0.92 < covered / 400 < 0.98
 
 
