@@ -161,10 +161,10 @@ def fitted(plane: Plane) -> str:
     """What the plane says, in words."""
     wider, longer = (in_words(plane.interval(of)) for of in np.eye(len(plane.corpora) + 2)[-2:])
     there = [f"{in_words(plane.at(corpus, *TARGET))} for {corpus}" for corpus in plane.corpora]
+    place = f"width {TARGET[0]:.0f} and {TARGET[1]:.0f} tokens for each weight"
     return (
-        f"A plane through these gains, over the logarithms, with a constant for each corpus: twice the width adds "
-        f"{wider} nats, twice the tokens {longer}. At width {TARGET[0]:.0f} and {TARGET[1]:.0f} tokens for each weight it "
-        f"predicts {' and '.join(there)}."
+        "A plane through these gains, over the logarithms, with a constant for each corpus: twice the width adds "
+        f"{wider} nats, twice the tokens {longer}. At {place} it predicts {' and '.join(there)}."
     )
 
 
