@@ -280,13 +280,13 @@ def test_places_that_determine_no_plane_have_no_fit(study: ModuleType, tmp_path:
     assert study.equal_flops_fit.report(tmp_path) == ""
 
 
-def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: ModuleType) -> None:
+def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: ModuleType, tables: ModuleType) -> None:
     paths = sorted(study.RESULTS.glob("*/*/*/*.json"))
     assert paths, "no results"
     for path in paths:
         assert path.parent.name in study.BY_NAME
         result = json.loads(path.read_text("utf-8"))
-        assert path.stem == f"{study.Rates(result['rate'], result['embedding_factor'])}-seed{result['seed']}"
+        assert path.stem == f"{tables.rates_of(result)}-seed{result['seed']}"
         assert result["corpus"]["name"] == path.parents[2].name
         for part in ("train", "held_out") if result["corpus"]["name"] != study.BUILTIN else ():
             assert "/" not in result["corpus"][part]["file"]
@@ -331,6 +331,8 @@ def test_what_the_page_says_of_width_128_is_in_its_results(study: ModuleType, ta
     worth = tables.equal_loss_flops(wide, dense, slope).removesuffix("x")
     gained, doubled = dense.mean - wide.mean, dense.mean - double.mean
     assert f"gain it {doubled:.3f}, so {gained:.3f} nats are worth {worth} times its compute" in page
+    seeds = {1: "one seed", 3: "three seeds"}[len(found["ffn"].losses)]
+    assert f"at the dense model's rates, gains {tables.gain(found['ffn'], dense)} with {seeds}." in page
     worse = sorted(found[name].mean - dense.mean for name in ("residual4", "residual2-tile16", "model"))
     assert f"are {worse[0]:.3f} to {worse[-1]:.3f} nats worse than the dense model" in page
     loss = {
