@@ -30,6 +30,7 @@ CORPORA = ("novels", "builtin")
 TITLES = {
     "residual2": "`scope: residual`",
     "model": "`scope: model` at equal FLOPs",
+    "ffn": "`scope: ffn`, single weights",
 }
 
 
