@@ -185,7 +185,7 @@ def run_all(wanted: Sequence[tuple[Row, Size]], choice: argparse.Namespace) -> N
         for row, size in wanted:
             search = Search(row, size, choice.corpus, pool, choice.tune_regularisation)
             if choice.at:
-                ends.append(climbers.submit(search.losses, [(choice.at, seed) for seed in choice.seeds]))
+                ends.append(climbers.submit(search.losses, [(choice.at, seed) for seed in choice.seeds or SEEDS]))
             else:
                 ends.append(climbers.submit(search.run))
         for end in ends:
@@ -231,7 +231,7 @@ def main(words: list[str] | None = None) -> None:
     run.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     run.add_argument("--tune_regularisation", action="store_true", help="look for it as for the rates")
     run.add_argument("--at", type=rates_from_word, metavar=RATES_FORM, help="train at these alone; no search")
-    run.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="with --at")
+    run.add_argument("--seeds", type=int, nargs="+", help=f"with --at; {' '.join(map(str, SEEDS))} if left out")
     time = commands.add_parser("time", help="step times of all rows, in float32 on one core")
     time.add_argument("--width", type=int, choices=sorted(set(WIDTHS) - set(IN_BFLOAT16)), default=128)
     for command in (run, time):
@@ -245,6 +245,10 @@ def main(words: list[str] | None = None) -> None:
         size = Size(choice.width, choice.layers)
         write_json(times_path(RESULTS, size), step_times(recipes_of(size)))
         return
+    if choice.seeds and not choice.at:
+        parser.error("--seeds goes with --at: a search takes its own")
+    if choice.tune_regularisation and choice.at:
+        parser.error(f"--tune_regularisation is for a search; give it with --at {RATES_FORM}")
     wanted = [(BY_NAME[name], Size(width, choice.layers)) for width in choice.width for name in choice.rows]
     for row, size in wanted:
         if not row.exists_at(size):

@@ -53,14 +53,11 @@ def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwar
     stock, old_vocab = (model.get_input_embeddings(), model.get_output_embeddings()), model.config.vocab_size
     try:
         type(model).resize_token_embeddings(model, *args, **kwargs)
-    except Exception:
+    except Exception:  # whatever it is, the stock layers must not stay
         model.set_input_embeddings(stock[0])
         model.set_output_embeddings(stock[1])
         model.config.vocab_size = old_vocab
-        install_sparse_layers(model, ends)
-        for layer in ends:
-            if layer.name in masks:
-                _masked(model, layer).set_mask(masks[layer.name])
+        _put_back(model, ends, masks)
         raise
     vocab = model.config.vocab_size
     changed = {layer.name: _resized(layer, vocab) for layer in ends}
@@ -71,6 +68,14 @@ def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwar
             seed = derive_seed(record.transformation.seed, "resized", vocab, index)
             _mask_words(_masked(model, spec), masks[spec.name], spec, seed)
     return dataclasses.replace(record, layers=new_layers)
+
+
+def _put_back(model: PreTrainedModel, ends: list[LayerSpec], masks: dict[str, torch.Tensor]) -> None:
+    """Sparse layers in place of the stock ends, with the masks that they had."""
+    install_sparse_layers(model, ends)
+    for layer in ends:
+        if layer.name in masks:
+            _masked(model, layer).set_mask(masks[layer.name])
 
 
 def _masked(model: PreTrainedModel, layer: LayerSpec) -> MaskedProjection:

@@ -71,6 +71,11 @@ def test_every_row_costs_what_the_dense_model_costs(
         assert (recipe.training["learning_rate"], recipe.training["embedding_lr_factor"]) == (4e-3, 2)
 
 
+def corpus_word(corpus: Any) -> str:
+    """For the command line."""
+    return f"{corpus.name}={corpus.files['train']},{corpus.files['held_out']}"
+
+
 def bowl(study: ModuleType, rate: float, factor: float) -> Any:
     """Losses with the minimum at these rates, and every rate that was asked for."""
     tried: list[Any] = []
@@ -122,26 +127,36 @@ def test_regularisation_is_looked_for_where_that_is_asked(
 
 
 def test_rates_can_be_given_instead_of_a_search(
-    study: ModuleType,
-    rows: ModuleType,
-    corpus: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    study: ModuleType, corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = []
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(
-        study.Search, "_train", lambda search, *run: trained.append((search.row.name, search.size, *run))
+        study.Search, "_train", lambda search, *run: write_result(search.result_path(*run).parent, *run, 4)
     )
-    monkeypatch.setattr(study.Search, "result_path", lambda search, *run: Path(__file__).parent / "none")
-    files = corpus.files
-    words = ["run", "dense", "residual2-tile128", "--corpus", f"novels={files['train']},{files['held_out']}"]
-    with pytest.raises(FileNotFoundError):  # nothing was trained, so there is no result to read
-        study.main([*words, "--width", "1024", "--at", "0.002,4", "--seeds", "5"])
-    rates = study.Rates(2e-3, 4)
-    assert sorted(trained) == [(row, rows.Size(1024), rates, 5) for row in ("dense", "residual2-tile128")]
+    words = ["run", "dense", "residual2-tile128", "--corpus", corpus_word(corpus), "--width", "1024"]
+    study.main([*words, "--at", "0.002,4", "--seeds", "5"])
+    study.main([*words[:2], *words[3:], "--at", "0.002,4,0.3,0.1"])
+    found = {str(path.relative_to(tmp_path / "novels" / "width1024")) for path in tmp_path.rglob("*.json")}
+    assert found == {f"{row}/lr0.002-emb4-seed5.json" for row in ("dense", "residual2-tile128")} | {
+        f"dense/lr0.002-emb4-wd0.3-drop0.1-seed{seed}.json" for seed in study.SEEDS
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--at", "0.002"], "must be RATE,FACTOR[,WEIGHT_DECAY,DROPOUT], such as 0.008,4"),
+        (["--at", "0.002,4,0.1,0,7"], "must be RATE,FACTOR[,WEIGHT_DECAY,DROPOUT], such as 0.008,4"),
+        (["--seeds", "5"], "--seeds goes with --at"),
+        (["--at", "0.002,4", "--tune_regularisation"], "--tune_regularisation is for a search"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(
+    study: ModuleType, corpus: Any, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        study.main([*words, "--at", "0.002"])
-    assert "must be RATE,FACTOR[,WEIGHT_DECAY,DROPOUT], such as 0.008,4" in capsys.readouterr().err
+        study.main(["run", "dense", "--corpus", corpus_word(corpus), *words])
+    assert message in capsys.readouterr().err
 
 
 def test_a_result_names_the_command_that_trains_it_alone(

@@ -26,7 +26,7 @@ MAX_ROWS = 6
 BETWEEN = re.compile(r"(?<=<!-- does it pay -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 HEADER = ("sparse model", "held-out loss, dense → sparse", "FLOPs", "step time")
 CORPORA = ("novels", "builtin")
-# Rows of benchmarks/equal_flops_rows.py, whose rates are tuned for both models.
+# Rows of benchmarks/equal_flops_rows.py. Where a search of rates did not end, docs/results.md says so.
 TITLES = {
     "residual2": "`scope: residual`",
     "model": "`scope: model` at equal FLOPs",
@@ -41,7 +41,7 @@ def table() -> str:
 
 
 def equal_flops() -> Iterator[tuple[str, str, str, str]]:
-    """Rows at equal whole-model FLOPs, rates tuned for both models, three seeds: of each corpus the widest models."""
+    """Rows at equal whole-model FLOPs with three seeds, of the widest models of each corpus that have them."""
     tables = load_script("benchmarks/equal_flops_table.py")
     for corpus, (name, title) in product(CORPORA, TITLES.items()):
         sizes = [tables.Size.from_name(path.name) for path in (RESULTS / "equal_flops" / corpus).glob("width*")]

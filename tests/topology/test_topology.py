@@ -66,13 +66,19 @@ def test_largest_among_equal_scores_takes_the_first_eligible() -> None:
     assert text(largest(torch.zeros(8), bits("01011011"), 3)) == "01011000"
 
 
-@given(rows=st.integers(1, 6), width=st.integers(1, 20), levels=st.sampled_from([1, 4, 1000]), seed=st.integers(0, 999))
-def test_largest_of_every_row(rows: int, width: int, levels: int, seed: int) -> None:
-    """Rows that are compared in pairs and rows that are sorted, with ties, and anything where they are not eligible."""
+def rows_to_choose_from(rows: int, width: int, levels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of few levels, what is eligible, and how many to choose in every row."""
     generator = torch.Generator().manual_seed(seed)
     scores = (levels * torch.rand(rows, width, generator=generator)).round() - levels / 2
     eligible = torch.rand(rows, width, generator=generator) > 0.3
     counts = (torch.rand(rows, generator=generator) * (eligible.sum(1) + 1)).long()
+    return scores, eligible, counts
+
+
+@given(rows=st.integers(1, 6), width=st.integers(1, 20), levels=st.sampled_from([1, 4, 1000]), seed=st.integers(0, 999))
+def test_largest_of_every_row(rows: int, width: int, levels: int, seed: int) -> None:
+    """Rows that are compared in pairs and rows that are sorted, with ties, and anything where they are not eligible."""
+    scores, eligible, counts = rows_to_choose_from(rows, width, levels, seed)
     expected = [torch.stack([largest(*row) for row in zip(scores, eligible, counts.tolist(), strict=True)])]
     with pytest.MonkeyPatch.context() as patch:
         for few in (0, 16, 20):
@@ -84,10 +90,7 @@ def test_largest_of_every_row(rows: int, width: int, levels: int, seed: int) -> 
 
 @given(rows=st.integers(0, 9), width=st.integers(17, 40), levels=st.sampled_from([1, 4, 1000]), seed=st.integers(0, 99))
 def test_rows_that_are_sorted_in_parts_are_those_sorted_at_once(rows: int, width: int, levels: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    scores = (levels * torch.rand(rows, width, generator=generator)).round() - levels / 2
-    eligible = torch.rand(rows, width, generator=generator) > 0.3
-    counts = (torch.rand(rows, generator=generator) * (eligible.sum(1) + 1)).long()
+    scores, eligible, counts = rows_to_choose_from(rows, width, levels, seed)
     whole = largest_per_row(scores, eligible, counts, rows_at_once=rows + 1)
     for size in (1, 2, 3, 4096):
         assert torch.equal(largest_per_row(scores, eligible, counts, rows_at_once=size), whole)
