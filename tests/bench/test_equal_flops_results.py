@@ -1,0 +1,158 @@
+"""The study at equal whole-model FLOPs: its committed results, and what docs, README and demo say of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sparseift_llm.runs.recipe import load_recipe
+from tests.helpers.paths import ROOT
+
+WATCHING = ("logging_steps", "eval_strategy", "eval_steps", "save_steps", "save_total_limit", "disable_tqdm")
+
+
+def test_a_result_names_the_command_that_trains_it_alone(
+    study: ModuleType, rows: ModuleType, corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every committed result; the program understands the command, and would write the same file."""
+    folder, asked = corpus.files["train"].parent, []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(
+        study.Search, "losses", lambda search, wanted: asked.extend(search.result_path(*run) for run in wanted)
+    )
+    for path in sorted(study.RESULTS.glob("*/*/*/*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        for part in ("train", "held_out") if result["corpus"]["name"] != study.BUILTIN else ():
+            (folder / result["corpus"][part]["file"]).touch()
+        program, *words = shlex.split(result["command"])
+        assert program == "benchmarks/equal_flops.py"
+        study.main(words)
+        assert asked.pop() == path
+
+
+def test_committed_results_are_of_rows_that_exist_and_name_no_place(study: ModuleType, tables: ModuleType) -> None:
+    paths = sorted(study.RESULTS.glob("*/*/*/*.json"))
+    assert paths, "no results"
+    for path in paths:
+        assert path.parent.name in study.BY_NAME
+        result = json.loads(path.read_text("utf-8"))
+        assert path.stem == f"{tables.rates_of(result)}-seed{result['seed']}"
+        assert result["corpus"]["name"] == path.parents[2].name
+        for part in ("train", "held_out") if result["corpus"]["name"] != study.BUILTIN else ():
+            assert "/" not in result["corpus"][part]["file"]
+            assert len(result["corpus"][part]["sha256"]) == 64
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    """docs/results.md in one line."""
+    return " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+
+
+def best_rows(study: ModuleType, tables: ModuleType, place: str) -> dict[str, Any]:
+    """Row -> what the committed results at `place`, a corpus and a size, say of it."""
+    return {path.name: tables.best_of(path) for path in (study.RESULTS / place).iterdir()}
+
+
+def test_the_page_has_the_committed_tables(study: ModuleType, tables: ModuleType, page: str) -> None:
+    assert " ".join(tables.table(study.RESULTS).split()) in page
+    assert " ".join(study.equal_flops_fit.report(study.RESULTS).split()) in page
+
+
+def test_the_page_has_the_gain_at_every_place_with_three_seeds(
+    study: ModuleType, tables: ModuleType, page: str
+) -> None:
+    places = 0
+    for size_folder in study.RESULTS.glob("*/width*"):
+        ours, dense = (tables.best_of(size_folder / name) for name in ("residual2", "dense"))
+        if size_folder.parent.name in ("novels", "builtin") and min(len(ours.losses), len(dense.losses)) >= 3:
+            title = study.Size.from_name(size_folder.name).title
+            assert f"- {size_folder.parent.name}, {title}: {tables.gain(ours, dense)} " in page
+            places += 1
+    assert page.count("- novels, width") + page.count("- builtin, width") == places
+
+
+def test_what_the_page_says_of_width_128_is_in_its_results(study: ModuleType, tables: ModuleType, page: str) -> None:
+    found = best_rows(study, tables, "novels/width128")
+    dense, half, double, wide = (found[name] for name in ("dense", "dense-half", "dense-double", "residual2"))
+    seeds = "{:.3f}, {:.3f} and {:.3f}".format(*(dense.losses[seed] for seed in study.SEEDS))
+    assert f"seeds are {seeds}. Half the tokens cost it {half.mean - dense.mean:.3f} nats and twice" in page
+    slope = tables.nats_per_e_fold(found)
+    worth = tables.equal_loss_flops(wide, dense, slope).removesuffix("x")
+    gained, doubled = dense.mean - wide.mean, dense.mean - double.mean
+    assert f"gain it {doubled:.3f}, so {gained:.3f} nats are worth {worth} times its compute" in page
+    assert len(found["ffn"].losses) == 3
+    assert f"at the dense model's rates, gains {tables.gain(found['ffn'], dense)} with three seeds." in page
+    usual = {name: row for name, row in found.items() if study.BY_NAME[name].tokens == 1}
+    assert min(usual, key=lambda name: usual[name].mean) == "ffn"
+    worse = sorted(found[name].mean - dense.mean for name in ("residual4", "residual2-tile16", "model"))
+    assert f"are {worse[0]:.3f} to {worse[-1]:.3f} nats worse than the dense model" in page
+    loss = {
+        path.stem: json.loads(path.read_text("utf-8"))["eval_loss"]
+        for path in study.RESULTS.glob("novels/width128/dense/*")
+    }
+    best = {factor: min(value for name, value in loss.items() if f"-emb{factor}-seed0" in name) for factor in (4, 8)}
+    assert f"with 4x the dense model's best is {best[4]:.3f} (at 0.004), with 8x it is {best[8]:.3f} (at 0.016)" in page
+    assert (best[4], best[8]) == (loss["lr0.004-emb4-seed0"], loss["lr0.016-emb8-seed0"])
+    assert f"but 4x at 0.016 gives {loss['lr0.016-emb4-seed0']:.3f}." in page
+    times = tables.read_times(tables.times_path(study.RESULTS, study.Size(128)))
+    names = ("residual2", "residual2-tile16")
+    assert "takes {:.2f} times the dense model's time, and {:.2f} times with".format(*(times[n] for n in names)) in page
+    later = [slope * math.log(times[name]) + found[name].mean - dense.mean for name in names]
+    assert "would be {:.3f} and {:.3f} nats better".format(*later) in page
+
+
+def test_what_the_page_says_of_other_places_is_in_their_results(
+    study: ModuleType, tables: ModuleType, page: str
+) -> None:
+    wider = best_rows(study, tables, "novels/width256")
+    gained = wider["dense"].mean - wider["residual2"].mean
+    pair = f"({wider['residual2'].mean:.3f} and {wider['dense'].mean:.3f})"
+    assert f"with one seed and one pair of rates for each, the wide stream is {gained:.3f} nats better {pair}" in page
+    assert all(len(row.losses) == 1 for row in wider.values())
+    deep = best_rows(study, tables, "novels/width64-layers8")
+    first, _, third = (deep["dense"].losses[seed] - deep["residual2"].losses[seed] for seed in study.SEEDS)
+    assert f"was {first:.3f} nats better there, with the third {-third:.3f} worse" in page
+    repeated, folder = best_rows(study, tables, "tenth/width64"), study.RESULTS / "tenth" / "width64"
+    usual = [json.loads((folder / name).read_text("utf-8"))["eval_loss"] for name in (
+        "residual2/lr0.016-emb4-seed0.json", "dense/lr0.016-emb8-seed0.json",
+    )]  # fmt: skip
+    assert "the wide one more ({:.3f} against {:.3f})".format(*usual) in page
+    assert {row.rates.weight_decay for row in repeated.values()} == {0.3}
+    assert "A decay of 0.3 is best for both" in page
+    assert f"the wide stream gains {tables.gain(repeated['residual2'], repeated['dense'])}" in page
+
+
+def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType, tables: ModuleType) -> None:
+    """Both of its models: everything that decides a loss is as in the run of the study."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    words = re.findall(r"recipes/demo\.yaml --output_dir \$\(DEMO\)/(\w+)(.*)", makefile)
+    for row, (name, options) in zip(("dense", "residual2"), words, strict=True):
+        best = tables.best_of(study.RESULTS / "builtin" / "width64" / row)
+        corpus = study.Corpus.from_word("builtin")
+        ours = study.Search(study.BY_NAME[row], study.Size(64), corpus, None).overrides(best.rates)
+        trained = load_recipe(study.RECIPE, [*ours, "--output_dir=x", "--seed=0"]).to_dict()
+        shown = load_recipe(ROOT / "recipes" / "demo.yaml", [*shlex.split(options), "--output_dir=x"]).to_dict()
+        assert name == ("sparse" if shown["sparse_ift"] else "dense")
+        for recipe in (trained, shown):
+            del recipe["data"]["cache_dir"]
+            for key in WATCHING:
+                recipe["training"].pop(key, None)
+        assert shown == trained
+
+
+def test_wherever_the_demos_dense_model_is_named_it_has_its_own_rate() -> None:
+    """In the demo's recipe, the pages and the command line's help; the Makefile is held to the study above."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    options = re.search(r"recipes/demo\.yaml --output_dir \$\(DEMO\)/dense (.*)", makefile)
+    assert options is not None
+    places = [ROOT / "recipes" / "demo.yaml", ROOT / "README.md", ROOT / "docs" / "get-started.md"]
+    for place in (*places, ROOT / "sparseift_llm" / "cli" / "program.py"):
+        text = place.read_text(encoding="utf-8")
+        assert text.count("--sparse_ift null") == text.count(options[1]) == 1, place
