@@ -174,9 +174,17 @@ def projection_weights(shape: Mapping[str, Any]) -> int:
     return int(4 * shape["hidden_size"] * heads + 3 * shape["hidden_size"] * shape["intermediate_size"])
 
 
+STATIC = {"dst": {"algorithm": "static"}}
+
+
 def residual(k: int, **fields: Any) -> dict[str, Any]:
     """A residual stream k times as wide, with static masks."""
-    return {"scope": "residual", "sparsity": 1 - 1 / k, "dst": {"algorithm": "static"}, **fields}
+    return {"scope": "residual", "sparsity": 1 - 1 / k, **STATIC, **fields}
+
+
+def ffn(k: int, **fields: Any) -> dict[str, Any]:
+    """An FFN whose inner side is k times as wide, with static masks."""
+    return {"scope": "ffn", "sparsity": 1 - 1 / k, **STATIC, **fields}
 
 
 def tiles(size: int) -> dict[str, Any]:
@@ -184,8 +192,7 @@ def tiles(size: int) -> dict[str, Any]:
     return {"structure": "block", "block_size": size}
 
 
-STATIC = {"dst": {"algorithm": "static"}}
-WIDE_START, DENSE_START = Rates(4e-3, 4), Rates(8e-3, 4)
+WIDE_START, DENSE_START, FFN_START = Rates(4e-3, 4), Rates(8e-3, 4), Rates(16e-3, 8)
 MODEL = {"scope": "model", "sparsity": 0.75, "accounting": "whole_model", "seq_len": SEQ_LEN, **STATIC}
 WIDER = partial(other_shape, hidden=1.5, heads=0.5)
 NARROWER = partial(other_shape, hidden=0.75, heads=1)
@@ -210,6 +217,10 @@ ROWS = (
     Row("residual4-tile16", "residual, 4 times, tiles of 16", WIDE_START, residual(4, **tiles(16))),
     Row("residual4-tile32", "residual, 4 times, tiles of 32", WIDE_START, residual(4, **tiles(32)), widths=(128, 256)),
     Row("model", "scope model at whole-model FLOPs, 75%", WIDE_START, MODEL),
-    Row("ffn", "scope ffn, 75%", DENSE_START, {"scope": "ffn", "sparsity": 0.75, **STATIC}),
+    Row("ffn", "scope ffn, 75%", FFN_START, ffn(4)),
+    Row("ffn2", "scope ffn, 50%", FFN_START, ffn(2)),
+    Row("ffn8", "scope ffn, 87.5%", FFN_START, ffn(8)),
+    Row("ffn-tile8", "scope ffn, 75%, tiles of 8", FFN_START, ffn(4, **tiles(8))),
+    Row("ffn-tile16", "scope ffn, 75%, tiles of 16", FFN_START, ffn(4, **tiles(16))),
 )
 BY_NAME = {row.name: row for row in ROWS}
