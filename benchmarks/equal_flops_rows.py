@@ -219,8 +219,9 @@ ROWS = (
     Row("model", "scope model at whole-model FLOPs, 75%", WIDE_START, MODEL),
     Row("ffn", "scope ffn, 75%", FFN_START, ffn(4)),
     Row("ffn2", "scope ffn, 50%", FFN_START, ffn(2)),
-    Row("ffn8", "scope ffn, 87.5%", FFN_START, ffn(8)),
-    Row("ffn-tile8", "scope ffn, 75%, tiles of 8", FFN_START, ffn(4, **tiles(8))),
     Row("ffn-tile16", "scope ffn, 75%, tiles of 16", FFN_START, ffn(4, **tiles(16))),
+    Row("ffn2-tile8", "scope ffn, 50%, tiles of 8", FFN_START, ffn(2, **tiles(8))),
+    Row("ffn2-tile16", "scope ffn, 50%, tiles of 16", FFN_START, ffn(2, **tiles(16))),
+    Row("ffn2-pattern", "scope ffn, 2:4", FFN_START, {"scope": "ffn", "structure": "2:4", **STATIC}),
 )
 BY_NAME = {row.name: row for row in ROWS}
