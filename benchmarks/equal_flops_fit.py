@@ -1,4 +1,4 @@
-"""How the gain of a wide residual stream moves with width and training tokens, and what that predicts elsewhere."""
+"""How the gain of a sparse row moves with width and training tokens, and what that predicts elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scipy import stats
 
 from sparseift_llm.utils.tables import markdown_table
 
-OURS = "residual2"
+FITTED = ("residual2", "ffn2")
 LENGTHS = ("-quarter", "-half", "", "-double")  # ends of the rows' names
 CENTRE = (128.0, 10.0)  # where the logarithms of width and of tokens for each weight are 0
 # GPT-3 Small, 125M parameters, with about as many tokens as Sparse-IFT's paper trained it on (2.5B).
@@ -25,7 +25,7 @@ TARGET = (768.0, 30.0)
 
 @dataclass(frozen=True)
 class Point:
-    """The dense model and the wide one, both at their best rates, at one width and length of training.
+    """The dense model and the sparse one, both at their best rates, at one width and length of training.
 
     Args:
         corpus: what both train on.
@@ -82,14 +82,19 @@ class Plane:
         return value, value - half, value + half
 
 
-def points_of(folder: Path) -> list[Point]:
-    """All of one corpus whose models have two layers: `folder`, named as the corpus, has a folder for each size."""
+def points_of(folder: Path, row: str) -> list[Point]:
+    """All of `row` on one corpus whose models have two layers.
+
+    Args:
+        folder: named as the corpus, has a folder for each size.
+        row: a sparse one, whose dense twins of the same lengths have results there, too.
+    """
     found = []
     for size in sorted(Size.from_name(path.name) for path in folder.glob("width*")):
         for length in LENGTHS:
-            dense, ours = (best_of(folder / str(size) / f"{row}{length}") for row in ("dense", OURS))
+            dense, ours = (best_of(folder / str(size) / f"{name}{length}") for name in ("dense", row))
             if size == Size(size.width) and dense and ours:
-                tokens = tokens_per_weight(size, BY_NAME[f"{OURS}{length}"])
+                tokens = tokens_per_weight(size, BY_NAME[f"{row}{length}"])
                 found.append(Point(folder.name, size.width, tokens, dense, ours))
     return found
 
@@ -127,17 +132,22 @@ def fit_plane(points: Sequence[Point]) -> Plane | None:
 
 
 def report(results: Path) -> str:
-    """Markdown: all points of corpora with at least two, what a doubling adds, and the gain at `TARGET`.
+    """Markdown: for each of the rows in `FITTED`, see `report_of`."""
+    return "\n\n".join(part for row in FITTED if (part := report_of(results, row)))
 
-    Empty if the points do not determine a plane.
+
+def report_of(results: Path, row: str) -> str:
+    """Markdown: all points of corpora with at least two, and what is fitted to them, if they determine a plane.
+
+    Empty if no corpus has two points.
     """
-    found = [points_of(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    found = [points_of(folder, row) for folder in sorted(results.iterdir()) if folder.is_dir()]
     points = [point for points in found if len(points) > 1 for point in points]
-    plane = fit_plane(points) if points else None
-    if plane is None:
+    if not points:
         return ""
-    title = "Gain of a residual stream twice as wide, by corpus, width and tokens"
-    return f"{title}\n\n{points_table(points)}\n\n{fitted(plane)}"
+    plane = fit_plane(points)
+    parts = [f"Gain of {BY_NAME[row].title}, by corpus, width and tokens", points_table(points)]
+    return "\n\n".join([*parts, fitted(plane)] if plane else parts)
 
 
 def points_table(points: Iterable[Point]) -> str:
@@ -153,7 +163,7 @@ def points_table(points: Iterable[Point]) -> str:
         for point in points
     ]
     return markdown_table(
-        ("corpus", "width", "tokens for each weight", "gain (95%)", "seeds: dense, wide"), lines, "lrrlr"
+        ("corpus", "width", "tokens for each weight", "gain (95%)", "seeds: dense, sparse"), lines, "lrrlr"
     )
 
 

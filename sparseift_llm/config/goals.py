@@ -16,6 +16,7 @@ _STATIC = DSTConfig(algorithm="static")
 
 GOALS: Mapping[str, Mapping[str, Any]] = {
     "dense_cost": {"family": Wide("ffn"), "structure": "block", "dst": _STATIC},
+    "equal_flops": {"family": Wide("ffn"), "sparsity": 0.5, "structure": "unstructured", "dst": _STATIC},
     "balanced": {"family": Wide("model"), "structure": "block", "dst": _STATIC},
     "lowest_loss": {"family": Wide("model"), "structure": "unstructured", "dst": _STATIC},
     "from_trained": {"family": Parallel("none"), "init": "pretrained", "dst": _STATIC},

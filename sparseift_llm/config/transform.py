@@ -276,9 +276,9 @@ class SparseIFTConfig:
         """The config that is recommended for a goal; docs/guides/choose.md says what to expect of it.
 
         Args:
-            goal: `dense_cost` (about the dense model's time and memory), `balanced` (most of the gain per token, in
-                tiles), `lowest_loss` (per token, whatever it costs), `from_trained` (a trained dense model's weights)
-                or `paper` (the authors' recipe for GPT).
+            goal: `dense_cost` (about the dense model's time and memory), `equal_flops` (a lower loss for the whole
+                model's FLOPs), `balanced` (most of the gain per token, in tiles), `lowest_loss` (per token, whatever
+                it costs), `from_trained` (a trained dense model's weights) or `paper` (the authors' recipe for GPT).
             changes: options that differ, e.g. `sparsity=0.5`.
 
         Raises:

@@ -144,6 +144,22 @@ def test_the_table_says_where_the_search_did_not_end_and_what_the_gain_is(
     assert lines[5].endswith("| 3 | +0.100 (+0.077 to +0.123) |  |  |  |")
 
 
+def test_rates_with_all_seeds_are_compared_by_their_means(
+    study: ModuleType, tables: ModuleType, tmp_path: Path
+) -> None:
+    """The rate that one seed liked best is given up once another is better over the seeds."""
+    lucky, better, once = (study.Rates(rate, 4) for rate in (8e-3, 16e-3, 32e-3))
+    for seed, loss in enumerate((3.90, 4.01, 4.02)):
+        write_result(tmp_path, lucky, seed, loss)
+    write_result(tmp_path, once, 0, 3.91)
+    write_result(tmp_path, better, 0, 3.92)
+    assert tables.best_of(tmp_path).rates == lucky
+    write_result(tmp_path, better, 1, 3.93)
+    assert tables.best_of(tmp_path).rates == lucky
+    write_result(tmp_path, better, 2, 3.94)
+    assert tables.best_of(tmp_path).rates == better
+
+
 def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
     """0.2 nats for each doubling: a gain of 0.1 is worth half a doubling."""
     folder, rates = tmp_path / "novels" / "width64", study.Rates(8e-3, 4)

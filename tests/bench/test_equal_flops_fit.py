@@ -36,7 +36,7 @@ def test_the_fit_finds_the_plane_that_gains_lie_on(study: ModuleType, tmp_path: 
     fits = study.equal_flops_fit
     sizes = {"width64": ("", "-half"), "width128": ("",), "width256": ("", "-double"), "width64-layers8": ("",)}
     write_gains(tmp_path / "novels", study, gain, sizes)
-    points = fits.points_of(tmp_path / "novels")
+    points = fits.points_of(tmp_path / "novels", "residual2")
     assert [point.place for point in points] == [
         ("novels", width, pytest.approx(tokens, rel=0.02))
         for width, tokens in ((64, 20.4), (64, 40.8), (128, 10.2), (256, 10.2), (256, 20.4))
@@ -78,5 +78,9 @@ def test_the_fits_interval_covers_the_truth_as_often_as_it_says(study: ModuleTyp
 
 def test_places_that_determine_no_plane_have_no_fit(study: ModuleType, tmp_path: Path) -> None:
     write_gains(tmp_path / "novels", study, lambda width, tokens: 0.1, {"width64": ("", "-half"), "width128": ()})
-    assert study.equal_flops_fit.fit_plane(study.equal_flops_fit.points_of(tmp_path / "novels")) is None
-    assert study.equal_flops_fit.report(tmp_path) == ""
+    fits = study.equal_flops_fit
+    assert fits.fit_plane(fits.points_of(tmp_path / "novels", "residual2")) is None
+    said = fits.report(tmp_path)
+    assert said.count("+0.100") == 2
+    assert "adds" not in said
+    assert said.endswith("|")

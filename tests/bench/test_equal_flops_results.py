@@ -6,6 +6,9 @@ import json
 import math
 import re
 import shlex
+from collections import defaultdict
+from itertools import product
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
@@ -69,28 +72,67 @@ def test_the_page_has_the_gain_at_every_place_with_three_seeds(
     study: ModuleType, tables: ModuleType, page: str
 ) -> None:
     places = 0
-    for size_folder in study.RESULTS.glob("*/width*"):
-        ours, dense = (tables.best_of(size_folder / name) for name in ("residual2", "dense"))
-        if size_folder.parent.name in ("novels", "builtin") and min(len(ours.losses), len(dense.losses)) >= 3:
+    for size_folder, row in product(study.RESULTS.glob("*/width*"), ("ffn2", "residual2")):
+        ours, dense = (tables.best_of(size_folder / name) for name in (row, "dense"))
+        if size_folder.parent.name in ("novels", "builtin") and ours and min(len(ours.losses), len(dense.losses)) >= 3:
             title = study.Size.from_name(size_folder.name).title
             assert f"- {size_folder.parent.name}, {title}: {tables.gain(ours, dense)} " in page
             places += 1
     assert page.count("- novels, width") + page.count("- builtin, width") == places
 
 
-def test_what_the_page_says_of_width_128_is_in_its_results(study: ModuleType, tables: ModuleType, page: str) -> None:
+def test_what_the_page_says_of_the_wider_ffn_is_in_its_results(
+    study: ModuleType, tables: ModuleType, page: str
+) -> None:
+    places = ("novels/width128", "builtin/width128", "builtin/width64", "novels/width256")
+    found, second, small, big = (best_rows(study, tables, place) for place in places)
+    sure = [
+        tables.gain(rows_there["ffn2"], rows_there["dense"]).split("(")[1][0] == "+" for rows_there in (found, second)
+    ]
+    assert ("**A wider FFN gains, a little.**" in page) == all(sure)
+    seeds = [", ".join(f"{loss:.3f}" for loss in sorted(found[name].losses.values())) for name in ("dense", "ffn2")]
+    assert f"the dense model's seeds are {seeds[0]}, those of the wider FFN {seeds[1]}." in page
+    others = sorted(means_over_seeds(study, "dense", but=found["dense"].rates))
+    assert "with three seeds or more, the dense model's means are {:.3f} and {:.3f}.".format(*others) in page
+    assert min(others) > found["dense"].mean
+    dense, half, double, wider = (found[name] for name in ("dense", "dense-half", "dense-double", "ffn2"))
+    cost, won = half.mean - dense.mean, dense.mean - double.mean
+    assert f"Half the tokens cost the dense model {cost:.3f} nats and twice the tokens gain it {won:.3f}, so" in page
+    slope, gained = tables.nats_per_e_fold(found), dense.mean - wider.mean
+    worth = tables.equal_loss_flops(wider, dense, slope).removesuffix("x")
+    assert f"so {gained:.3f} nats are worth {worth} times its compute. That is less than the 0.05 that" in page
+    assert gained < 0.05
+    times = tables.read_times(tables.times_path(study.RESULTS, study.Size(128)))
+    later = slope * math.log(times["ffn2"]) - gained
+    dearer = f"takes {times['ffn2']:.2f} times the dense model's. The dense model would be {later:.3f} nats"
+    assert dearer in page
+    assert f"the gain is {tables.gain(found['ffn'], dense)}, and a step takes {times['ffn']:.2f} times the" in page
+    tiled = found["ffn-tile16"]
+    assert f"In tiles of 16 at 75% it is {dense.mean - tiled.mean:+.3f} with one seed" in page
+    assert len(tiled.losses) == 1
+    at_small, at_big = (rows_there["dense"].losses[0] - rows_there["ffn2"].losses[0] for rows_there in (small, big))
+    assert f"At width 64, on builtin, the wider FFN is {in_words(at_small)}, and" in page
+    assert f"at width 256, on the novels, {in_words(at_big)}; both with one seed, at" in page
+
+
+def means_over_seeds(study: ModuleType, row: str, but: Any) -> list[float]:
+    """Mean losses at width 128 on the novels, of all rates that have three seeds or more, `but` for one."""
+    losses = defaultdict(list)
+    for path in (study.RESULTS / "novels" / "width128" / row).iterdir():
+        losses[path.stem.rpartition("-")[0]].append(json.loads(path.read_text("utf-8"))["eval_loss"])
+    return [mean(found) for rates, found in losses.items() if len(found) >= 3 and rates != str(but)]
+
+
+def in_words(gained: float) -> str:
+    """A gain in nats."""
+    return f"{abs(gained):.3f} nats {'better' if gained > 0 else 'worse'}"
+
+
+def test_what_the_page_says_of_other_rows_at_width_128_is_in_their_results(
+    study: ModuleType, tables: ModuleType, page: str
+) -> None:
     found = best_rows(study, tables, "novels/width128")
-    dense, half, double, wide = (found[name] for name in ("dense", "dense-half", "dense-double", "residual2"))
-    seeds = "{:.3f}, {:.3f} and {:.3f}".format(*(dense.losses[seed] for seed in study.SEEDS))
-    assert f"seeds are {seeds}. Half the tokens cost it {half.mean - dense.mean:.3f} nats and twice" in page
-    slope = tables.nats_per_e_fold(found)
-    worth = tables.equal_loss_flops(wide, dense, slope).removesuffix("x")
-    gained, doubled = dense.mean - wide.mean, dense.mean - double.mean
-    assert f"gain it {doubled:.3f}, so {gained:.3f} nats are worth {worth} times its compute" in page
-    assert len(found["ffn"].losses) == 3
-    assert f"at the dense model's rates, gains {tables.gain(found['ffn'], dense)} with three seeds." in page
-    usual = {name: row for name, row in found.items() if study.BY_NAME[name].tokens == 1}
-    assert min(usual, key=lambda name: usual[name].mean) == "ffn"
+    dense, slope = found["dense"], tables.nats_per_e_fold(found)
     worse = sorted(found[name].mean - dense.mean for name in ("residual4", "residual2-tile16", "model"))
     assert f"are {worse[0]:.3f} to {worse[-1]:.3f} nats worse than the dense model" in page
     loss = {
@@ -133,10 +175,10 @@ def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType, tables: Modu
     """Both of its models: everything that decides a loss is as in the run of the study."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     words = re.findall(r"recipes/demo\.yaml --output_dir \$\(DEMO\)/(\w+)(.*)", makefile)
-    for row, (name, options) in zip(("dense", "residual2"), words, strict=True):
-        best = tables.best_of(study.RESULTS / "builtin" / "width64" / row)
+    for row, (name, options) in zip(("dense", "ffn2"), words, strict=True):
+        best = tables.best_of(study.RESULTS / "builtin" / "width128" / row)
         corpus = study.Corpus.from_word("builtin")
-        ours = study.Search(study.BY_NAME[row], study.Size(64), corpus, None).overrides(best.rates)
+        ours = study.Search(study.BY_NAME[row], study.Size(128), corpus, None).overrides(best.rates)
         trained = load_recipe(study.RECIPE, [*ours, "--output_dir=x", "--seed=0"]).to_dict()
         shown = load_recipe(ROOT / "recipes" / "demo.yaml", [*shlex.split(options), "--output_dir=x"]).to_dict()
         assert name == ("sparse" if shown["sparse_ift"] else "dense")

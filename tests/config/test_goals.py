@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 
 from sparseift_llm import DSTConfig, SparseIFTConfig
 from sparseift_llm.config.goals import GOALS
@@ -39,8 +40,8 @@ def test_the_guide_says_every_goal_s_settings() -> None:
     found = rows("docs/guides/choose.md")
     assert list(found) == list(GOALS)
     for goal, settings in found.items():
-        values = dict(setting.split(": ") for setting in settings)
-        values["dst"] = {"algorithm": values["dst"]}  # type: ignore[assignment]
+        values = {key: value for setting in settings for key, value in yaml.safe_load(setting).items()}
+        values["dst"] = {"algorithm": values["dst"]}
         assert SparseIFTConfig.from_dict(values) == SparseIFTConfig.recommended(goal), goal
 
 

@@ -28,9 +28,9 @@ HEADER = ("sparse model", "held-out loss, dense → sparse", "FLOPs", "step time
 CORPORA = ("novels", "builtin")
 # Rows of benchmarks/equal_flops_rows.py. Where a search of rates did not end, docs/results.md says so.
 TITLES = {
-    "residual2": "`scope: residual`",
-    "model": "`scope: model` at equal FLOPs",
-    "ffn": "`scope: ffn`, single weights",
+    "ffn2": "`scope: ffn`, 50%",
+    "residual2": "`scope: residual`, 50%",
+    "model": "`scope: model`, 75%, at equal FLOPs",
 }
 
 
