@@ -107,9 +107,11 @@ def test_what_the_page_says_of_the_wider_ffn_is_in_its_results(
     dearer = f"takes {times['ffn2']:.2f} times the dense model's. The dense model would be {later:.3f} nats"
     assert dearer in page
     assert f"the gain is {tables.gain(found['ffn'], dense)}, and a step takes {times['ffn']:.2f} times the" in page
-    tiled = found["ffn-tile16"]
-    assert f"In tiles of 16 at 75% it is {dense.mean - tiled.mean:+.3f} with one seed" in page
-    assert len(tiled.losses) == 1
+    half_tiled, tiled = (found[name] for name in ("ffn2-tile16", "ffn-tile16"))
+    assert (len(half_tiled.losses), len(tiled.losses)) == (2, 1)
+    gains = [f"{dense.mean - row.mean:+.3f}" for row in (half_tiled, tiled)]
+    assert f"it is {gains[0]} with two seeds at 50%, in {times['ffn2-tile16']:.2f} times the dense model's step" in page
+    assert f"and {gains[1]} with one seed at 75%" in page
     at_small, at_big = (rows_there["dense"].losses[0] - rows_there["ffn2"].losses[0] for rows_there in (small, big))
     assert f"the wider FFN is {in_words(at_small)} at width 64 on builtin, and {in_words(at_big)} at width 256" in page
 
