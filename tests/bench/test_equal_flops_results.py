@@ -112,6 +112,9 @@ def test_what_the_page_says_of_the_wider_ffn_is_in_its_results(
     gains = [f"{dense.mean - row.mean:+.3f}" for row in (half_tiled, tiled)]
     assert f"it is {gains[0]} with two seeds at 50%, in {times['ffn2-tile16']:.2f} times the dense model's step" in page
     assert f"and {gains[1]} with one seed at 75%" in page
+    pattern, words = found["ffn2-pattern"], {1: "one seed", 2: "two seeds", 3: "three seeds"}
+    said = f"(`structure: 2:4`) it is {tables.gain(pattern, dense)}, with {words[len(pattern.losses)]}."
+    assert said in page
     at_small, at_big = (rows_there["dense"].losses[0] - rows_there["ffn2"].losses[0] for rows_there in (small, big))
     assert f"the wider FFN is {in_words(at_small)} at width 64 on builtin, and {in_words(at_big)} at width 256" in page
 
