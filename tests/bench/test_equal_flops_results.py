@@ -144,7 +144,10 @@ def test_what_the_page_says_of_other_rows_at_width_128_is_in_their_results(
         for path in study.RESULTS.glob("novels/width128/dense/*")
     }
     best = {factor: min(value for name, value in loss.items() if f"-emb{factor}-seed0" in name) for factor in (4, 8)}
-    assert f"with 4x the dense model's best is {best[4]:.3f} (at 0.004), with 8x it is {best[8]:.3f} (at 0.016)" in page
+    first = (
+        f"with the first seed and 4x the dense model's best is {best[4]:.3f} (at 0.004), with 8x it is {best[8]:.3f}"
+    )
+    assert f"{first} (at 0.016)" in page
     assert (best[4], best[8]) == (loss["lr0.004-emb4-seed0"], loss["lr0.016-emb8-seed0"])
     assert f"but 4x at 0.016 gives {loss['lr0.016-emb4-seed0']:.3f}." in page
     times = tables.read_times(tables.times_path(study.RESULTS, study.Size(128)))
