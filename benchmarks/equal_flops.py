@@ -13,7 +13,8 @@ can be stopped, and goes on where it was; who wants to train them again moves re
 Every row of a width has the same forward FLOPs as the dense model, to 0.1%, and trains on the same tokens. Rows whose
 names end in -quarter, -half or -double train on other tokens. The dense ones say what compute is worth to the dense
 model, and so how much more of it would do what another row does. Beside their sparse twins they say how a gain moves
-with tokens. `--layers 8` makes models deeper than the two layers of the others.
+with tokens. `--layers 8` makes models deeper than the two layers of the others. `--architecture starcoder2` compares
+models with GPT-2's LayerNorm, GELU and biases, instead of Llamas.
 
 `--at RATE,FACTOR` trains at given rates instead of a search. That is for widths at which a search costs too much, such
 as 1024, which is for a GPU: one pair there, of 26M weights in projections, is
@@ -43,7 +44,20 @@ from pathlib import Path
 from typing import Any
 
 import equal_flops_fit
-from equal_flops_rows import BATCH_SIZE, BY_NAME, IN_BFLOAT16, LAYERS, MAX_STEPS, ROWS, SEEDS, WIDTHS, Rates, Row, Size
+from equal_flops_rows import (
+    ARCHITECTURES,
+    BATCH_SIZE,
+    BY_NAME,
+    IN_BFLOAT16,
+    LAYERS,
+    MAX_STEPS,
+    ROWS,
+    SEEDS,
+    WIDTHS,
+    Baseline,
+    Rates,
+    Row,
+)
 from equal_flops_table import loss_of, table, times_path
 from recipe_steps import step_times
 
@@ -101,10 +115,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Search:
-    """Runs of one row at one size and corpus, which are trained by the workers of `pool`."""
+    """Runs of one row over one baseline on one corpus, which are trained by the workers of `pool`."""
 
     row: Row
-    size: Size
+    baseline: Baseline
     corpus: Corpus
     pool: Executor
     regularises: bool = False
@@ -129,15 +143,17 @@ class Search:
 
     def result_path(self, rates: Rates, seed: int) -> Path:
         """Where the result of a run is kept."""
-        return RESULTS / self.corpus.name / str(self.size) / self.row.name / f"{rates}-seed{seed}.json"
+        return RESULTS / self.corpus.name / str(self.baseline) / self.row.name / f"{rates}-seed{seed}.json"
 
     def overrides(self, rates: Rates) -> list[str]:
-        """What the row, the size and the corpus change in the recipe."""
+        """What the row, the baseline and the corpus change in the recipe."""
+        architecture = self.baseline.architecture
         return [
-            *(f"--model.config.{key}={value}" for key, value in self.row.config(self.size).items()),
-            f"--training.max_steps={round(MAX_STEPS[self.size.width] * self.row.tokens)}",
-            f"--training.per_device_train_batch_size={BATCH_SIZE[self.size.width]}",
-            *(["--training.bf16=true"] if self.size.width in IN_BFLOAT16 else []),
+            *([f"--model.name={HERE / architecture}.json"] if architecture != ARCHITECTURES[0] else []),
+            *(f"--model.config.{key}={value}" for key, value in self.row.config(self.baseline).items()),
+            f"--training.max_steps={round(MAX_STEPS[self.baseline.width] * self.row.tokens)}",
+            f"--training.per_device_train_batch_size={BATCH_SIZE[self.baseline.width]}",
+            *(["--training.bf16=true"] if self.baseline.width in IN_BFLOAT16 else []),
             *self.corpus.overrides(),
             f"--training.learning_rate={rates.rate:g}",
             f"--embedding_lr_factor={rates.embedding_factor:g}",
@@ -152,7 +168,7 @@ class Search:
         Raises:
             RuntimeError: the run failed other than by divergence; its log is named.
         """
-        folder = RUNS / self.corpus.name / str(self.size) / self.row.name / f"{rates}-seed{seed}"
+        folder = RUNS / self.corpus.name / str(self.baseline) / self.row.name / f"{rates}-seed{seed}"
         (outcome,) = run_sweep(plan_sweep(RECIPE, self.overrides(rates), output=folder, seeds=[seed]))
         if outcome.failure:
             raise RuntimeError(f"{outcome.run.name}: {outcome.failure} (see {outcome.run.log})")
@@ -164,26 +180,30 @@ class Search:
         summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
         for section, key in (("data", "corpus"), ("data", "eval_corpus"), ("training", "output_dir")):
             del summary["config"][section][key]  # places on one machine; the corpus is named by its files' hashes
+        model = summary["config"]["model"]
+        model["name"] = Path(model["name"]).name
         command = {"command": self.command(rates, seed)}
         return {**dataclasses.asdict(rates), "seed": seed, "corpus": self.corpus.to_dict(), **summary, **command}
 
     def command(self, rates: Rates, seed: int) -> str:
         """What trains one run alone, started where the corpus lies."""
         corpus = ",".join(path.name for path in self.corpus.files.values())
-        words = ["benchmarks/equal_flops.py", "run", self.row.name, "--width", str(self.size.width)]
-        if self.size.layers != LAYERS[0]:
-            words += ["--layers", str(self.size.layers)]
+        words = ["benchmarks/equal_flops.py", "run", self.row.name, "--width", str(self.baseline.width)]
+        if self.baseline.layers != LAYERS[0]:
+            words += ["--layers", str(self.baseline.layers)]
+        if self.baseline.architecture != ARCHITECTURES[0]:
+            words += ["--architecture", self.baseline.architecture]
         words += ["--corpus", f"{self.corpus.name}={corpus}" if corpus else BUILTIN]
         return shlex.join([*words, "--at", rates.word, "--seeds", str(seed)])
 
 
-def run_all(wanted: Sequence[tuple[Row, Size]], choice: argparse.Namespace) -> None:
-    """Bring the searches of rows and sizes to their ends, with at most `choice.jobs` runs at a time."""
+def run_all(wanted: Sequence[tuple[Row, Baseline]], choice: argparse.Namespace) -> None:
+    """Bring the searches of rows over their baselines to their ends, with at most `choice.jobs` runs at a time."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(choice.jobs) as pool, ThreadPoolExecutor(len(wanted)) as climbers:
         ends = []
-        for row, size in wanted:
-            search = Search(row, size, choice.corpus, pool, choice.tune_regularisation)
+        for row, baseline in wanted:
+            search = Search(row, baseline, choice.corpus, pool, choice.tune_regularisation)
             if choice.at:
                 ends.append(climbers.submit(search.losses, [(choice.at, seed) for seed in choice.seeds or SEEDS]))
             else:
@@ -192,11 +212,11 @@ def run_all(wanted: Sequence[tuple[Row, Size]], choice: argparse.Namespace) -> N
             end.result()
 
 
-def recipes_of(size: Size) -> dict[str, Recipe]:
+def recipes_of(baseline: Baseline) -> dict[str, Recipe]:
     """Row -> its recipe; rows that differ in the number of steps alone are left out."""
-    rows = [row for row in ROWS if row.exists_at(size) and row.tokens == 1]
+    rows = [row for row in ROWS if row.exists_at(baseline) and row.tokens == 1]
     corpus, pool = Corpus.from_word(BUILTIN), ThreadPoolExecutor(1)
-    words = {row.name: Search(row, size, corpus, pool).overrides(row.start) for row in rows}
+    words = {row.name: Search(row, baseline, corpus, pool).overrides(row.start) for row in rows}
     return {name: load_recipe(RECIPE, [*overrides, "--output_dir=unused"]) for name, overrides in words.items()}
 
 
@@ -236,23 +256,29 @@ def main(words: list[str] | None = None) -> None:
     time.add_argument("--width", type=int, choices=sorted(set(WIDTHS) - set(IN_BFLOAT16)), default=128)
     for command in (run, time):
         command.add_argument("--layers", type=int, choices=LAYERS, default=LAYERS[0], help="decoder layers")
+        command.add_argument("--architecture", choices=ARCHITECTURES, default=ARCHITECTURES[0], help="of all models")
     commands.add_parser("table", help="what came out so far")
     choice = parser.parse_args(words)
     if choice.command == "table":
         print(table(RESULTS), equal_flops_fit.report(RESULTS), sep="\n\n")
         return
     if choice.command == "time":
-        size = Size(choice.width, choice.layers)
-        write_json(times_path(RESULTS, size), step_times(recipes_of(size)))
+        baseline = Baseline(choice.width, choice.layers, choice.architecture)
+        write_json(times_path(RESULTS, baseline), step_times(recipes_of(baseline)))
         return
     if choice.seeds and not choice.at:
         parser.error("--seeds goes with --at: a search takes its own")
     if choice.tune_regularisation and choice.at:
         parser.error(f"--tune_regularisation is for a search; give it with --at {RATES_FORM}")
-    wanted = [(BY_NAME[name], Size(width, choice.layers)) for width in choice.width for name in choice.rows]
-    for row, size in wanted:
-        if not row.exists_at(size):
-            parser.error(f"{row.name} has no shape or tiles that fit {size.title}: choose another width, or two layers")
+    wanted = [
+        (BY_NAME[name], Baseline(width, choice.layers, choice.architecture))
+        for width in choice.width
+        for name in choice.rows
+    ]
+    for row, baseline in wanted:
+        if not row.exists_at(baseline):
+            way_out = "choose another width, or two layers of llama"
+            parser.error(f"{row.name} has no shape or tiles that fit {baseline.title}: {way_out}")
     run_all(wanted, choice)
 
 

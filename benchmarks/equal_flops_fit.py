@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from equal_flops_rows import BY_NAME, Size, tokens_per_weight
+from equal_flops_rows import BY_NAME, Baseline, tokens_per_weight
 from equal_flops_table import Best, best_of, gain
 from numpy.typing import NDArray
 from scipy import stats
@@ -90,12 +90,12 @@ def points_of(folder: Path, row: str) -> list[Point]:
         row: a sparse one, whose dense twins of the same lengths have results there, too.
     """
     found = []
-    for size in sorted(Size.from_name(path.name) for path in folder.glob("width*")):
+    for baseline in sorted(Baseline.from_name(path.name) for path in folder.glob("width*")):
         for length in LENGTHS:
-            dense, ours = (best_of(folder / str(size) / f"{name}{length}") for name in ("dense", row))
-            if size == Size(size.width) and dense and ours:
-                tokens = tokens_per_weight(size, BY_NAME[f"{row}{length}"])
-                found.append(Point(folder.name, size.width, tokens, dense, ours))
+            dense, ours = (best_of(folder / str(baseline) / f"{name}{length}") for name in ("dense", row))
+            if baseline == Baseline(baseline.width) and dense and ours:
+                tokens = tokens_per_weight(baseline, BY_NAME[f"{row}{length}"])
+                found.append(Point(folder.name, baseline.width, tokens, dense, ours))
     return found
 
 

@@ -1,7 +1,8 @@
-"""What the study at equal whole-model FLOPs compares: the rows, their models' sizes, and rates to train them with."""
+"""What the study at equal whole-model FLOPs compares: the rows, the dense models, and rates to train them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,10 @@ from typing import Any
 WIDTHS = (64, 128, 256, 1024)
 SEEDS = (0, 1, 2)
 LAYERS = (2, 8)
+# Llama normalises by the mean square and gates its FFN; StarCoder2 has GPT-2's LayerNorm, GELU and biases, and Llama's
+# rotary positions, so that the size of its heads does not follow from its width.
+ARCHITECTURES = ("llama", "starcoder2")
+FFN_MATRICES: Mapping[str, int] = {"llama": 3, "starcoder2": 2}
 HEAD_DIM, VOCAB, SEQ_LEN = 32, 1024, 128
 WEIGHT_DECAY = 0.1  # the recipe's
 # The recipe's tokens are 41 for each projection weight at width 64 (10 with eight layers), and 10 at 128. More tokens
@@ -20,30 +25,39 @@ IN_BFLOAT16 = (1024,)
 
 
 @dataclass(frozen=True, order=True)
-class Size:
-    """Of the dense model that rows are compared with.
+class Baseline:
+    """The dense model that rows are compared with.
 
     Args:
         width: its hidden size.
         layers: its decoder layers.
+        architecture: one of `ARCHITECTURES`.
     """
 
     width: int
     layers: int = LAYERS[0]
+    architecture: str = ARCHITECTURES[0]
 
     @classmethod
-    def from_name(cls, name: str) -> Size:
+    def from_name(cls, name: str) -> Baseline:
         """The one whose `str` is `name`."""
-        width, _, layers = name.removeprefix("width").partition("-layers")
-        return cls(int(width), int(layers or LAYERS[0]))
-
-    def __str__(self) -> str:
-        return f"width{self.width}" + (f"-layers{self.layers}" if self.layers != LAYERS[0] else "")
+        found = re.fullmatch(r"width(\d+)(?:-layers(\d+))?(?:-([a-z]\w*))?", name)
+        if found is None:
+            raise ValueError(f"{name!r} names no dense model")
+        width, layers, architecture = found.groups()
+        return cls(int(width), int(layers or LAYERS[0]), architecture or ARCHITECTURES[0])
 
     @property
     def title(self) -> str:
         """Of its table."""
-        return f"width {self.width}" + (f", {self.layers} layers" if self.layers != LAYERS[0] else "")
+        parts = [f"width {self.width}"]
+        parts += [f"{self.layers} layers"] if self.layers != LAYERS[0] else []
+        return ", ".join(parts + ([self.architecture] if self.architecture != ARCHITECTURES[0] else []))
+
+    def __str__(self) -> str:
+        layers = f"-layers{self.layers}" if self.layers != LAYERS[0] else ""
+        architecture = f"-{self.architecture}" if self.architecture != ARCHITECTURES[0] else ""
+        return f"width{self.width}{layers}{architecture}"
 
 
 @dataclass(frozen=True, order=True)
@@ -116,44 +130,44 @@ class Row:
     widths: tuple[int, ...] = WIDTHS
     tokens: float = 1
 
-    def exists_at(self, size: Size) -> bool:
-        """Whether it can be compared with the dense model of that size."""
-        return size.width in self.widths and (self.shape is None or size.layers == LAYERS[0])
+    def exists_at(self, baseline: Baseline) -> bool:
+        """Whether it can be compared with that dense model."""
+        return baseline.width in self.widths and (self.shape is None or baseline == Baseline(baseline.width))
 
-    def config(self, size: Size) -> dict[str, Any]:
+    def config(self, baseline: Baseline) -> dict[str, Any]:
         """Fields of its model's config, before it is made sparse."""
-        return {**dense_shape(size), **(self.shape(size.width) if self.shape else {})}
+        return {**dense_shape(baseline), **(self.shape(baseline.width) if self.shape else {})}
 
 
-def dense_shape(size: Size) -> dict[str, Any]:
-    """Fields of the dense model's config: heads of 32, and an FFN whose three matrices have about 8 width^2 weights."""
-    width = size.width
+def dense_shape(baseline: Baseline) -> dict[str, Any]:
+    """Fields of the dense model's config: heads of 32, and an FFN of about 8 width^2 weights."""
+    width = baseline.width
     return {
         "hidden_size": width,
-        "intermediate_size": width * 11 // 4,
-        "num_hidden_layers": size.layers,
+        "intermediate_size": width * 11 // 4 if FFN_MATRICES[baseline.architecture] == 3 else width * 4,
+        "num_hidden_layers": baseline.layers,
         "num_attention_heads": width // HEAD_DIM,
         "num_key_value_heads": width // HEAD_DIM,
         "head_dim": HEAD_DIM,
     }
 
 
-def tokens_per_weight(size: Size, row: Row) -> float:
+def tokens_per_weight(baseline: Baseline, row: Row) -> float:
     """Training tokens for each weight of the dense model's projections."""
-    shape = dense_shape(size)
-    weights = shape["num_hidden_layers"] * projection_weights(shape)
-    return MAX_STEPS[size.width] * row.tokens * BATCH_SIZE[size.width] * SEQ_LEN / weights
+    shape = dense_shape(baseline)
+    weights = shape["num_hidden_layers"] * projection_weights(shape, FFN_MATRICES[baseline.architecture])
+    return MAX_STEPS[baseline.width] * row.tokens * BATCH_SIZE[baseline.width] * SEQ_LEN / weights
 
 
 def other_shape(width: int, hidden: float, heads: float, layers: int = LAYERS[0]) -> dict[str, Any]:
-    """A dense model of another shape with the FLOPs of the usual one, by the choice of its FFN's inner side.
+    """A dense Llama of another shape with the FLOPs of the usual one, by the choice of its FFN's inner side.
 
     Args:
         width: hidden size of the usual one.
         hidden, heads: its hidden size, and the size of its heads together, as multiples of `width`.
         layers: its decoder layers.
     """
-    usual = dense_shape(Size(width))
+    usual = dense_shape(Baseline(width))
     hidden_size, head_dim = int(width * hidden), int(HEAD_DIM * heads)
     attention = 8 * hidden_size * width * heads + 4 * SEQ_LEN * width * heads
     around = layers * attention + 2 * hidden_size * VOCAB
@@ -162,16 +176,19 @@ def other_shape(width: int, hidden: float, heads: float, layers: int = LAYERS[0]
     return {**usual, **shape, "intermediate_size": round(left / layers / (6 * hidden_size))}
 
 
-def forward_flops(shape: Mapping[str, Any]) -> float:
+def forward_flops(shape: Mapping[str, Any], ffn_matrices: int = 3) -> float:
     """FLOPs of a token's forward pass in a dense model; attention is counted in full, as everywhere in this project."""
     attention = 4 * SEQ_LEN * shape["num_attention_heads"] * shape["head_dim"]
-    return shape["num_hidden_layers"] * (2 * projection_weights(shape) + attention) + 2 * shape["hidden_size"] * VOCAB
+    return (
+        shape["num_hidden_layers"] * (2 * projection_weights(shape, ffn_matrices) + attention)
+        + 2 * shape["hidden_size"] * VOCAB
+    )
 
 
-def projection_weights(shape: Mapping[str, Any]) -> int:
+def projection_weights(shape: Mapping[str, Any], ffn_matrices: int = 3) -> int:
     """Weights of the projections of one layer of a dense model."""
     heads = shape["num_attention_heads"] * shape["head_dim"]
-    return int(4 * shape["hidden_size"] * heads + 3 * shape["hidden_size"] * shape["intermediate_size"])
+    return int(shape["hidden_size"] * (4 * heads + ffn_matrices * shape["intermediate_size"]))
 
 
 STATIC = {"dst": {"algorithm": "static"}}

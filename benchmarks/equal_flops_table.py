@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from equal_flops_rows import BY_NAME, ROWS, SEEDS, WEIGHT_DECAY, Rates, Size
+from equal_flops_rows import BY_NAME, ROWS, SEEDS, WEIGHT_DECAY, Baseline, Rates
 from scipy import stats
 
 from sparseift_llm.reporting.sweep import difference_interval, t_interval
@@ -47,9 +47,9 @@ def rates_of(result: Mapping[str, Any]) -> Rates:
     )
 
 
-def times_path(results: Path, size: Size) -> Path:
+def times_path(results: Path, baseline: Baseline) -> Path:
     """Where the step times of the rows at a size are kept."""
-    return results / f"times-{size}.json"
+    return results / f"times-{baseline}.json"
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,14 @@ def table_line(
 
 
 def table(results: Path) -> str:
-    """A Markdown table for every corpus and size: the rows at their best rates, and their gain over dense."""
+    """A Markdown table for every corpus and baseline: the rows at their best rates, and their gain over dense."""
     parts = []
-    for corpus, size in sorted((path.parent.name, Size.from_name(path.name)) for path in results.glob("*/width*")):
-        folder = results / corpus / str(size)
+    for corpus, baseline in sorted(
+        (path.parent.name, Baseline.from_name(path.name)) for path in results.glob("*/width*")
+    ):
+        folder = results / corpus / str(baseline)
         found = {row.name: best for row in ROWS if (best := best_of(folder / row.name)) is not None}
-        slope, times = nats_per_e_fold(found), read_times(times_path(results, size))
+        slope, times = nats_per_e_fold(found), read_times(times_path(results, baseline))
         lines = [table_line(name, best, found, slope, times) for name, best in found.items()]
-        parts.append(f"{corpus}, {size.title}\n\n{markdown_table(HEADER, lines, 'llrrlrlrrr')}")
+        parts.append(f"{corpus}, {baseline.title}\n\n{markdown_table(HEADER, lines, 'llrrlrlrrr')}")
     return "\n\n".join(parts)

@@ -21,17 +21,29 @@ from tests.helpers.equal_flops import corpus_word, write_result
 from tests.helpers.paths import ROOT
 
 
-@pytest.mark.parametrize(("width", "layers"), [(64, 2), (128, 2), (256, 2), (1024, 2), (64, 8)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "width64",
+        "width128",
+        "width256",
+        "width1024",
+        "width64-layers8",
+        "width128-starcoder2",
+        "width64-layers8-starcoder2",
+    ],
+)
 def test_every_row_costs_what_the_dense_model_costs(
-    study: ModuleType, rows: ModuleType, corpus: Any, width: int, layers: int
+    study: ModuleType, rows: ModuleType, corpus: Any, name: str
 ) -> None:
-    size = rows.Size(width, layers)
-    assert rows.Size.from_name(str(size)) == size
-    dense = rows.forward_flops(rows.dense_shape(size))
-    for row in (row for row in rows.ROWS if row.exists_at(size)):
-        words = study.Search(row, size, corpus, None).overrides(study.Rates(4e-3, 2))
+    baseline = rows.Baseline.from_name(name)
+    assert str(baseline) == name
+    dense = rows.forward_flops(rows.dense_shape(baseline), rows.FFN_MATRICES[baseline.architecture])
+    for row in (row for row in rows.ROWS if row.exists_at(baseline)):
+        words = study.Search(row, baseline, corpus, None).overrides(study.Rates(4e-3, 2))
         recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
         config = load_config(recipe.model.name)
+        assert config.model_type == baseline.architecture
         for key, value in {**recipe.model.config, "vocab_size": recipe.data.vocab_size}.items():
             setattr(config, key, value)
         if recipe.sparse_ift is None:
@@ -87,7 +99,7 @@ def test_regularisation_is_looked_for_where_that_is_asked(
     assert (best, str(best)) == (study.Rates(8e-3, 4, 0.9, 0.2), "lr0.008-emb4-wd0.9-drop0.2")
     line = tables.table(tmp_path).splitlines()[4]
     assert line.startswith("| dense | 0.008, 4x, decay 0.9, dropout 0.2 | 1.0000 | 0.0000 |")
-    words = study.Search(study.BY_NAME["residual2"], study.Size(64), corpus, None).overrides(best)
+    words = study.Search(study.BY_NAME["residual2"], study.Baseline(64), corpus, None).overrides(best)
     recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
     assert recipe.training["weight_decay"] == 0.9
     assert recipe.model.config["attention_dropout"] == 0.2
@@ -166,7 +178,7 @@ def test_the_table_says_what_the_dense_model_would_need(study: ModuleType, table
     for row, loss, flops in (("dense-half", 4.2, 50), ("dense", 4.0, 100), ("dense-double", 3.8, 200)):
         write_result(folder / row, rates, 0, loss, flops)
     write_result(folder / "residual2", rates, 0, 3.9)
-    tables.times_path(tmp_path, study.Size(64)).write_text(
+    tables.times_path(tmp_path, study.Baseline(64)).write_text(
         json.dumps({"step_seconds": {"dense": 0.2, "residual2": 0.4}})
     )
     lines = tables.table(tmp_path).splitlines()
@@ -195,7 +207,7 @@ def test_rows_of_other_lengths_train_on_as_many_tokens_as_they_say(
 ) -> None:
     steps = {}
     for row in rows.ROWS:
-        words = study.Search(row, study.Size(128), corpus, None).overrides(study.Rates(4e-3, 2))
+        words = study.Search(row, study.Baseline(128), corpus, None).overrides(study.Rates(4e-3, 2))
         steps[row.name] = load_recipe(study.RECIPE, [*words, "--output_dir=x"]).training["max_steps"]
     for row in ("dense", "residual2"):
         assert [steps.pop(f"{row}-{length}") for length in ("quarter", "half", "double")] == [250, 500, 2000]
@@ -221,7 +233,11 @@ def test_step_times_are_measured_for_every_row_of_a_size(
 
 
 def test_rows_that_do_not_exist_at_a_size_are_refused(study: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["dense-wide", "--layers", "8"], ["residual2-tile32", "--width", "64"]):
+    for words in (
+        ["dense-wide", "--layers", "8"],
+        ["dense-deep", "--architecture", "starcoder2"],
+        ["residual2-tile32", "--width", "64"],
+    ):
         with pytest.raises(SystemExit):
             study.main(["run", *words, "--corpus", "builtin"])
-        assert "choose another width, or two layers" in capsys.readouterr().err
+        assert "choose another width, or two layers of llama" in capsys.readouterr().err

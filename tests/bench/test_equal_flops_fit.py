@@ -15,15 +15,15 @@ import pytest
 from tests.helpers.equal_flops import write_result
 
 
-def write_gains(folder: Path, study: ModuleType, gain: Any, sizes: Mapping[str, tuple[str, ...]]) -> None:
+def write_gains(folder: Path, study: ModuleType, gain: Any, places: Mapping[str, tuple[str, ...]]) -> None:
     """Dense losses of 4 with seeds 0.01 apart and, with one seed, the wide model's by the gain at its place."""
-    for name, lengths in sizes.items():
+    for name, lengths in places.items():
         for length in lengths:
-            size = study.Size.from_name(name)
-            tokens = study.equal_flops_fit.tokens_per_weight(size, study.BY_NAME[f"residual2{length}"])
+            baseline = study.Baseline.from_name(name)
+            tokens = study.equal_flops_fit.tokens_per_weight(baseline, study.BY_NAME[f"residual2{length}"])
             for seed, loss in enumerate((4.0, 4.01, 3.99)):
                 write_result(folder / name / f"dense{length}", study.Rates(8e-3, 4), seed, loss)
-            ours = 4 - gain(size.width, tokens)
+            ours = 4 - gain(baseline.width, tokens)
             write_result(folder / name / f"residual2{length}", study.Rates(8e-3, 4), 0, ours)
 
 
@@ -34,8 +34,8 @@ def test_the_fit_finds_the_plane_that_gains_lie_on(study: ModuleType, tmp_path: 
         return 0.03 + 0.02 * math.log2(width / 128) - 0.01 * math.log2(tokens / 10)
 
     fits = study.equal_flops_fit
-    sizes = {"width64": ("", "-half"), "width128": ("",), "width256": ("", "-double"), "width64-layers8": ("",)}
-    write_gains(tmp_path / "novels", study, gain, sizes)
+    places = {"width64": ("", "-half"), "width128": ("",), "width256": ("", "-double"), "width64-layers8": ("",)}
+    write_gains(tmp_path / "novels", study, gain, places)
     points = fits.points_of(tmp_path / "novels", "residual2")
     assert [point.place for point in points] == [
         ("novels", width, pytest.approx(tokens, rel=0.02))
@@ -48,8 +48,8 @@ def test_the_fit_finds_the_plane_that_gains_lie_on(study: ModuleType, tmp_path: 
     assert value - low == pytest.approx(high - value)
     assert "twice the width adds +0.020" in fits.report(tmp_path)
     assert "predicts +0.066 (" in fits.report(tmp_path)
-    sizes = {"width64": ("",), "width128": ("-half",)}
-    write_gains(tmp_path / "builtin", study, lambda width, tokens: gain(width, tokens) - 0.05, sizes)
+    places = {"width64": ("",), "width128": ("-half",)}
+    write_gains(tmp_path / "builtin", study, lambda width, tokens: gain(width, tokens) - 0.05, places)
     write_gains(tmp_path / "tenth", study, lambda width, tokens: -0.3, {"width64": ("",)})  # too few to count
     said = fits.report(tmp_path)
     assert "twice the width adds +0.020" in said

@@ -75,7 +75,7 @@ def test_the_page_has_the_gain_at_every_place_with_three_seeds(
     for size_folder, row in product(study.RESULTS.glob("*/width*"), ("ffn2", "residual2")):
         ours, dense = (tables.best_of(size_folder / name) for name in (row, "dense"))
         if size_folder.parent.name in ("novels", "builtin") and ours and min(len(ours.losses), len(dense.losses)) >= 3:
-            title = study.Size.from_name(size_folder.name).title
+            title = study.Baseline.from_name(size_folder.name).title
             assert f"- {size_folder.parent.name}, {title}: {tables.gain(ours, dense)} " in page
             places += 1
     assert page.count("- novels, width") + page.count("- builtin, width") == places
@@ -102,7 +102,7 @@ def test_what_the_page_says_of_the_wider_ffn_is_in_its_results(
     worth = tables.equal_loss_flops(wider, dense, slope).removesuffix("x")
     assert f"so {gained:.3f} nats are worth {worth} times its compute. That is less than the 0.05 that" in page
     assert gained < 0.05
-    times = tables.read_times(tables.times_path(study.RESULTS, study.Size(128)))
+    times = tables.read_times(tables.times_path(study.RESULTS, study.Baseline(128)))
     later = slope * math.log(times["ffn2"]) - gained
     dearer = f"takes {times['ffn2']:.2f} times the dense model's. The dense model would be {later:.3f} nats"
     assert dearer in page
@@ -150,7 +150,7 @@ def test_what_the_page_says_of_other_rows_at_width_128_is_in_their_results(
     assert f"{first} (at 0.016)" in page
     assert (best[4], best[8]) == (loss["lr0.004-emb4-seed0"], loss["lr0.016-emb8-seed0"])
     assert f"but 4x at 0.016 gives {loss['lr0.016-emb4-seed0']:.3f}." in page
-    times = tables.read_times(tables.times_path(study.RESULTS, study.Size(128)))
+    times = tables.read_times(tables.times_path(study.RESULTS, study.Baseline(128)))
     names = ("residual2", "residual2-tile16")
     assert "takes {:.2f} times the dense model's time, and {:.2f} times with".format(*(times[n] for n in names)) in page
     later = [slope * math.log(times[name]) + found[name].mean - dense.mean for name in names]
@@ -185,7 +185,7 @@ def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType, tables: Modu
     for row, (name, options) in zip(("dense", "ffn2"), words, strict=True):
         best = tables.best_of(study.RESULTS / "builtin" / "width128" / row)
         corpus = study.Corpus.from_word("builtin")
-        ours = study.Search(study.BY_NAME[row], study.Size(128), corpus, None).overrides(best.rates)
+        ours = study.Search(study.BY_NAME[row], study.Baseline(128), corpus, None).overrides(best.rates)
         trained = load_recipe(study.RECIPE, [*ours, "--output_dir=x", "--seed=0"]).to_dict()
         shown = load_recipe(ROOT / "recipes" / "demo.yaml", [*shlex.split(options), "--output_dir=x"]).to_dict()
         assert name == ("sparse" if shown["sparse_ift"] else "dense")

@@ -44,15 +44,15 @@ def equal_flops() -> Iterator[tuple[str, str, str, str]]:
     """Rows at equal whole-model FLOPs with three seeds, of the widest models of each corpus that have them."""
     tables = load_script("benchmarks/equal_flops_table.py")
     for corpus, (name, title) in product(CORPORA, TITLES.items()):
-        sizes = [tables.Size.from_name(path.name) for path in (RESULTS / "equal_flops" / corpus).glob("width*")]
-        for size in sorted(sizes, key=lambda size: (-size.width, size.layers)):
-            folder = RESULTS / "equal_flops" / corpus / str(size)
+        baselines = [tables.Baseline.from_name(path.name) for path in (RESULTS / "equal_flops" / corpus).glob("width*")]
+        for baseline in sorted(baselines, key=lambda dense: (-dense.width, dense.layers)):
+            folder = RESULTS / "equal_flops" / corpus / str(baseline)
             ours, dense = tables.best_of(folder / name), tables.best_of(folder / "dense")
             if ours is None or dense is None or min(len(ours.losses), len(dense.losses)) < 3:
                 continue
-            times = tables.read_times(tables.times_path(RESULTS / "equal_flops", size))
+            times = tables.read_times(tables.times_path(RESULTS / "equal_flops", baseline))
             low, high = difference_interval(list(dense.losses.values()), list(ours.losses.values())) or (0, 0)
-            what = f"{title}, {corpus}, {size.title}" + (" (within noise)" if low <= 0 <= high else "")
+            what = f"{title}, {corpus}, {baseline.title}" + (" (within noise)" if low <= 0 <= high else "")
             yield _row(what, (dense.mean, ours.mean), ours.train_flops / dense.train_flops, times.get(name))
             break
 
