@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparseift_llm.models.presets import load_config
 from sparseift_llm.planning.cost import count_flops
 from sparseift_llm.planning.planner import plan
+from sparseift_llm.runs.model import model_config
 from sparseift_llm.runs.recipe import load_recipe
 from tests.helpers.equal_flops import corpus_word, write_result
 from tests.helpers.paths import ROOT
@@ -42,10 +42,9 @@ def test_every_row_costs_what_the_dense_model_costs(
     for row in (row for row in rows.ROWS if row.exists_at(baseline)):
         words = study.Search(row, baseline, corpus, None).overrides(study.Rates(4e-3, 2))
         recipe = load_recipe(study.RECIPE, [*words, "--output_dir=x"])
-        config = load_config(recipe.model.name)
+        config = model_config(recipe)
+        config.vocab_size = recipe.data.vocab_size
         assert config.model_type == baseline.architecture
-        for key, value in {**recipe.model.config, "vocab_size": recipe.data.vocab_size}.items():
-            setattr(config, key, value)
         if recipe.sparse_ift is None:
             flops = count_flops(config, recipe.data.seq_len).forward
         else:
