@@ -15,7 +15,7 @@ import torch
 from sparseift_llm import sparsify
 from sparseift_llm.bench.measure import take_turns
 from sparseift_llm.models.architectures import build_model
-from sparseift_llm.models.presets import load_config
+from sparseift_llm.runs.model import model_config
 from sparseift_llm.runs.recipe import Recipe
 from sparseift_llm.utils.provenance import commit, machine, versions
 
@@ -39,9 +39,8 @@ def step_times(recipes: Mapping[str, Recipe]) -> dict[str, Any]:
 
 def training_step(recipe: Recipe) -> Callable[[], None]:
     """One step of the recipe's model on random tokens, batch and length as in the recipe."""
-    config = load_config(recipe.model.name)
-    for key, value in {**recipe.model.config, "vocab_size": recipe.data.vocab_size, "use_cache": False}.items():
-        setattr(config, key, value)
+    config = model_config(recipe)
+    config.vocab_size = recipe.data.vocab_size
     model = sparsify(config, recipe.sparse_ift) if recipe.sparse_ift else build_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     shape = (recipe.training["per_device_train_batch_size"], recipe.data.seq_len)
