@@ -62,7 +62,8 @@ from equal_flops_table import loss_of, table, times_path
 from recipe_steps import step_times
 
 from sparseift_llm.runs.recipe import Recipe, load_recipe
-from sparseift_llm.runs.sweep import SweepRun, plan_sweep, run_sweep
+from sparseift_llm.runs.sweep import run_sweep
+from sparseift_llm.runs.sweep_plan import SweepRun, plan_sweep
 from sparseift_llm.utils.files import write_json
 
 HERE = Path(__file__).parent

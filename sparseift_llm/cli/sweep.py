@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> str:
         SystemExit: with status 1 after the table is printed, if a run failed.
     """
     from sparseift_llm.reporting.sweep import check_output, write_sweep
-    from sparseift_llm.runs.sweep import plan_sweep, run_sweep
+    from sparseift_llm.runs.sweep import run_sweep
+    from sparseift_llm.runs.sweep_plan import plan_sweep
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sweep = plan_sweep(

@@ -1,6 +1,6 @@
 """What a sweep says: the best setting of every arm, with its interval and edges, as a table, a picture and JSON.
 
-The runs are made by runs/sweep.py.
+The runs are made by runs/sweep_plan.py and runs/sweep.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from scipy import stats
 
-from sparseift_llm.runs.sweep import Axis, Outcome, Sweep, value_name
+from sparseift_llm.runs.sweep import Outcome
+from sparseift_llm.runs.sweep_plan import Axis, Sweep, value_name
 from sparseift_llm.utils.files import write_json, write_text, written_whole
 from sparseift_llm.utils.outputs import refuse_foreign
 from sparseift_llm.utils.provenance import commit, machine, versions

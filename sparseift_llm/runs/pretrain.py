@@ -110,7 +110,9 @@ def checked_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
         ValueError: see `make_model`, `use_semi_structured_kernels` and `group_factors`.
     """
     model = make_model(recipe, data)
-    if recipe.model.semi_structured_kernels:
+    if recipe.model.semi_structured_kernels and recipe.sparse_ift is None:
+        logger.info("model.semi_structured_kernels is for sparse models; the dense one is trained without")
+    elif recipe.model.semi_structured_kernels:
         use_semi_structured_kernels(model)
     factors = LearningRateFactors.of(recipe.training)
     group_factors(model, factors.embedding_lr_factor, factors.head_lr_factor)

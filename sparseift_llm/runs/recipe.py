@@ -43,7 +43,8 @@ class ModelConfig:
     says otherwise."""
     semi_structured_kernels: bool = False
     """Compute outputs of `sparse_ift.structure: 2:4` on torch's semi-structured kernels, in training too, and with
-    `sparse_ift.transposable` the gradients of inputs. Needs an NVIDIA GPU, and `bf16` or `fp16` in `training`."""
+    `sparse_ift.transposable` the gradients of inputs. Needs an NVIDIA GPU, and `bf16` or `fp16` in `training`. The
+    dense twin (`sparse_ift: null`) is trained without them."""
 
     def __post_init__(self) -> None:
         check_finite(self.config, "config")
@@ -73,6 +74,11 @@ class Recipe:
     """Optimizer step at which a cosine schedule reaches its minimum and stays there; null means the last step."""
 
     def __post_init__(self) -> None:
+        if self.model.semi_structured_kernels and self.sparse_ift is not None and self.sparse_ift.structure != "2:4":
+            raise ValueError(
+                "model.semi_structured_kernels needs sparse_ift.structure='2:4', got "
+                f"{self.sparse_ift.structure!r}; set it, or leave the kernels out"
+            )
         if self.model.from_pretrained is not None and self.data.tokenizer == "bpe":
             raise ValueError(
                 f"model.from_pretrained={self.model.from_pretrained!r} knows the tokens of its own tokenizer; set "

@@ -10,7 +10,7 @@ import torch
 
 from sparseift_llm.config.transform import SparseIFTConfig
 from sparseift_llm.config.yaml_files import parse_yaml
-from sparseift_llm.runs.sweep import Sweep
+from sparseift_llm.runs.sweep_plan import Sweep
 from tests.docs.page_blocks import Block, PageRun, blocks_of, prepare
 from tests.helpers.pages import PAGES as TEXTS
 from tests.helpers.paths import ROOT

@@ -22,7 +22,8 @@ from sparseift_llm.reporting.sweep import (
     t_interval,
     write_sweep,
 )
-from sparseift_llm.runs.sweep import Axis, Outcome, Sweep, SweepRun, plan_sweep
+from sparseift_llm.runs.sweep import Outcome
+from sparseift_llm.runs.sweep_plan import Axis, Sweep, SweepRun, plan_sweep
 from tests.helpers.pretrain_runs import tiny_recipe
 
 RATES = Axis("training.learning_rate", "learning_rate", (0.004, 0.016, 0.008))

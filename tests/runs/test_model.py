@@ -98,8 +98,14 @@ def test_semi_structured_kernels_are_switched_on_by_the_recipe(on_kernels: bool)
     assert {layer.uses_semi_structured_kernels for layer in layers.values()} == {on_kernels}
 
 
-@pytest.mark.parametrize("sparse_ift", [None, SparseIFTConfig(), SparseIFTConfig(structure="block")])
-def test_semi_structured_kernels_are_refused_without_2_4_masks(sparse_ift: SparseIFTConfig | None) -> None:
-    model = ModelConfig(config={**SMALL, "n_embd": 64}, semi_structured_kernels=True)
-    with pytest.raises(ValueError, match=r"no n:m masks, .*structure='2:4'"):
-        checked_model(Recipe(model, DataConfig(seq_len=16), sparse_ift, {"output_dir": "run"}), DATA)
+@pytest.mark.parametrize("structure", ["unstructured", "block", "1:2"])
+def test_semi_structured_kernels_are_refused_without_2_4_masks(structure: str) -> None:
+    model = ModelConfig(config=SMALL, semi_structured_kernels=True)
+    with pytest.raises(ValueError, match=rf"needs sparse_ift.structure='2:4', got '{structure}'"):
+        Recipe(model, DataConfig(seq_len=16), SparseIFTConfig(structure=structure), {"output_dir": "run"})
+
+
+def test_the_dense_twin_of_a_recipe_with_semi_structured_kernels_is_built_without_them() -> None:
+    model = ModelConfig(config=SMALL, semi_structured_kernels=True)
+    dense = checked_model(Recipe(model, DataConfig(seq_len=16), None, {"output_dir": "run"}), DATA)
+    assert not sparse_layers(dense)

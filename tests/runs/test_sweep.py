@@ -18,7 +18,8 @@ import pytest
 from sparseift_llm.cli import main
 from sparseift_llm.runs import sweep as sweep_module
 from sparseift_llm.runs.formats import SUMMARY_KEYS
-from sparseift_llm.runs.sweep import Outcome, Sweep, SweepRun, is_finished, plan_sweep, run_sweep, value_name
+from sparseift_llm.runs.sweep import Outcome, is_finished, run_sweep
+from sparseift_llm.runs.sweep_plan import Sweep, SweepRun, plan_sweep, value_name
 from tests.helpers.pretrain_runs import read_json, tiny_recipe
 
 RATES = ("--learning_rate", "4e-3,8e-3")
@@ -95,6 +96,16 @@ def test_the_dense_twin_has_every_setting_but_those_of_sparsity(recipe: Path) ->
     }
 
 
+def test_a_recipe_on_semi_structured_kernels_has_a_dense_twin(recipe: Path) -> None:
+    words = (*RATES, "--model.semi_structured_kernels=true", "--sparse_ift.structure=2:4")
+    assert [run.arm for run in plan(recipe, *words, dense_twin=True).runs] == ["dense"] * 2 + ["sparse"] * 2
+
+
+def test_an_output_head_of_its_own_may_have_rates_of_its_own(recipe: Path) -> None:
+    words = ("--model.config.tie_word_embeddings=false", "--head_lr_factor", "1,2")
+    assert len(plan(recipe, *words).runs) == 2
+
+
 def test_axes_that_share_their_last_part_are_named_in_full(recipe: Path) -> None:
     sweep = plan(recipe, "--sparse_ift.seed", "1,2", "--model.config.seed", "3,4", "--model.config.n_layer", "1,2")
     assert [axis.name for axis in sweep.axes["sparse"]] == ["sparse_ift.seed", "model.config.seed", "n_layer"]
@@ -122,6 +133,11 @@ def test_names_of_values() -> None:
         (["--learning_rate", "1e-3,fast"], "training.learning_rate must be float, got str: 'fast'"),
         (["--embedding_lr_factor", "1,0"], "training.embedding_lr_factor must be above 0, got 0"),
         (["--learning_rate", "1,,2"], "training.learning_rate must be float"),
+        (["--head_lr_factor", "1,2"], "dense_head_lr_factor-1_seed-0: .*an output head tied to its embedding"),
+        (["--data.vocab_size", "280,300"], "size-280_seed-0 and .*size-300_seed-0 .*compared: data.vocab_size is 280"),
+        (["--data.seq_len", "8,16"], "cannot be compared: data.seq_len is 8 and 16; make a sweep for each"),
+        (["--data.eval_corpus", "a.txt,b.txt"], "cannot be compared: data.eval_corpus is 'a.txt' and 'b.txt'"),
+        (["--model.semi_structured_kernels=true", "--sparse_ift.sparsity", "0.5,0.75"], "needs .*structure='2:4'"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(recipe: Path, words: list[str], message: str) -> None:
