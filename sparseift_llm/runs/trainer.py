@@ -35,6 +35,7 @@ class Pretrainer(Trainer):
                 self.args.weight_decay,
                 embedding_lr_factor=factors.embedding_lr_factor,
                 head_lr_factor=factors.head_lr_factor,
+                decayed=self.get_decay_parameter_names(self.model),
             )
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,7 @@ def optimizer_param_groups(
     weight_decay: float = 0.0,
     embedding_lr_factor: float = 1.0,
     head_lr_factor: float | None = None,
+    decayed: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an Adam-type optimizer: no decay on vectors, rates of embeddings, SµPar's learning rates.
 
@@ -43,10 +44,12 @@ def optimizer_param_groups(
     Args:
         model: dense or Sparse-IFT model, compiled or not.
         lr: peak learning rate of the dense base model.
-        weight_decay: decoupled decay for matrices.
+        weight_decay: decoupled decay, of matrices unless `decayed` says otherwise.
         embedding_lr_factor: times the rate of input embeddings and learned positions. A matrix that is both embedding
             and output head counts as an embedding.
         head_lr_factor: times the rate of an output head with weights of its own; None leaves that rate as it is.
+        decayed: names of the parameters that have weight decay, such as `Trainer.get_decay_parameter_names(model)`
+            gives; None means those with two dimensions or more.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay`, ready for `torch.optim.AdamW`.
@@ -60,12 +63,14 @@ def optimizer_param_groups(
     model = pretrained_model(model)  # names in one that is compiled are others
     own_factors = group_factors(model, embedding_lr_factor, head_lr_factor)
     factors = learning_rate_factors(model)
+    decayed = None if decayed is None else {plain_name(name) for name in decayed}
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor, folded = factors.get(plain_name(name), (1.0, 1.0))
             folded *= own_factors.get(id(parameter), 1.0)
-            decay = weight_decay / folded if parameter.ndim >= 2 else 0.0
+            has_decay = parameter.ndim >= 2 if decayed is None else plain_name(name) in decayed
+            decay = weight_decay / folded if has_decay else 0.0
             groups[lr * factor * folded, decay].append(parameter)
     found = [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
     return sorted(found, key=lambda group: group["lr"] != lr) if own_factors else found

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from sparseift_llm import DSTConfig, SparseIFTConfig, SparseTrainingController, optimizer_param_groups, sparsify
+from sparseift_llm.runs.trainer import Pretrainer
 from sparseift_llm.training import learning_rates
+from tests.helpers.decoders import DISTINCT, FFN_FIXED, decoder
 from tests.helpers.models import tiny_model
 
 GPT2 = {"transformer.wte.weight", "transformer.wpe.weight"}
@@ -72,6 +76,26 @@ def test_factors_of_one_are_the_groups_without_factors() -> None:
     model = tiny_model("gpt2")
     assert rates(model, embedding_lr_factor=1.0) == rates(model)
     assert set(rates(model).values()) == {(0.5, 0.1), (0.5, 0.0)}
+
+
+def decayed_by_the_trainer_of_a_recipe(model: PreTrainedModel, factor: float, folder: Path) -> set[str]:
+    """Names of the parameters that its optimizer decays."""
+    args = TrainingArguments(str(folder), weight_decay=0.1, use_cpu=True, report_to="none")
+    trainer = Pretrainer(model=model, args=args)
+    trainer.recipe = SimpleNamespace(sparse_ift=None, training={"embedding_lr_factor": factor})
+    groups = trainer.create_optimizer().param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter] for group in groups if group["weight_decay"] for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("arch", [*DISTINCT, "hyperclovax", "granite_swa", "roberta-prelayernorm"])
+def test_factors_do_not_change_which_parameters_have_decay(arch: str, sparse: bool, tmp_path: Path) -> None:
+    """By the names of some types' parameters, the Trainer decays others than matrices, or not all of them."""
+    model = decoder(arch, torch.float32)
+    model = sparsify(model, SparseIFTConfig(scope="ffn")) if sparse and arch not in FFN_FIXED else model
+    without, with_factor = (decayed_by_the_trainer_of_a_recipe(model, factor, tmp_path) for factor in (1.0, 3.0))
+    assert without == with_factor != set()
 
 
 def test_the_first_group_has_the_base_rate_which_is_what_a_trainer_logs() -> None:
