@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparseift_llm.layers.base import SparseProjection, sparse_layers
-from sparseift_llm.record.model_record import transformation_values
+from sparseift_llm.record.model_record import RECORD_KEY, ModelRecord, transformation_values
 
 logger = logging.getLogger(__name__)
 _sparse_models: WeakSet[nn.Module] = WeakSet()
@@ -92,16 +92,34 @@ def _warn_of_fixed_masks(model: nn.Module, owned: frozenset[int]) -> None:
 def _check_masks_are_there(model: nn.Module, owned: frozenset[int]) -> None:
     if not _record(model) or any(isinstance(module, SparseProjection) for module in model.modules()):
         return
+    sparse = _recorded_as_sparse(model)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if weight is None or isinstance(module, nn.Embedding) or weight.ndim != 2 or id(weight) not in owned:
+        if weight is None or weight.ndim != 2 or id(weight) not in owned or not weight.requires_grad:
             continue
-        if weight.requires_grad and float((weight == 0).float().mean()) > _record(model).get("sparsity", 0.0) / 2 > 0:
+        if sparse is None:
+            is_sparse = not isinstance(module, nn.Embedding)
+        else:  # the model may be a part of the recorded one, such as the decoder without its head
+            is_sparse = any(whole == name or whole.endswith(f".{name}") for whole in sparse)
+        if is_sparse and float((weight == 0).float().mean()) > _record(model).get("sparsity", 0.0) / 2 > 0:
             raise ValueError(
                 f"{name}.weight holds the zeros of a Sparse-IFT model, but the model was loaded without its masks, so "
                 "training would fill them in: load it with sparseift_llm.load_pretrained(folder); to train it as a "
                 "dense model, del model.config.sparse_ift first"
             )
+
+
+def _recorded_as_sparse(model: nn.Module) -> set[str] | None:
+    """Module paths of the matrices with zeros, in the whole recorded model; None if its record, of format 1, has none.
+
+    Other matrices may have zeros by right: those of channels that a start from a trained model has added.
+    """
+    values = getattr(vars(model).get("config"), RECORD_KEY)
+    if "format" not in values:
+        return None
+    layers = ModelRecord.from_dict(values).layers
+    owners = {layer.name for layer in layers if layer.is_sparse}
+    return owners | {layer.name for layer in layers if layer.tied_to in owners}
 
 
 register_module_module_registration_hook(_remember)

@@ -21,6 +21,7 @@ from sparseift_llm import SparseTrainingController, load_pretrained, to_dense
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
 from tests.conftest import tiny_models_of
+from tests.helpers.residual import residual_model
 from tests.helpers.tiny_runs import batches, differences, first_sparse, masks, sparse_gpt2, train
 
 STEPS = 12
@@ -387,6 +388,29 @@ def test_a_stock_model_does_not_fill_in_its_zeros(tmp_path: Path) -> None:
     train(model, SGD(model.parameters(), lr=0.01), batches(1))
     dense = to_dense(sparse)
     train(dense, SGD(dense.parameters(), lr=0.01), batches(1))
+
+
+@pytest.mark.structures("unstructured")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_stock_model_whose_embedding_alone_is_trained_does_not_fill_in_its_zeros(tied: bool, tmp_path: Path) -> None:
+    residual_model("llama", tied).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    embedding = model.get_input_embeddings().weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is embedding)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight holds the zeros"):
+        train(model, SGD([embedding], lr=0.01), batches(1))
+
+
+@pytest.mark.structures("unstructured")
+def test_zeros_of_a_dense_embedding_are_no_masks(tmp_path: Path) -> None:
+    """Those of channels that a start from a trained model has added, which training fills by right."""
+    sparse = residual_model("llama", embedding="dense", sparsity=0.5, accounting="whole_model", seq_len=16)
+    with torch.no_grad():
+        sparse.get_input_embeddings().weight[:, ::2] = 0  # type: ignore[index]
+    sparse.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    train(model, SGD([model.get_input_embeddings().weight], lr=0.01), batches(1))
 
 
 def as_stock(folder: Path) -> Any:
