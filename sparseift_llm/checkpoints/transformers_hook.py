@@ -24,7 +24,7 @@ from sparseift_llm.checkpoints.saving import install_saving
 from sparseift_llm.conversion.install import install_sparse_layers
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.composite import CompositeProjection, stock_weights
-from sparseift_llm.layers.ends import share_tied_weights
+from sparseift_llm.layers.ends import share_tied_weights, tied_logits
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.layers.tiled import TiledProjection
 
@@ -79,6 +79,8 @@ class LayoutLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         where = "the state_dict" if self.file is None else self.file.parent
+        if self.quantization_config.packed_by:
+            _cut_biases(model)
         _check_loaded(model, self.shapes, where)
         if self.quantization_config.packed_by:
             self._unpack(model)
@@ -141,6 +143,17 @@ def _folder_of_masks(weights: Path, name: str) -> Path:
         return folder
     found = cached_file(name, MASKS_NAME, revision=folder.name, cache_dir=folder.parents[2])
     return Path(found).parent if found else folder
+
+
+def _cut_biases(model: PreTrainedModel) -> None:
+    """Undo what transformers does to the bias of a head when it ties its weight: fill it up to the weight's length.
+
+    The packed weight of a tied head is a vector of all active values, longer than the vocabulary.
+    """
+    for head in tied_logits(model).values():
+        bias = getattr(head, "bias", None)
+        if bias is not None:
+            bias.data = bias.data[: head.out_features].clone()
 
 
 def _check_loaded(model: PreTrainedModel, shapes: Mapping[str, torch.Size], where: str | Path) -> None:

@@ -62,7 +62,8 @@ def scale_initial_weights(model: PreTrainedModel, record: ModelRecord) -> None:
     that the stream that it begins has, and the factor sqrt(hidden) of Gemma's embeddings is taken back. `supar` does
     that too, divides the logits by `logit_multiplier` (in the final norm) and scales attention scores by 1 / head size
     instead of its root (in the queries). Logits that are tied to a sparse embedding have its larger weights, so they
-    begin 1 / sqrt(density) times as large as the dense model's under both.
+    begin 1 / sqrt(density) times as large as the dense model's under both. Gemma's begin about as large as the dense
+    model's: its factor has grown with the hidden size, so the weights need not.
 
     Args:
         model: widened model with stock initialisation, before masks.

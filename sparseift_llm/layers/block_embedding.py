@@ -189,6 +189,18 @@ def check_shared(head: Tensor, embedding: Tensor) -> None:
         )
 
 
+def check_tied_head(head: nn.Module) -> None:
+    """Raise ValueError if a head cannot be tied to an embedding in tiles.
+
+    Transformers would cut its bias to the number of tiles whenever it ties the weights.
+    """
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(
+            "an output head with a bias cannot be tied to an embedding in tiles; untie the two "
+            "(tie_word_embeddings=False), or set embedding='unstructured'"
+        )
+
+
 class TiedBlockLogits(nn.Module):
     """The output head of a model that ties it to its embedding. It is no sparse layer of its own.
 
@@ -200,15 +212,14 @@ class TiedBlockLogits(nn.Module):
         weight: the owner's parameter itself, so that a state dict, an optimizer and FSDP see a tied weight.
 
     Raises:
-        ValueError: `dense` has a bias, which transformers would cut to the number of tiles when it ties the weights.
+        ValueError: see `check_tied_head`.
     """
 
     weight: Tensor
 
     def __init__(self, dense: nn.Module, owner: BlockSparseEmbedding) -> None:
         super().__init__()
-        if getattr(dense, "bias", None) is not None:
-            raise ValueError("an output head with a bias cannot be tied to an embedding in tiles; untie the two")
+        check_tied_head(dense)
         self.weight = owner.weight
         self.in_features, self.out_features = owner.in_features, owner.out_features
         # In a tuple, because the embedding is not a child of this module.

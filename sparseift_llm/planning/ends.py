@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from sparseift_llm.config.families import Wide
 from sparseift_llm.config.transform import SparseIFTConfig
+from sparseift_llm.layers.block_embedding import check_tied_head
 from sparseift_llm.layers.ends import check_embedding
 from sparseift_llm.models.ends import find_ends
 from sparseift_llm.record.specs import LayerSpec, MatrixSpec
@@ -23,7 +24,8 @@ def end_layers(
     nothing is left out, so that they stay dense.
 
     Raises:
-        ValueError: the model has other matrices there than an embedding and a linear head.
+        ValueError: the model has other matrices there than an embedding and a linear head, or a tied head in tiles has
+            a bias.
     """
     if config.scope != "residual":
         return ()
@@ -37,6 +39,8 @@ def end_layers(
     elif choice == "unstructured" or config.block_size is None:
         matrix = MatrixSpec("", after.shape, math.prod(before.shape), structure="unstructured")
     else:
+        if after.is_tied:
+            check_tied_head(widened_model.get_submodule(after.logits))
         matrix = _in_tiles(before.shape, after.shape, config.block_size)
     family = "dense" if choice == "dense" else "wide"
     embedding = LayerSpec(after.embedding, "embedding", family, before.shape, (matrix,))

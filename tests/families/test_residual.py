@@ -22,7 +22,7 @@ from sparseift_llm.models.presets import load_config
 from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.planning.planner import plan
 from tests.helpers.decoders import SUPPORTED, decoder, decoder_config
-from tests.helpers.models import gradients_of, logits_of, tiny_config, tiny_model, token_ids, trained
+from tests.helpers.models import VOCAB, gradients_of, logits_of, shake, tiny_config, tiny_model, token_ids, trained
 from tests.helpers.residual import STORAGES, residual, residual_model
 from tests.helpers.tiny_runs import controller_of, differences, final_state, sparse_trainer, violations
 
@@ -330,6 +330,25 @@ def test_saved_exported_and_loaded_it_is_the_same_model(arch: str, tied: bool, t
         assert torch.equal(logits_of(stock), expected)
     size = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("packed", "stock")]
     assert size[0] < size[1] / 3  # a quarter, and what is not sparse
+
+
+@pytest.mark.parametrize("storage", ["masks", "mixed"])
+def test_a_tied_head_with_a_bias_is_exported_and_loaded(storage: str, tmp_path: Path) -> None:
+    """Phi's; transformers fills a bias up to the length of the weight, which is a long vector in the file."""
+    model = sparsify(decoder("phi", tie_word_embeddings=True), residual(**STORAGES[storage]))
+    shake(model)
+    assert model.eval().lm_head.bias.any()
+    save_export(model, tmp_path / "packed", "sparse")
+    loaded = load_pretrained(tmp_path / "packed").eval()
+    assert loaded.lm_head.bias.shape == (VOCAB,)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_a_tied_head_with_a_bias_is_refused_in_tiles_before_anything_is_built() -> None:
+    config = decoder_config("phi", tie_word_embeddings=True)
+    for verb in (lambda sparse: plan(config, sparse, 16), lambda sparse: sparsify(config, sparse)):
+        with pytest.raises(ValueError, match=r"head with a bias cannot be tied .*embedding='unstructured'"):
+            verb(residual(**STORAGES["tiles"]))
 
 
 @pytest.mark.support("a wider stream: resuming bit for bit in a Trainer", proves=("unstructured",))
