@@ -45,7 +45,7 @@ def equal_flops() -> Iterator[tuple[str, str, str, str]]:
     tables = load_script("benchmarks/equal_flops_table.py")
     for corpus, (name, title) in product(CORPORA, TITLES.items()):
         baselines = [tables.Baseline.from_name(path.name) for path in (RESULTS / "equal_flops" / corpus).glob("width*")]
-        for baseline in sorted(baselines, key=lambda dense: (-dense.width, dense.layers)):
+        for baseline in sorted(baselines, key=lambda dense: (-dense.width, dense.layers, dense.architecture)):
             folder = RESULTS / "equal_flops" / corpus / str(baseline)
             ours, dense = tables.best_of(folder / name), tables.best_of(folder / "dense")
             if ours is None or dense is None or min(len(ours.losses), len(dense.losses)) < 3:
