@@ -7,6 +7,7 @@ writes it between the two marks in README.md; test_readme.py fails when it is ou
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from tests.helpers.scripts import load_script
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MAX_ROWS = 6
+MAX_ROWS = 7
 BETWEEN = re.compile(r"(?<=<!-- does it pay -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 HEADER = ("sparse model", "held-out loss, dense → sparse", "FLOPs", "step time")
 CORPORA = ("novels", "builtin")
@@ -41,20 +42,27 @@ def table() -> str:
 
 
 def equal_flops() -> Iterator[tuple[str, str, str, str]]:
-    """Rows at equal whole-model FLOPs with three seeds, of the widest models of each corpus that have them."""
+    """Rows at equal whole-model FLOPs with three seeds, of each corpus and architecture the widest that have them."""
     tables = load_script("benchmarks/equal_flops_table.py")
-    for corpus, (name, title) in product(CORPORA, TITLES.items()):
+    for corpus in CORPORA:
         baselines = [tables.Baseline.from_name(path.name) for path in (RESULTS / "equal_flops" / corpus).glob("width*")]
-        for baseline in sorted(baselines, key=lambda dense: (-dense.width, dense.layers, dense.architecture)):
-            folder = RESULTS / "equal_flops" / corpus / str(baseline)
-            ours, dense = tables.best_of(folder / name), tables.best_of(folder / "dense")
-            if ours is None or dense is None or min(len(ours.losses), len(dense.losses)) < 3:
-                continue
-            times = tables.read_times(tables.times_path(RESULTS / "equal_flops", baseline))
-            low, high = difference_interval(list(dense.losses.values()), list(ours.losses.values())) or (0, 0)
-            what = f"{title}, {corpus}, {baseline.title}" + (" (within noise)" if low <= 0 <= high else "")
-            yield _row(what, (dense.mean, ours.mean), ours.train_flops / dense.train_flops, times.get(name))
-            break
+        widest_first = sorted(baselines, key=lambda dense: (-dense.width, dense.layers))
+        for architecture, name in product(sorted({dense.architecture for dense in baselines}), TITLES):
+            of_this = (dense for dense in widest_first if dense.architecture == architecture)
+            found = (_row_over(tables, corpus, dense, name) for dense in of_this)
+            yield from itertools.islice(filter(None, found), 1)
+
+
+def _row_over(tables: Any, corpus: str, baseline: Any, name: str) -> tuple[str, str, str, str] | None:
+    """The row `name` beside the dense model that it is compared with; None unless both have three seeds."""
+    folder = RESULTS / "equal_flops" / corpus / str(baseline)
+    ours, dense = tables.best_of(folder / name), tables.best_of(folder / "dense")
+    if ours is None or dense is None or min(len(ours.losses), len(dense.losses)) < 3:
+        return None
+    times = tables.read_times(tables.times_path(RESULTS / "equal_flops", baseline))
+    low, high = difference_interval(list(dense.losses.values()), list(ours.losses.values())) or (0, 0)
+    what = f"{TITLES[name]}, {corpus}, {baseline.title}" + (" (within noise)" if low <= 0 <= high else "")
+    return _row(what, (dense.mean, ours.mean), ours.train_flops / dense.train_flops, times.get(name))
 
 
 def study() -> Iterator[tuple[str, str, str, str]]:
