@@ -157,6 +157,36 @@ def test_what_the_page_says_of_other_rows_at_width_128_is_in_their_results(
     assert "would be {:.3f} and {:.3f} nats better".format(*later) in page
 
 
+def test_what_the_page_says_of_layers_of_another_architecture_is_in_their_results(
+    study: ModuleType, tables: ModuleType, page: str
+) -> None:
+    older, llama = (best_rows(study, tables, f"novels/width128{name}") for name in ("-starcoder2", ""))
+    dense, wide, wider, ffn = (older[name] for name in ("dense", "residual2", "residual4", "ffn2"))
+    assert (dense.rates.embedding_factor, wide.rates.embedding_factor) == (4, 1)
+    rates = (
+        f"The dense model is at {dense.mean:.3f} there, at 4 times the rate for its embedding, and the wide stream at"
+    )
+    assert f"{rates} {wide.mean:.3f}, with one rate for all parameters." in page
+    slope, gained = tables.nats_per_e_fold(llama), dense.mean - wide.mean
+    worth = tables.equal_loss_flops(wide, dense, slope).removesuffix("x")
+    assert f"By the slope of the Llama that is worth {worth} times the compute." in page
+    baseline = study.Baseline(128, architecture="starcoder2")
+    time = tables.read_times(tables.times_path(study.RESULTS, baseline))["residual2"]
+    later = slope * math.log(time) - gained
+    dearer = f"A step takes {time:.2f} times the dense model's, and in that time the dense model would be {later:.3f}"
+    assert f"{dearer} nats better." in page
+    assert (len(wider.losses), len(ffn.losses)) == (1, 1)
+    assert f"Four times as wide gains {dense.mean - wider.mean:.3f}, with one seed." in page
+    worse = ffn.losses[0] - dense.losses[0]
+    assert f"`scope: ffn` is {worse:.3f} nats worse than the dense model, first seed against first seed" in page
+    flops = llama["dense"].train_flops / dense.train_flops
+    others = f"{llama['dense'].mean:.3f} without sparsity, and at {llama['ffn2'].mean:.3f} with the wider FFN"
+    assert f"A Llama, at {flops:.2f} times the FLOPs, is at {others}" in page
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`scope: residual` gains {gained:.2f} in a StarCoder2, which so reaches a dense Llama." in readme
+    assert abs(wide.mean - llama["dense"].mean) < gained / 2
+
+
 def test_what_the_page_says_of_other_places_is_in_their_results(
     study: ModuleType, tables: ModuleType, page: str
 ) -> None:
