@@ -179,14 +179,25 @@ def test_what_the_page_says_of_layers_of_another_architecture_is_in_their_result
     assert f"Four times as wide gains {dense.mean - wider.mean:.3f}, with one seed." in page
     worse = ffn.losses[0] - dense.losses[0]
     assert f"`scope: ffn` is {worse:.3f} nats worse than the dense model, first seed against first seed" in page
+    tiled, words = older["residual2-tile16"], {1: "one seed", 2: "two seeds", 3: "three seeds"}
+    kept = (
+        f"**In tiles of 16 it keeps {(dense.mean - tiled.mean) / gained:.0%} of that** ({tables.gain(tiled, dense)}, "
+    )
+    assert f"{kept}{words[len(tiled.losses)]}, at the rates of single weights), and a step takes" in page
+    tiled_time = tables.read_times(tables.times_path(study.RESULTS, baseline))["residual2-tile16"]
+    left = dense.mean - tiled.mean - slope * math.log(tiled_time)
+    assert f"and a step takes {tiled_time:.2f} times the dense model's." in page
+    assert left > 0
+    assert f"In that time the dense model would still be {left:.3f} nats worse, by the slope of the Llama." in page
     flops = llama["dense"].train_flops / dense.train_flops
     others = f"{llama['dense'].mean:.3f} without sparsity, and at {llama['ffn2'].mean:.3f} with the wider FFN"
     assert f"A Llama, at {flops:.2f} times the FLOPs, is at {others}" in page
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"`scope: residual` gains {gained:.3f} in a StarCoder2, which so reaches a dense Llama." in readme
+    tiles = f"in tiles of 16, too, at {tiled_time:.1f} times the step time; a dense Llama is as good."
+    assert f"`scope: residual` gains {gained:.3f} in a StarCoder2, {tiles}" in readme
     assert f"In a model with LayerNorm and GELU {gained:.3f} nats," in page
     families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    assert f"StarCoder2 {gained:.3f} nats at width 128" in families
+    assert f"StarCoder2 {gained:.3f} nats at width 128, and" in families
     assert abs(wide.mean - llama["dense"].mean) < gained / 2
 
 
