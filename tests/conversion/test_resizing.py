@@ -36,7 +36,8 @@ def test_old_words_stay_and_new_ones_have_as_many_weights(tied: bool, words: int
         assert layer.current_mask().sum(1).tolist() == [32] * words
         assert torch.equal(layer.current_mask()[:100], old[name])
         assert not layer.weight[~layer.current_mask()].any()
-    assert torch.equal(logits_of(model)[..., :100], before)
+    # not to the bit: with other sizes, a machine's library may add up the products in another order
+    torch.testing.assert_close(logits_of(model)[..., :100], before, rtol=1e-12, atol=1e-12)
     assert cost_of(model, 8).flops.logit == flops * words // 100
     model.save_pretrained(tmp_path)
     loaded = load_pretrained(tmp_path).eval()
@@ -52,7 +53,7 @@ def test_fewer_words() -> None:
     assert torch.equal(sparse_layers(model)[EMBEDDING].current_mask()[:100], mask)
     model.resize_token_embeddings(99)
     ids = torch.arange(98)[None]
-    assert torch.equal(model(ids).logits, stock(ids).logits[..., :99])
+    torch.testing.assert_close(model(ids).logits, stock(ids).logits[..., :99], rtol=1e-12, atol=1e-12)
     assert torch.equal(sparse_layers(model)[EMBEDDING].current_mask(), mask[:99])
 
 
