@@ -189,6 +189,11 @@ def snapshot(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"weights": weights, "masks": masks(model), "optimizer": state}
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters, by name."""
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
 def differences(first: Any, second: Any, path: str = "") -> list[str]:
     """Paths at which two nested structures of tensors and values differ in any bit."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
