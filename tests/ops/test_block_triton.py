@@ -65,6 +65,7 @@ def test_every_tile_size_and_dtype(tile: int, slots: int, dtype: torch.dtype) ->
     check(problem(tile, 2, slots // 2 + 2, slots, 37, dtype))
 
 
+@pytest.mark.usefixtures("sums_in_order")
 @pytest.mark.parametrize("token_block", [128, 256])
 def test_every_tuned_token_block(token_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(16, 2, 3, 5, 2 * token_block + 3)
@@ -99,6 +100,7 @@ def test_weight_gradients_summed_in_pieces_of_the_tokens(
         CHECKS["weight_gradient"](given, run(given)["weight_gradient"])
 
 
+@pytest.mark.usefixtures("sums_in_order")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tile", "rows", "slots"), [(16, 2, 5), (16, 3, 1), (32, 2, 8), (256, 2, 3)])
 def test_weight_gradients_of_two_tiles_in_a_program(

@@ -56,6 +56,7 @@ def use_configurations(monkeypatch: pytest.MonkeyPatch, tma: int, token_block: i
         monkeypatch.setattr(kernel, "configs", [config])
 
 
+@pytest.mark.usefixtures("sums_in_order")
 @pytest.mark.parametrize(
     ("tile", "tokens", "token_block", "paired", "dtype"),
     [
@@ -89,6 +90,7 @@ def test_pieces_of_tokens(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     CHECKS["weight_gradient"](given, run(given)["weight_gradient"])
 
 
+@pytest.mark.usefixtures("sums_in_order")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter")
 @pytest.mark.parametrize(("gated", "activation"), [(False, "gelu_tanh"), (True, "silu")])
 def test_feed_forward_blocks_have_the_same_bits(

@@ -48,6 +48,7 @@ def test_narrow_dtypes(dtype: torch.dtype, gated: bool, activation: str) -> None
     assert max(found.values()) <= 2, found  # the interpreter cuts bfloat16 off
 
 
+@pytest.mark.usefixtures("sums_in_order")
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("keep", KEEP)
 def test_what_is_kept_changes_no_bit(keep: str, gated: bool) -> None:
@@ -81,6 +82,7 @@ def test_no_tiles() -> None:
         assert torch.equal(value, bias.expand_as(value))
 
 
+@pytest.mark.usefixtures("sums_in_order")
 @pytest.mark.parametrize("token_block", [64, 128, 256])
 def test_every_configuration_gives_the_same_bits(token_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(tokens=259, block_counts=(1, 2, 1), tiles=(2, 1), gated=True, activation="silu")
