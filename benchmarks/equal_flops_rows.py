@@ -210,7 +210,9 @@ def tiles(size: int) -> dict[str, Any]:
 
 
 WIDE_START, DENSE_START, FFN_START = Rates(4e-3, 4), Rates(8e-3, 4), Rates(16e-3, 8)
-MODEL = {"scope": "model", "sparsity": 0.75, "accounting": "whole_model", "seq_len": SEQ_LEN, **STATIC}
+WHOLE_MODEL = {"accounting": "whole_model", "seq_len": SEQ_LEN}
+MODEL = {"scope": "model", "sparsity": 0.75, **WHOLE_MODEL, **STATIC}
+DENSE_EMBEDDING = {"embedding": "dense", **WHOLE_MODEL}
 WIDER = partial(other_shape, hidden=1.5, heads=0.5)
 NARROWER = partial(other_shape, hidden=0.75, heads=1)
 DEEPER = partial(other_shape, hidden=0.875, heads=0.75, layers=3)
@@ -226,6 +228,7 @@ ROWS = (
     Row("residual2-quarter", "residual, 2 times, a quarter of the tokens", WIDE_START, residual(2), tokens=0.25),
     Row("residual2-half", "residual, 2 times, half the tokens", WIDE_START, residual(2), tokens=0.5),
     Row("residual2-double", "residual, 2 times, twice the tokens", WIDE_START, residual(2), tokens=2),
+    Row("residual2-embedding", "residual, 2 times, dense embedding", WIDE_START, residual(2, **DENSE_EMBEDDING)),
     Row("residual4", "residual, 4 times, single weights", WIDE_START, residual(4)),
     Row("residual2-tile8", "residual, 2 times, tiles of 8", WIDE_START, residual(2, **tiles(8))),
     Row("residual2-tile16", "residual, 2 times, tiles of 16", WIDE_START, residual(2, **tiles(16))),
