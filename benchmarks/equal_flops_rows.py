@@ -232,6 +232,12 @@ ROWS = (
     Row("residual4", "residual, 4 times, single weights", WIDE_START, residual(4)),
     Row("residual2-tile8", "residual, 2 times, tiles of 8", WIDE_START, residual(2, **tiles(8))),
     Row("residual2-tile16", "residual, 2 times, tiles of 16", WIDE_START, residual(2, **tiles(16))),
+    Row(
+        "residual2-embedding-tile16",
+        "residual, 2 times, dense embedding, tiles of 16",
+        WIDE_START,
+        residual(2, **DENSE_EMBEDDING, **tiles(16)),
+    ),
     Row("residual2-tile32", "residual, 2 times, tiles of 32", WIDE_START, residual(2, **tiles(32)), widths=(128, 256)),
     Row("residual2-tile128", "residual, 2 times, tiles of 128", WIDE_START, residual(2, **tiles(128)), widths=(1024,)),
     Row("residual4-tile16", "residual, 4 times, tiles of 16", WIDE_START, residual(4, **tiles(16))),
