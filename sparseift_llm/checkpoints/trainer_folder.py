@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"
 SAVING_NAME = "saving.tmp"  # in a folder that a Trainer has begun to write, until all but its state is there
 _OF_TRAINERS = ("training_args.bin", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state*")
+_OPTIMIZER_STATES = ("optimizer*", "global_step*")  # the second is DeepSpeed's
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -43,6 +44,21 @@ def is_complete(checkpoint: Path) -> bool:
         return False
     names = recorded_by_callback(state, "rank_files") or []
     return all(zipfile.is_zipfile(checkpoint / name) for name in names)  # torch.save writes a zip's end last
+
+
+def check_has_optimizer_state(checkpoint: Path) -> None:
+    """Refuse to resume from a checkpoint that a Trainer wrote with `save_only_model`.
+
+    The Trainer would start optimizer, learning rate and random numbers again, and say nothing.
+
+    Raises:
+        ValueError: no optimizer's state is in the folder.
+    """
+    if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_STATES):
+        raise ValueError(
+            f"{checkpoint} holds no optimizer state (was it written with save_only_model=True?), so that optimizer and "
+            "learning rate would start again; start a new run from its weights, or resume from another checkpoint"
+        )
 
 
 def recorded_by_callback(state: Any, key: str, callback_name: str = "SparseTrainingCallback") -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,8 +98,16 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         return _refuse(error.code)
     if text:
-        print(text)
+        _show(text)
     return 0
+
+
+def _show(text: str) -> None:
+    """Print what a command found; a reader that has read enough, such as `head`, ends it without an error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # and nothing is written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str) -> int:

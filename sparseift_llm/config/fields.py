@@ -61,7 +61,7 @@ class FieldType:
             return cls._of_union(arguments, metadata)
         if origin is Literal:
             return cls(type(arguments[0]), choices=arguments)
-        if origin is tuple:
+        if origin in (tuple, list):
             element = cls.of(arguments[0])
             return cls(element.kind, is_list=True, choices=element.choices, members=element.members)
         choices = next((item.words for item in metadata if isinstance(item, Words)), ())

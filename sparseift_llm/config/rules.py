@@ -45,6 +45,9 @@ class FamilyRule:
     def __post_init__(self) -> None:
         if self.layers is not None and not _LAYER_RANGES.fullmatch(self.layers):
             raise ValueError(f"layers must be numbers and ranges such as '0-3,11', got {self.layers!r}")
+        for low, high in self._layer_ranges():
+            if low > high:
+                raise ValueError(f"layers={self.layers!r}: the range {low}-{high} is empty; write {high}-{low}")
 
     @property
     def nonlinearity(self) -> str | None:
@@ -58,6 +61,10 @@ class FamilyRule:
 
     def covers(self, kind: str, layer_index: int) -> bool:
         """Whether this rule is for a projection of `kind` in decoder layer `layer_index`."""
-        ranges = [part.partition("-") for part in self.layers.split(",")] if self.layers else []
-        in_range = not ranges or any(int(low) <= layer_index <= int(high or low) for low, _, high in ranges)
+        in_range = self.layers is None or any(low <= layer_index <= high for low, high in self._layer_ranges())
         return in_range and (self.targets is None or kind in self.targets)
+
+    def _layer_ranges(self) -> list[tuple[int, int]]:
+        """The first and the last layer of each range."""
+        ranges = [part.partition("-") for part in (self.layers or "").split(",") if part]
+        return [(int(low), int(high or low)) for low, _, high in ranges]

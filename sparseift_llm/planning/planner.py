@@ -244,7 +244,8 @@ def _choices(
     """For every projection the drop-in family that replaces it, or None; and whether it becomes a sparse Wide one.
 
     Raises:
-        ValueError: all projections would stay dense, or a rule or target covers a part of a fused projection.
+        ValueError: all projections would stay dense, a rule or target covers a part of a fused projection, or a rule
+            covers none.
     """
     rules = [rule_for(config, p.name, p.kinds, p.layer_index) for p in projections]
     chosen = [
@@ -257,7 +258,20 @@ def _choices(
             f"no projection of {dense_config.model_type} is of the kinds {config.target_kinds}; "
             f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
         )
+    _check_rules(projections, config, dense_config)
     return replaced, chosen
+
+
+def _check_rules(projections: Sequence[Projection], config: SparseIFTConfig, dense_config: PreTrainedConfig) -> None:
+    """Refuse a rule that the model has no projection for: the projections it was meant for would get another family."""
+    last = max(projection.layer_index for projection in projections)
+    for rule in config.rules:
+        if not any(rule.covers(kind, p.layer_index) for p in projections for kind in p.kinds):
+            raise ValueError(
+                f"the rule with family={rule.family.name!r}, targets={rule.targets} and layers={rule.layers!r} is for "
+                f"no projection of this {dense_config.model_type}, which has {sorted({p.kind for p in projections})} "
+                f"in the layers 0 to {last}: change the rule, or leave it out"
+            )
 
 
 def _replaced_layer(

@@ -55,8 +55,8 @@ def model_config(recipe: Recipe) -> PreTrainedConfig:
     """The dense config that the recipe names, with the recipe's changes.
 
     Raises:
-        ValueError: a changed field does not exist, has another type or an impossible value, or sequences are longer
-            than the model's positions.
+        ValueError: a changed field does not exist, has another type or an impossible value, sequences are longer than
+            the model's positions, or query heads cannot share key-value heads evenly.
     """
     name = recipe.model.from_pretrained or recipe.model.name
     assert name is not None  # ModelConfig sees to it
@@ -64,6 +64,7 @@ def model_config(recipe: Recipe) -> PreTrainedConfig:
     config.use_cache = False
     _change(config, recipe.model.config)
     check_positions(config, recipe.data.seq_len, "data.seq_len")
+    _check_heads(config)
     return config
 
 
@@ -81,6 +82,15 @@ def check_positions(config: PreTrainedConfig, seq_len: int, option: str) -> None
     max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and seq_len > max_positions:
         raise ValueError(f"{option}={seq_len} is above the model's {max_positions} positions")
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """transformers would find out in the first attention."""
+    heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ValueError(
+            f"model.config: num_attention_heads={heads} must be a multiple of num_key_value_heads={shared}"
+        )
 
 
 def _change(config: PreTrainedConfig, changes: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 
 from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_checkpoint
 from sparseift_llm.config.as_begun import BEFORE, BEFORE_IN_DST
@@ -46,6 +47,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     if values.get("deepspeed") and not is_deepspeed_available():
         raise ValueError("training.deepspeed needs a package that is not installed: pip install deepspeed")
+    if values.get("use_liger_kernel") and not is_liger_kernel_available():
+        raise ValueError("training.use_liger_kernel needs a package that is not installed: pip install liger-kernel")
     try:
         args = TrainingArguments(**values)
     except TypeError as error:
@@ -141,10 +144,11 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
     resume = recipe.training.get("resume_from_checkpoint")
     if args.process_index == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        used = any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) or (output_dir / METRICS_NAME).is_file()
-        if used and not resume:
+        has_checkpoint = any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        if (has_checkpoint or (output_dir / METRICS_NAME).is_file()) and not resume:
+            nothing = "" if has_checkpoint else " (it has no checkpoint, so you may also delete it, and start anew)"
             raise ValueError(
-                f"{output_dir} already holds a run; continue it with --resume_from_checkpoint true, "
+                f"{output_dir} already holds a run{nothing}; continue it with --resume_from_checkpoint true, "
                 "or choose another --output_dir"
             )
         if not resume:

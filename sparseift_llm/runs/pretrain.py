@@ -192,8 +192,8 @@ def train(
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except AlreadyFinished:
         logger.info("%s is the run's last checkpoint: only evaluating", resume_from)
+    trainer.save_model()  # before anything else can go wrong
     eval_loss = trainer.evaluate()["eval_loss"]
-    trainer.save_model()
     totals = {**log.totals(trainer.state.global_step, model), "tokens_per_second": log.tokens_per_second}
     return _summary(recipe, args, model, data, eval_loss, totals)
 

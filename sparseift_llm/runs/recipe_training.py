@@ -20,7 +20,7 @@ from sparseift_llm.config.describe import Option, describe_options
 from sparseift_llm.config.fields import FieldType
 from sparseift_llm.config.parsing import check_finite, checked, config_class
 from sparseift_llm.utils.outputs import user_path
-from sparseift_llm.utils.words import nearest
+from sparseift_llm.utils.words import check_choice, nearest
 
 _POSITIVE = Field(gt=0)
 _AT_LEAST_0 = Field(ge=0)
@@ -54,6 +54,9 @@ RANGES = {
     "data_seed": _SEED,
 }
 _SIMPLE = {float, int, bool, str}
+# What sparseift pretrain does whatever these say: the Trainer leaves them to the script.
+_ALWAYS = {"do_train": True, "do_eval": True, "do_predict": False}
+_METRICS = ("loss", "eval_loss")
 
 
 @config_class
@@ -109,6 +112,14 @@ def checked_training(training: Any) -> dict[str, Any]:
     resume = values.get("resume_from_checkpoint")
     if not isinstance(resume, bool | str | None):
         raise ValueError(f"training.resume_from_checkpoint must be true, false or a folder, got {resume!r}")
+    for key, does in _ALWAYS.items():
+        if values.get(key, does) != does:
+            raise ValueError(
+                f"training.{key}={values[key]} would be ignored: a run trains, and evaluates on held-out text; leave "
+                f"{key} out"
+            )
+    if values.get("metric_for_best_model") is not None:
+        check_choice("training.metric_for_best_model", values["metric_for_best_model"], _METRICS)
     _check_number_of_steps(values)
     _check_schedule(values)
     _check_save_steps(values)
@@ -121,7 +132,7 @@ def checked_training(training: Any) -> dict[str, Any]:
 
 
 def _is_simple(key: str) -> bool:
-    """Whether one plain type is asked for, rather than one of several or an enumeration's words."""
+    """Whether one plain type or a list of it is asked for, rather than one of several or an enumeration's words."""
     return key != "resume_from_checkpoint" and FieldType.of(training_fields()[key]).kind in _SIMPLE
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from sparseift_llm.checkpoints.loading import weight_files
+from sparseift_llm.checkpoints.trainer_folder import check_has_optimizer_state
 from sparseift_llm.runs.formats import RECIPE_NAME
 from sparseift_llm.runs.metrics_log import read_metrics
 from sparseift_llm.runs.recipe import Recipe, recorded_recipe
@@ -57,8 +58,9 @@ def check_resumed(recipe: Recipe, args: TrainingArguments, model: nn.Module, che
     Raises:
         ValueError: the checkpoint's run had another model or sparsity, another number of sequences per step, or other
             settings that stand in the optimizer's state; it had other seeds for the same text; the checkpoint holds
-            weights of other shapes; or its run's `recipe.json` is damaged.
+            no optimizer state, or weights of other shapes; or its run's `recipe.json` is damaged.
     """
+    check_has_optimizer_state(checkpoint)
     run = checkpoint.parent
     if not (run / RECIPE_NAME).is_file():  # a folder of a plain Trainer: only the weights can be compared
         _check_shapes(model, checkpoint)

@@ -17,7 +17,10 @@ from sparseift_llm.training.learning_rates import cosine_to_plateau, optimizer_p
 
 
 class Pretrainer(Trainer):
-    """Trainer with learning rates by group (embeddings, SµPar) and a cosine that may end before training does."""
+    """Trainer with learning rates by group (embeddings, SµPar) and a cosine that may end before training does.
+
+    Its held-out loss is that of all held-out text in nats, whatever is done to labels and batches in training.
+    """
 
     model: PreTrainedModel
     recipe: Recipe
@@ -39,6 +42,14 @@ class Pretrainer(Trainer):
             )
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        smoother, drops_last = self.label_smoother, self.args.dataloader_drop_last
+        self.label_smoother, self.args.dataloader_drop_last = None, False
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.label_smoother, self.args.dataloader_drop_last = smoother, drops_last
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.recipe.lr_decay_steps is None:

@@ -23,7 +23,12 @@ from transformers.utils import (
 
 from sparseift_llm.checkpoints.mask_file import MASKS_NAME, apply_masks, digest, read_masks, save_masks
 from sparseift_llm.checkpoints.saving import tell_before_saving
-from sparseift_llm.checkpoints.trainer_folder import SAVING_NAME, find_resumed_checkpoint, set_aside_incomplete
+from sparseift_llm.checkpoints.trainer_folder import (
+    SAVING_NAME,
+    check_has_optimizer_state,
+    find_resumed_checkpoint,
+    set_aside_incomplete,
+)
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.trainer.log import SUMMARY, MaskReport, chosen_metrics, go_first
 from sparseift_llm.trainer.resumed_checkpoint import (
@@ -35,6 +40,7 @@ from sparseift_llm.trainer.resumed_checkpoint import (
 from sparseift_llm.trainer.speed import ReportOptions
 from sparseift_llm.training.checks import fits
 from sparseift_llm.training.controller import SparseTrainingController
+from sparseift_llm.utils.numbers import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +64,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: an argument out of range. At the start of training: the model has no sparse layers, DeepSpeed,
             FSDP1 or DataParallel is in use, the resumed checkpoint is of another sparsity, its masks are missing,
-            damaged or another model's, or it was written with another `tokens_per_step` or `seq_len`.
+            damaged or another model's, it holds no optimizer state, or it was written with another `tokens_per_step`
+            or `seq_len`.
         RuntimeError: after a step that the controller has not seen.
     """
 
@@ -70,8 +77,8 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         peak_flops_per_second: float | str | None = None,
         backward_passes: int | None = None,
     ) -> None:
-        if backward_passes is not None and backward_passes < 1:
-            raise ValueError(f"backward_passes must be at least 1, got {backward_passes}")
+        if backward_passes is not None:
+            check_count("backward_passes", backward_passes)
         self.backward_passes = backward_passes
         self.options = ReportOptions(tokens_per_step, seq_len, peak_flops_per_second)
         self.metrics = chosen_metrics(metrics)
@@ -174,6 +181,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
             name,
             saved["masks_digest"],
         )
+        check_has_optimizer_state(folder)
         check_same_sparsity(folder, model)
         masks = read_masks(folder)
         if digest(masks) != saved["masks_digest"]:  # before a weight is set to 0

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from sparseift_llm import isoflop
 from sparseift_llm.metrics.throughput import WARM_UP_STEPS, Stopwatch, measured_peak
 from sparseift_llm.planning.cost import count_flops
+from sparseift_llm.utils.numbers import check_count
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class ReportOptions:
     def __post_init__(self) -> None:
         for name in ("tokens_per_step", "seq_len"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                check_count(name, value)
         if (self.tokens_per_step is None) != (self.seq_len is None):
             raise ValueError(
                 f"tokens_per_step={self.tokens_per_step} and seq_len={self.seq_len} go together; give both, or none"

@@ -37,6 +37,7 @@ from sparseift_llm.training.collectives import Ranks, UpdateCost, gradient_dtype
 from sparseift_llm.training.compatibility import pretrained_model
 from sparseift_llm.training.gradient_watch import GradientWatch
 from sparseift_llm.training.join import SparseJoinHook, check_join
+from sparseift_llm.utils.numbers import check_count
 
 logger = logging.getLogger(__name__)
 _attached: WeakSet[SparseTrainingController] = WeakSet()
@@ -81,10 +82,9 @@ class SparseTrainingController(Joinable):
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, total_steps: int, micro_batches: int | None = None) -> None:
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-        if micro_batches is not None and micro_batches < 1:
-            raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+        check_count("total_steps", total_steps)
+        if micro_batches is not None:
+            check_count("micro_batches", micro_batches)
         super().__init__()
         self.model = model
         self.layers = sparse_layers(model)

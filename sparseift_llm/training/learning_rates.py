@@ -20,6 +20,7 @@ from sparseift_llm.models.architectures import sizes_of
 from sparseift_llm.models.norms import final_norm
 from sparseift_llm.models.wrappers import pretrained_model
 from sparseift_llm.record.model_record import has_record
+from sparseift_llm.utils.numbers import check_number
 
 
 def optimizer_param_groups(
@@ -55,11 +56,13 @@ def optimizer_param_groups(
         Groups with `params`, `lr`, `weight_decay`, ready for `torch.optim.AdamW`.
 
     Raises:
-        ValueError: a factor is not a positive finite number, or `head_lr_factor` is given for a model whose head is
-            its embedding, or that has no head.
+        ValueError: a rate or decay is no finite number of at least 0, a factor no finite number above 0, or
+            `head_lr_factor` is given for a model whose head is its embedding, or that has no head.
 
     Source: SµPar, arXiv 2405.15743, table 1.
     """
+    check_number("lr", lr)
+    check_number("weight_decay", weight_decay)
     model = pretrained_model(model)  # names in one that is compiled are others
     own_factors = group_factors(model, embedding_lr_factor, head_lr_factor)
     factors = learning_rate_factors(model)
@@ -82,9 +85,9 @@ def group_factors(model: PreTrainedModel, embedding_lr_factor: float, head_lr_fa
     Raises:
         ValueError: see `optimizer_param_groups`.
     """
-    _check_factor("embedding_lr_factor", embedding_lr_factor)
+    check_number("embedding_lr_factor", embedding_lr_factor, above_0=True)
     if head_lr_factor is not None:
-        _check_factor("head_lr_factor", head_lr_factor)
+        check_number("head_lr_factor", head_lr_factor, above_0=True)
     factors: dict[int, float] = {}
     if embedding_lr_factor != 1:
         factors = {id(parameter): embedding_lr_factor for parameter in embedding_parameters(model)}
@@ -100,12 +103,6 @@ def group_factors(model: PreTrainedModel, embedding_lr_factor: float, head_lr_fa
     if head_lr_factor != 1:
         factors |= {id(parameter): head_lr_factor for parameter in head}
     return factors
-
-
-def _check_factor(name: str, factor: float) -> None:
-    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-    if not (is_number and math.isfinite(factor) and factor > 0):
-        raise ValueError(f"{name} must be a positive finite number, got {factor!r}")
 
 
 def embedding_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -29,6 +29,12 @@ def printed_by_exiting(capsys: pytest.CaptureFixture[str], *words: str, status: 
     return printed.err if status else printed.out
 
 
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    command = f"set -o pipefail; {PROGRAM} plan --model gpt3-small --sparsity 0.75 | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_every_file_is_a_command_and_every_command_has_a_file() -> None:
     files = {path.stem for path in Path(sparseift_llm.cli.__file__).parent.glob("*.py")}
     assert files - {"__init__", "program"} == {command.module for command in COMMANDS.values()}

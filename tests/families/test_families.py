@@ -320,6 +320,16 @@ def test_wide_ffn_with_another_family_in_attention(tmp_path: Path) -> None:
     assert torch.equal(logits_of(load_pretrained(tmp_path, dtype=torch.float64)), logits_of(model))
 
 
+@pytest.mark.parametrize("rule", [{"layers": "2-9"}, {"layers": "2", "targets": ("o",)}])
+def test_a_rule_for_no_projection_is_refused(rule: dict[str, Any]) -> None:
+    """The model has the layers 0 and 1; a rule that reaches beyond the last one is for those that there are."""
+    config = SparseIFTConfig(family="parallel", nonlinearity="none", rules=[{"family": "dense", **rule}])
+    with pytest.raises(ValueError, match=r"layers='2.* is for no projection of this llama, .* in the layers 0 to 1"):
+        sparsify(tiny_config("llama"), config)
+    reaching = SparseIFTConfig(family="parallel", nonlinearity="none", rules=[FamilyRule("dense", layers="1-9")])
+    assert len(composites(sparsify(tiny_config("llama"), reaching))) == 7
+
+
 def test_a_config_with_rules_survives_json() -> None:
     config = SparseIFTConfig(scope="ffn", rules=(FamilyRule("doped", targets=("o",), layers="0-2,5"),))
     assert SparseIFTConfig.from_dict(config.to_dict()) == config
@@ -343,6 +353,7 @@ def test_a_config_with_rules_survives_json() -> None:
         ({"scope": "ffn", "rules": [{"family": "doped"}]}, "one width"),
         ({"family": "doped", "rules": [{"family": "wide"}]}, r"rules\[0\].*'wide' is not one of"),
         ({"family": "doped", "rules": [{"family": "dense", "layers": "3-"}]}, "layers must be numbers and ranges"),
+        ({"family": "doped", "rules": [{"family": "dense", "layers": "0,3-1"}]}, "the range 3-1 is empty; write 1-3"),
         ({"family": "doped", "rules": [{"family": "dense", "targets": ["mlp"]}]}, "'mlp' is not one of"),
         ({"family": "doped", "rules": {"family": "dense"}}, "must be a list of mappings"),
     ],

@@ -82,6 +82,12 @@ def test_impossible_values_are_refused_by_name(changes: dict[str, Any], message:
         model_config(recipe(changes))
 
 
+def test_query_heads_that_cannot_share_key_value_heads_are_refused() -> None:
+    config = ModelConfig(name="llama-160m", config={"num_attention_heads": 3, "num_key_value_heads": 2})
+    with pytest.raises(ValueError, match="num_attention_heads=3 must be a multiple of num_key_value_heads=2"):
+        model_config(Recipe(config, DataConfig(seq_len=16), None, {"output_dir": "run"}))
+
+
 def test_values_that_look_unusual_but_are_fine() -> None:
     changes = {"attn_pdrop": 0, "eos_token_id": 0, "n_inner": 40, "initializer_range": 1}
     config = model_config(recipe(changes))

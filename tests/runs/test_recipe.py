@@ -418,6 +418,12 @@ OVERRIDES = [
     (["--eval_fraction", ".nan"], "data.eval_fraction must be in (0, 1), got nan"),
     (["--max_eval_sequences", "-2"], "data.max_eval_sequences must be at least 1, got -2"),
     (["--drop_fraction", ".nan"], "sparse_ift.dst.drop_fraction must be in (0, 1), got nan"),
+    # values that would be ignored, or end training in the middle
+    (["--do_train", "false"], "training.do_train=False would be ignored"),
+    (["--do_eval", "false"], "training.do_eval=False would be ignored"),
+    (["--do_predict", "true"], "training.do_predict=True would be ignored"),
+    (["--label_names", "foo"], "training.label_names must be a list of strings, got 'foo'"),
+    (["--metric_for_best_model", "acc"], "training.metric_for_best_model='acc' is not one of 'loss', 'eval_loss'"),
     # a vocabulary of one's own is for a tokenizer of one's own
     (["--tokenizer", "a/b", "--data.vocab_size", "4096"], "data: vocab_size=4096 is for tokenizer='bpe', which is"),
 ]

@@ -58,6 +58,13 @@ def complete(
 Complete = Callable[[str], tuple[Path, dict[str, Any]]]
 
 
+def test_a_checkpoint_of_weights_alone_is_not_resumed(tmp_path: Path) -> None:
+    """The Trainer would begin optimizer and schedule again, and say nothing."""
+    new_trainer(tmp_path, save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"checkpoint-\d+ holds no optimizer state .*save_only_model=True"):
+        new_trainer(tmp_path, save_only_model=True).train(resume_from_checkpoint=True)
+
+
 def resumable(complete: Complete, folder: Path, step: int = 4, algorithm: str = "rigl") -> Path:
     """A copy of the run's checkpoint at `step` in `folder`, as if the run had stopped there."""
     checkpoint = folder / f"checkpoint-{step}"

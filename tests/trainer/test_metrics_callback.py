@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections import Counter
@@ -369,8 +370,9 @@ def test_a_state_that_is_asked_for_without_saving_leaves_older_folders_alone(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens_per_step": 0, "seq_len": 8}, "tokens_per_step must be at least 1, got 0"),
-        ({"tokens_per_step": 8, "seq_len": -1}, "seq_len must be at least 1, got -1"),
+        ({"tokens_per_step": 0, "seq_len": 8}, "tokens_per_step must be a whole number of at least 1, got 0"),
+        ({"tokens_per_step": 8, "seq_len": -1}, "seq_len must be a whole number of at least 1, got -1"),
+        ({"tokens_per_step": math.nan, "seq_len": 8}, "tokens_per_step must be a whole number of at least 1, got nan"),
         ({"tokens_per_step": 8}, "tokens_per_step=8 and seq_len=None go together"),
         ({**SPEED, "peak_flops_per_second": 0}, "above 0, 'measure' or None, got 0"),
         ({**SPEED, "peak_flops_per_second": "fast"}, "above 0, 'measure' or None, got 'fast'"),

@@ -294,5 +294,6 @@ def test_two_backward_passes_in_a_trainers_step(tmp_path: Path) -> None:
     plain = make_trainer(sparse_gpt2("rigl"), tmp_path, SparseTrainingCallback(), train_sampling_strategy="sequential")
     plain.train()
     assert not differences(masks(plain.model), masks(trainer.model))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="backward_passes must be at least 1, got 0"):
-        SparseTrainingCallback(backward_passes=0)
+    for number in (0, 1.5):
+        with pytest.raises(ValueError, match=f"backward_passes must be a whole number of at least 1, got {number}"):
+            SparseTrainingCallback(backward_passes=number)  # type: ignore[arg-type]

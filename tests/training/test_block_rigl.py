@@ -200,5 +200,5 @@ def test_one_micro_batch_keeps_scores_not_gradients() -> None:
 
 def test_the_number_of_micro_batches_is_checked() -> None:
     model = block_gpt2("rigl")
-    with pytest.raises(ValueError, match="micro_batches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="micro_batches must be a whole number of at least 1, got 0"):
         SparseTrainingController(model, AdamW(model.parameters()), STEPS, micro_batches=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from types import SimpleNamespace
+from typing import Any
 from weakref import ReferenceType, ref
 
 import pytest
@@ -310,11 +311,13 @@ def test_learning_rates_that_are_not_those_of_supar_are_noticed(
     assert "build it with optimizer_param_groups(model, lr)" in caplog.text
 
 
-@pytest.mark.parametrize("total_steps", [0, -1])
-def test_total_steps_out_of_range(total_steps: int) -> None:
+@pytest.mark.parametrize("number", [0, -1, 1.5, 8.0, math.nan, True, "10"])
+def test_numbers_of_steps_and_batches_are_whole_and_at_least_1(number: Any) -> None:
     model = toy_model()
-    with pytest.raises(ValueError, match=f"total_steps.*{total_steps}"):
-        SparseTrainingController(model, SGD(model.parameters(), lr=1.0), total_steps)
+    for given in ({"total_steps": number}, {"total_steps": 8, "micro_batches": number}):
+        name = [*given][-1]
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {number!r}"):
+            SparseTrainingController(model, SGD(model.parameters(), lr=1.0), **given)
 
 
 @pytest.mark.usefixtures("either_structure")

@@ -126,8 +126,16 @@ def test_rates_of_embeddings_are_not_taken_for_a_mistake_under_supar(caplog: pyt
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, True, "3"])
 def test_factors_are_positive_finite_numbers(value: object) -> None:
     for name in ("embedding_lr_factor", "head_lr_factor"):
-        with pytest.raises(ValueError, match=f"{name} must be a positive finite number, got "):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number above 0, got "):
             optimizer_param_groups(tiny_model("gpt2"), 0.5, 0.1, **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-1e-3, math.inf, math.nan, True, "1e-3"])
+def test_rates_and_decay_are_finite_numbers(value: Any) -> None:
+    """torch looks at an optimizer's own rate alone, not at those of groups."""
+    for name, arguments in (("lr", (value, 0.1)), ("weight_decay", (0.1, value))):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, got "):
+            optimizer_param_groups(tiny_model("gpt2"), *arguments)
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
