@@ -133,8 +133,9 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
 
     Raises:
         ValueError: unsupported model, already surgered, no projection matches `targets`/`exclude`,
-            a fused projection matched in part, a projection that grows but stays dense under
-            `accounting="linears"`, or no sparsity meets `accounting="whole_model"`.
+            a fused projection matched in part, a rule that is for no projection, a sparsity that leaves no zero, a
+            projection that grows but stays dense under `accounting="linears"`, or no sparsity meets
+            `accounting="whole_model"`.
 
     Source: arXiv 2303.11525, section 3.
     """
@@ -164,6 +165,7 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
     if isinstance(model, PreTrainedModel):
         dense_config = config_of(model)
     result = plan_of_dense(dense_config, config, seq_len)
+    _check_has_effect(result, config, dense_config)
     check_equal_cost(result, partial(plan_of_dense, dense_config))
     return result
 
@@ -244,8 +246,7 @@ def _choices(
     """For every projection the drop-in family that replaces it, or None; and whether it becomes a sparse Wide one.
 
     Raises:
-        ValueError: all projections would stay dense, a rule or target covers a part of a fused projection, or a rule
-            covers none.
+        ValueError: all projections would stay dense, or a rule or target covers a part of a fused projection.
     """
     rules = [rule_for(config, p.name, p.kinds, p.layer_index) for p in projections]
     chosen = [
@@ -258,12 +259,20 @@ def _choices(
             f"no projection of {dense_config.model_type} is of the kinds {config.target_kinds}; "
             f"it has {sorted({p.kind for p in projections})}: change targets or exclude"
         )
-    _check_rules(projections, config, dense_config)
     return replaced, chosen
 
 
-def _check_rules(projections: Sequence[Projection], config: SparseIFTConfig, dense_config: PreTrainedConfig) -> None:
-    """Refuse a rule that the model has no projection for: the projections it was meant for would get another family."""
+def _check_has_effect(result: Plan, config: SparseIFTConfig, dense_config: PreTrainedConfig) -> None:
+    """Refuse a sparsity that rounds to no zero, and a rule for no projection, whose layers would get another family."""
+    matrices = [matrix for layer in result.layers for matrix in layer.matrices if matrix.is_sparse]
+    if config.sparsity and all(matrix.num_active == matrix.num_weights for matrix in matrices):
+        raise ValueError(
+            f"sparsity={config.sparsity} leaves no zero in a {dense_config.model_type} of these sizes: raise sparsity, "
+            "or lower width_multiple"
+        )
+    if not config.rules:
+        return
+    projections = find_projections(build_model(dense_config, meta=True))
     last = max(projection.layer_index for projection in projections)
     for rule in config.rules:
         if not any(rule.covers(kind, p.layer_index) for p in projections for kind in p.kinds):
