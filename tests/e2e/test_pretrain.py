@@ -194,6 +194,17 @@ def test_an_existing_run_is_not_overwritten(dense_run: Path) -> None:
     message = refusal(str(dense_run))
     assert f"{dense_run.parent / 'run'} already holds a run; continue it with --resume_from_checkpoint true" in message
     assert {path: path.stat().st_mtime_ns for path in (dense_run.parent / "run").rglob("*")} == before
+    assert "delete" not in message
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_be_deleted(tmp_path: Path) -> None:
+    """It may have ended because its model cannot be trained; then it cannot be resumed with another one either."""
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert "holds a run (it has no checkpoint, so you may also delete it, and start anew); continue" in refusal(
+        str(recipe)
+    )
 
 
 @pytest.mark.parametrize(
@@ -379,6 +390,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_text_is_read(tmp_path
         (("--optim=sgd", "--optim_args=momentum"), "optim='sgd' with training.optim_args='momentum': not enough"),
         (("--optim=sgd", "--optim_args=momentum=much"), "could not convert string to float: 'much'"),
         (("--deepspeed=x.json",), "training.deepspeed needs a package"),
+        (("--use_liger_kernel=true",), "training.use_liger_kernel needs a package"),
         (("--model.config.activation_function=nope",), "model.config: gpt2 knows no .*nope"),
     ],
 )
