@@ -133,9 +133,8 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
 
     Raises:
         ValueError: unsupported model, already surgered, no projection matches `targets`/`exclude`,
-            a fused projection matched in part, a rule that is for no projection, a sparsity that leaves no zero, a
-            projection that grows but stays dense under `accounting="linears"`, or no sparsity meets
-            `accounting="whole_model"`.
+            a fused projection matched in part, a rule that is for no projection, a projection that grows but stays
+            dense under `accounting="linears"`, or no sparsity meets `accounting="whole_model"`.
 
     Source: arXiv 2303.11525, section 3.
     """
@@ -165,7 +164,7 @@ def plan(model: PreTrainedModel | PreTrainedConfig, config: SparseIFTConfig, seq
     if isinstance(model, PreTrainedModel):
         dense_config = config_of(model)
     result = plan_of_dense(dense_config, config, seq_len)
-    _check_has_effect(result, config, dense_config)
+    _check_rules(config, dense_config)
     check_equal_cost(result, partial(plan_of_dense, dense_config))
     return result
 
@@ -262,14 +261,8 @@ def _choices(
     return replaced, chosen
 
 
-def _check_has_effect(result: Plan, config: SparseIFTConfig, dense_config: PreTrainedConfig) -> None:
-    """Refuse a sparsity that rounds to no zero, and a rule for no projection, whose layers would get another family."""
-    matrices = [matrix for layer in result.layers for matrix in layer.matrices if matrix.is_sparse]
-    if config.sparsity and all(matrix.num_active == matrix.num_weights for matrix in matrices):
-        raise ValueError(
-            f"sparsity={config.sparsity} leaves no zero in a {dense_config.model_type} of these sizes: raise sparsity, "
-            "or lower width_multiple"
-        )
+def _check_rules(config: SparseIFTConfig, dense_config: PreTrainedConfig) -> None:
+    """Refuse a rule for no projection: those that it was meant for would get another family."""
     if not config.rules:
         return
     projections = find_projections(build_model(dense_config, meta=True))

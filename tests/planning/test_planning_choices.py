@@ -112,14 +112,6 @@ def test_unsupported_models_are_refused(config: PreTrainedConfig, message: str) 
         plan(config, SparseIFTConfig())
 
 
-@pytest.mark.parametrize("options", [{"scope": "residual"}, {"scope": "ffn", "width_multiple": 64}, {"scope": "model"}])
-def test_a_sparsity_that_leaves_no_zero_is_refused(options: dict[str, Any]) -> None:
-    dense = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=64, vocab_size=50)
-    with pytest.raises(ValueError, match=r"sparsity=0\.01 leaves no zero in a llama of these sizes: raise sparsity"):
-        plan(dense, SparseIFTConfig(sparsity=0.01, **options))
-    assert plan(dense, SparseIFTConfig(sparsity=0.5, **options)).ratio_linear == pytest.approx(1, rel=0.05)
-
-
 def test_a_sparse_ift_config_is_refused() -> None:
     config = GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=4)
     config.sparse_ift = SparseIFTConfig().to_dict()
