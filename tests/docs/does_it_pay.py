@@ -22,16 +22,17 @@ from tests.helpers.scripts import load_script
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MAX_ROWS = 6
+MAX_ROWS = 5
 BETWEEN = re.compile(r"(?<=<!-- does it pay -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 HEADER = ("sparse model", "held-out loss, dense → sparse", "FLOPs", "step time")
 CORPORA = ("novels", "builtin")
 # Rows of benchmarks/equal_flops_rows.py. Where a search of rates did not end, docs/results.md says so.
 TITLES = {
     "ffn2": "`scope: ffn`, 50%",
-    "residual2": "`scope: residual`, 50%",
+    "residual2-embedding": "`scope: residual`, 50%, dense embedding",
     "model": "`scope: model`, 75%, at equal FLOPs",
 }
+ROWS = (*(("llama", name) for name in TITLES), ("starcoder2", "residual2-embedding"))  # architecture and row
 
 
 def table() -> str:
@@ -41,14 +42,14 @@ def table() -> str:
 
 
 def equal_flops() -> Iterator[tuple[str, str, str, str]]:
-    """Rows at equal whole-model FLOPs with three seeds, of each corpus the widest Llamas that have them."""
+    """Rows at equal whole-model FLOPs with three seeds, of each corpus and architecture the widest that have them."""
     tables = load_script("benchmarks/equal_flops_table.py")
     for corpus in CORPORA:
         baselines = [tables.Baseline.from_name(path.name) for path in (RESULTS / "equal_flops" / corpus).glob("width*")]
-        llamas = [dense for dense in baselines if dense.architecture == "llama"]
-        widest_first = sorted(llamas, key=lambda dense: (-dense.width, dense.layers))
-        for name in TITLES:
-            found = (_row_over(tables, corpus, dense, name) for dense in widest_first)
+        widest_first = sorted(baselines, key=lambda dense: (-dense.width, dense.layers))
+        for architecture, name in ROWS:
+            alike = [dense for dense in widest_first if dense.architecture == architecture]
+            found = (_row_over(tables, corpus, dense, name) for dense in alike)
             yield from itertools.islice(filter(None, found), 1)
 
 
