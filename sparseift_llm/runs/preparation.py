@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from transformers.training_args import OptimizerNames
-from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from sparseift_llm.checkpoints.trainer_folder import is_complete, last_complete_checkpoint
 from sparseift_llm.config.as_begun import BEFORE, BEFORE_IN_DST
