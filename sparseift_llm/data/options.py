@@ -14,7 +14,6 @@ from sparseift_llm.config.parsing import config_class
 EOS = "<|endoftext|>"  # the end-of-text token of a tokenizer that is trained here
 Word = Annotated[str, Field(min_length=1)]
 _VOCAB_SIZE = 4096
-EVAL_FRACTION = 0.05
 
 
 @config_class
@@ -45,7 +44,7 @@ class DataConfig:
     """False: the rows of JSON, parquet or hub data are consecutive pieces of one running text, such as the lines of
     WikiText, to be joined as they are. The held-out text, whose rows are joined too, then comes from `eval_corpus` or
     `eval_split`."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = EVAL_FRACTION
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the documents held out where there is no separate held-out text (builtin, or local files without
     `eval_corpus`)."""
     hold_out: Literal["documents", "tail"] | None = None
@@ -77,11 +76,6 @@ class DataConfig:
             raise ValueError(
                 f"hold_out={self.hold_out!r} is for text without eval_corpus={self.eval_corpus!r}; leave one of them "
                 "out"
-            )
-        if self.eval_fraction != EVAL_FRACTION and self.eval_corpus is not None:
-            raise ValueError(
-                f"eval_fraction={self.eval_fraction} is for text without eval_corpus={self.eval_corpus!r}; leave one "
-                "of them out"
             )
         if self.hold_out == "tail" and self.corpus == "builtin":
             raise ValueError("hold_out='tail' would train on files of the built-in evaluation; leave it out")

@@ -62,7 +62,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"eval_fraction": 0}, r"eval_fraction must be in \(0, 1\), got 0"),
         ({"eval_fraction": 1.0}, r"eval_fraction must be in \(0, 1\)"),
         ({"vocab_size": 256}, "vocab_size must be at least 257"),
-        ({"eval_fraction": 0.5, "eval_corpus": "b.txt"}, "eval_fraction=0.5 is for text without eval_corpus='b.txt'"),
         ({"seq_len": 1}, "seq_len must be at least 2, got 1"),
         ({"max_eval_sequences": 0}, "max_eval_sequences must be at least 1, got 0"),
         ({"streaming": True}, "streaming needs max_eval_sequences or eval_corpus"),

@@ -80,5 +80,5 @@ def test_a_dense_twin_logs_its_speed_by_the_same_definitions(tmp_path: Path) -> 
     for line in record.logs[1:]:
         per_token = 3 * count_flops(model, 8).forward
         assert line["model_flops_utilization"] == pytest.approx(line["tokens_per_second"] * per_token / 1e9)
-    with pytest.raises(ValueError, match="seq_len must be at least 1"):
+    with pytest.raises(ValueError, match="seq_len must be a whole number of at least 1"):
         SpeedCallback(32, 0)
