@@ -142,11 +142,6 @@ def test_absent_fields_have_the_defaults_that_specs_name() -> None:
         ({"family": "doped"}, True, True),
         ({"family": "doped", "structure": "block", "block_size": 4}, True, False),
         ({"scope": "ffn", "rules": (FamilyRule("dense", ("q", "k", "v", "o")),)}, False, True),
-        (
-            {"scope": "ffn", "rules": (FamilyRule("doped", ("q", "k", "v", "o"), layers="7"),)},
-            False,
-            True,
-        ),  # no layer 7
     ],
 )
 def test_how_weights_are_stored(options: dict[str, Any], own: bool, masked: bool) -> None:
