@@ -146,9 +146,9 @@ def prepare_output(recipe: Recipe, output_dir: Path, args: TrainingArguments) ->
         output_dir.mkdir(parents=True, exist_ok=True)
         has_checkpoint = any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
         if (has_checkpoint or (output_dir / METRICS_NAME).is_file()) and not resume:
-            nothing = "" if has_checkpoint else " (it has no checkpoint, so you may also delete it, and start anew)"
+            way_out = "" if has_checkpoint else " (it has no checkpoint, so you may also delete it, and start anew)"
             raise ValueError(
-                f"{output_dir} already holds a run{nothing}; continue it with --resume_from_checkpoint true, "
+                f"{output_dir} already holds a run{way_out}; continue it with --resume_from_checkpoint true, "
                 "or choose another --output_dir"
             )
         if not resume:

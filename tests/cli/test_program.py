@@ -30,7 +30,8 @@ def printed_by_exiting(capsys: pytest.CaptureFixture[str], *words: str, status: 
 
 
 def test_a_reader_that_has_read_enough_is_no_error() -> None:
-    command = f"set -o pipefail; {PROGRAM} plan --model gpt3-small --sparsity 0.75 | head -c 1"
+    # `true` ends before anything is printed
+    command = f"set -o pipefail; {PROGRAM} plan --model gpt3-small --sparsity 0.75 | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
