@@ -75,6 +75,22 @@ def check_step_count(num_steps: int, step: int) -> None:
         )
 
 
+def warn_of_new_state(num_steps: int, step: int) -> None:
+    """Log a warning if an optimizer had no state when its controller went on, and has one after a step.
+
+    Plain SGD never has any. Training anew from a checkpoint's weights can be meant, so this is no error.
+
+    Args:
+        num_steps: those that the optimizer has counted since, or 0 if it has no state.
+        step: where the controller went on.
+    """
+    if num_steps > 0:
+        logger.warning(
+            "the controller went on at step %d, but the optimizer's state began anew there: load it from the "
+            "checkpoint as well (optimizer.load_state_dict), or the run is not the one that was saved", step
+        )  # fmt: skip
+
+
 @torch.no_grad()
 def check_finite(layers: Mapping[str, SparseProjection], ranks: Ranks, step: int) -> None:
     """Refuse to choose among weights that are nan or infinite: such a mask has any number of active weights.

@@ -118,6 +118,7 @@ class SparseTrainingController(Joinable):
         self.listeners: list[UpdateListener] = []
         self._schedule = {**asdict(config.dst), "seed": config.seed, "total_steps": total_steps}
         self._is_checked = False
+        self._goes_on_without_state = False
         self._steps_before = 0
         self._watches: list[GradientWatch] = []
         self._misses: dict[str, int] = {}
@@ -281,7 +282,9 @@ class SparseTrainingController(Joinable):
         reshard(self.model)
         checks.check_weights(self.layers, self.ranks, self.step + 1)
         if not self._is_checked:
-            checks.check_step_count(self.backend.num_steps(self.layers) - self._steps_before, self.step)
+            num_steps = self.backend.num_steps(self.layers)
+            checks.check_step_count(num_steps - self._steps_before, self.step)
+            self._goes_on_without_state = self.step > 0 and num_steps == 0
             if self.step > 0:
                 self._grown_weights.check(self.layers)
         self._is_checked = True
@@ -292,6 +295,9 @@ class SparseTrainingController(Joinable):
             return
         check_join(self, self.model)
         reshard(self.model)
+        if self._goes_on_without_state:
+            checks.warn_of_new_state(self.backend.num_steps(self.layers), self.step)
+            self._goes_on_without_state = False
         self.step += 1
         self.active_weight_steps += self._num_active
         self._grown_weights.after_step(self.layers)

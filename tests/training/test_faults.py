@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,36 @@ def test_a_controllers_state_of_another_step_is_refused() -> None:
     with pytest.raises(ValueError, match=r"of different steps: load weights and state from one checkpoint"):
         again.load_state_dict(state)
     assert not differences(expected, weights_of(model))
+
+
+@both_structures
+@pytest.mark.parametrize(
+    ("make", "loads", "warns"),
+    [
+        (AdamW, True, False),
+        (AdamW, False, True),
+        (partial(SGD, momentum=0.9), False, True),
+        (SGD, False, False),  # which has no state to lose
+    ],
+    ids=["loaded", "forgotten", "momentum forgotten", "no state"],
+)
+def test_an_optimizer_whose_state_was_forgotten_is_named_once(
+    make: Callable[..., Optimizer], loads: bool, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = sparse_gpt2("rigl")
+    first = make(source.parameters(), lr=0.01)
+    controller = SparseTrainingController(source, first, STEPS)
+    train(source, first, batches(8))
+    assert "began anew" not in caplog.text
+    model = sparse_gpt2("rigl", seed=3)
+    optimizer = make(model.parameters(), lr=0.01)
+    again = SparseTrainingController(model, optimizer, STEPS)
+    again.load_state_dict(controller.state_dict())
+    model.load_state_dict(source.state_dict())
+    if loads:
+        optimizer.load_state_dict(first.state_dict())
+    train(model, optimizer, batches(2))
+    assert caplog.text.count("went on at step 8, but the optimizer's state began anew") == warns
 
 
 def test_weights_alone_may_be_fine_tuned_with_a_new_optimizer() -> None:
