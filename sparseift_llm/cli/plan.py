@@ -108,7 +108,8 @@ def _memory_table(plan: Plan) -> list[str]:
     lines = []
     for memory in _memory(plan).values():
         dense, sparse = memory["dense"], memory["sparse"]
-        names = {"kv_cache": "KV cache", "activations": "activations kept for the backward pass"}
+        most = ", at most" if plan.config.structure == "block" else ""  # their FFN computes some again
+        names = {"kv_cache": "KV cache", "activations": f"activations kept for the backward pass{most}"}
         rows = [(names[key], f"{dense[key]:,}", f"{sparse[key]:,}", f"{sparse[key] / dense[key]:.4f}") for key in names]
         lines += ["", terminal_table(("values per token", "dense", "sparse", "ratio"), rows)]
     return lines

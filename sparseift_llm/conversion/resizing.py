@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparseift_llm.conversion.install import install_sparse_layers, remove_ends
+from sparseift_llm.layers import unattended
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.masked import MaskedProjection
 from sparseift_llm.layers.sharding import is_sharded
@@ -24,6 +25,8 @@ from sparseift_llm.topology.masks import derive_seed, random_rows
 def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwargs: Any) -> ModelRecord:
     """Resize embedding and logits in place. Old words keep their masks, new ones get random masks of as many weights.
 
+    Nothing happens where the number of words is what it was.
+
     The weights of new words are those that transformers gives them, at the places of their masks, times
     1 / sqrt(density), so that rows are as long as transformers made them. The layers are new ones.
 
@@ -36,9 +39,11 @@ def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwar
         The record that the model has now.
 
     Raises:
-        ValueError: embedding or logits are in tiles, or weights are sharded. What transformers raises is passed on; the
-            model is then what it was.
+        ValueError: embedding or logits are in tiles, weights are sharded, or a controller follows the model. What
+            transformers raises is passed on; the model is then what it was.
     """
+    if _wanted_words(model.config.vocab_size, *args, **kwargs) == model.config.vocab_size:
+        return record
     layers = sparse_layers(model)
     ends = [layer for layer in record.layers if layer.kind in ENDS]
     if any(isinstance(layers.get(layer.name), TiledProjection) for layer in ends):
@@ -48,6 +53,11 @@ def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwar
         )
     if is_sharded(model):
         raise ValueError("resize_token_embeddings needs whole weights; resize before the model is sharded")
+    if unattended.is_attended(layers.values()):
+        raise ValueError(
+            "resize_token_embeddings makes new layers, which neither the SparseTrainingController nor the optimizer of "
+            "this model would know: resize before both are made, or close() the controller and make both anew"
+        )
     masks = {name: layer.current_mask() for name, layer in layers.items() if isinstance(layer, MaskedProjection)}
     remove_ends(model)
     stock, old_vocab = (model.get_input_embeddings(), model.get_output_embeddings()), model.config.vocab_size
@@ -68,6 +78,16 @@ def resize_words(model: PreTrainedModel, record: ModelRecord, *args: Any, **kwar
             seed = derive_seed(record.transformation.seed, "resized", vocab, index)
             _mask_words(_masked(model, spec), masks[spec.name], spec, seed)
     return dataclasses.replace(record, layers=new_layers)
+
+
+def _wanted_words(
+    vocab: int, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> int | None:
+    """The number of words that transformers makes of these arguments; None if it will refuse them."""
+    words = vocab if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of is None:
+        return words
+    return math.ceil(words / pad_to_multiple_of) * pad_to_multiple_of if isinstance(pad_to_multiple_of, int) else None
 
 
 def _put_back(model: PreTrainedModel, ends: list[LayerSpec], masks: dict[str, torch.Tensor]) -> None:

@@ -45,6 +45,11 @@ def leave(layers: Iterable[SparseProjection]) -> None:
     _attended.difference_update(layers)
 
 
+def is_attended(layers: Iterable[SparseProjection]) -> bool:
+    """Whether a controller looks after any of these layers."""
+    return any(layer in _attended for layer in layers)
+
+
 def _remember(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if _record(parent):
         _recorded_models.add(parent)

@@ -29,6 +29,7 @@ _GPT3 = {  # hidden, layers, heads: arXiv 2005.14165, table 2.1 (XL with 16 head
     "gpt3-xl": (2048, 24, 16),
 }
 _LLAMA_SHAPE = "llama-"  # the same widths with Llama's layers
+_FFN_MULTIPLE = 64  # of the inner side of a gated FFN, so that tiles of 64 fit a wide stream
 PRESETS = (*_GPT3, *(f"{_LLAMA_SHAPE}{name}" for name in _GPT3), "llama-160m")
 
 
@@ -52,7 +53,7 @@ def preset_config(name: str) -> PreTrainedConfig:
         return LlamaConfig(
             vocab_size=50257,
             hidden_size=hidden,
-            intermediate_size=16 * round(8 / 3 * hidden / 16),
+            intermediate_size=_FFN_MULTIPLE * round(8 / 3 * hidden / _FFN_MULTIPLE),
             num_hidden_layers=num_layers,
             num_attention_heads=num_heads,
             max_position_embeddings=2048,

@@ -23,8 +23,9 @@ class TokenMemory:
 
     Args:
         kv_cache: keys and values of all layers, while it generates.
-        activations: what one forward pass up to the logits keeps for the backward pass. Masks change nothing about it;
-            matrices of tokens times tokens are left out.
+        activations: what one forward pass up to the logits keeps for the backward pass. Masks change nothing about it.
+            With tiles it is less: an FFN computed as one operator (`BlockFeedForward`) computes its activation again.
+            Matrices of tokens times tokens are left out.
     """
 
     kv_cache: int

@@ -7,6 +7,7 @@ model_record.py). Nothing here computes a size.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -282,8 +283,8 @@ class LayerSpec:
 
     @property
     def sparsity(self) -> float:
-        """Zero fraction of all its matrices; a tied layer has none of its own."""
-        return 1 - self.num_active / self.num_weights
+        """Zero fraction of all its matrices; not a number for a tied layer, which has none of its own."""
+        return 1 - self.num_active / self.num_weights if self.matrices else math.nan
 
     def path_of(self, matrix: MatrixSpec) -> str:
         """The module path, in the model, of one of its matrices."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseift_llm import load_pretrained, to_dense
+from sparseift_llm import SparseTrainingController, load_pretrained, to_dense
 from sparseift_llm.checkpoints.records import read_record
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.ends import MaskedEmbedding, TiedLogits
@@ -43,6 +43,38 @@ def test_old_words_stay_and_new_ones_have_as_many_weights(tied: bool, words: int
     loaded = load_pretrained(tmp_path).eval()
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert loaded.resize_token_embeddings() is loaded.get_input_embeddings()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    "asked", [{"new_num_tokens": 100}, {"new_num_tokens": 99, "pad_to_multiple_of": 4}, {"pad_to_multiple_of": 50}]
+)
+def test_the_number_that_there_is_changes_nothing(storage: str, asked: dict[str, int]) -> None:
+    """As in scripts that call `resize_token_embeddings(len(tokenizer))` whatever they have loaded."""
+    model = residual_model(**STORAGES[storage])
+    SparseTrainingController(model, torch.optim.AdamW(model.parameters()), total_steps=2)
+    record, before, modules = read_record(model.config), logits_of(model), list(model.modules())
+    assert model.resize_token_embeddings(**asked) is model.get_input_embeddings()
+    assert list(model.modules()) == modules
+    assert read_record(model.config) == record
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("embedding", ["sparse", "dense"])
+def test_a_model_in_training_is_refused_until_its_controller_is_closed(embedding: str) -> None:
+    model = residual_model(embedding=embedding)
+    controller = SparseTrainingController(model, torch.optim.AdamW(model.parameters()), total_steps=2)
+    with pytest.raises(ValueError, match=r"resize before both are made, or close\(\) the controller"):
+        model.resize_token_embeddings(120)
+    assert model.config.vocab_size == 100
+    controller.close()
+    model.resize_token_embeddings(120)
+    optimizer = torch.optim.AdamW(model.parameters())
+    again = SparseTrainingController(model, optimizer, total_steps=2)
+    ids = torch.arange(110, 118)[None]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert again.step == 1
 
 
 def test_fewer_words() -> None:

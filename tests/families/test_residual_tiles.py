@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def test_the_plan_is_what_is_built(storage: str, tied: bool) -> None:
 def test_flops_are_the_dense_models_at_every_size(name: str, size: int | None, sparsity: float) -> None:
     """A vocabulary of 50,257 is a multiple of no tile."""
     result = plan(load_config(name), residual(sparsity, structure="block", block_size=size), 1024)
+    assert result.config.block_size in ((size,) if size else (64, 128))  # the default is a fast one
     assert result.ratio_linear == pytest.approx(1, abs=1e-4)
     assert result.ratio_whole_model == pytest.approx(1, abs=1e-4)
     assert result.sparse.to_dict()["train_state_bytes"] < 1.02 * result.dense.to_dict()["train_state_bytes"]
@@ -105,6 +107,7 @@ def test_nothing_is_left_out_where_the_hidden_size_does_not_grow(storage: str, t
     transformation = residual(0.0, "rigl", **options)
     result = plan(config, transformation)
     assert [layer.sparsity for layer in result.layers if layer.tied_to is None] == [0.0] * (16 - tied)
+    assert [math.isnan(layer.sparsity) for layer in result.layers] == [False] * 15 + [tied]
     assert (result.ratio_linear, result.ratio_whole_model) == (1.0, 1.0)
     assert result.sparse.masked_zeros == 0
     model = sparsify(config, transformation)

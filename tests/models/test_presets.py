@@ -31,9 +31,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gpt3-xl", 2048, 8192, 24, 16, 50257),
         ("llama-160m", 768, 3072, 12, 12, 32000),
         ("llama-gpt3-small", 768, 2048, 12, 12, 50257),
-        ("llama-gpt3-medium", 1024, 2736, 24, 16, 50257),
+        ("llama-gpt3-medium", 1024, 2752, 24, 16, 50257),
         ("llama-gpt3-large", 1536, 4096, 24, 16, 50257),
-        ("llama-gpt3-xl", 2048, 5456, 24, 16, 50257),
+        ("llama-gpt3-xl", 2048, 5440, 24, 16, 50257),
     ],
 )
 def test_presets(name: str, hidden: int, ffn: int, num_layers: int, num_heads: int, vocab: int) -> None:
@@ -58,9 +58,9 @@ def test_every_preset_is_listed() -> None:
 
 @pytest.mark.parametrize("size", ["small", "medium", "large", "xl"])
 def test_a_llama_shape_has_the_weights_of_its_gpt3(size: str) -> None:
-    """Per layer: four attention matrices, and three FFN matrices with the weights of two."""
+    """Per layer: four attention matrices, and three FFN matrices with about the weights of two."""
     gpt, llama = sizes_of(load_config(f"gpt3-{size}")), load_config(f"llama-gpt3-{size}")
-    assert 3 * llama.intermediate_size == pytest.approx(2 * gpt.ffn, rel=2.5e-3)
+    assert 3 * llama.intermediate_size == pytest.approx(2 * gpt.ffn, rel=0.01)
     assert llama.tie_word_embeddings
 
 

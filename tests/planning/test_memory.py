@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from tests.helpers.models import tiny_config
 from tests.helpers.residual import residual
 
 
-def saved_values(config: PreTrainedConfig, num_tokens: int) -> int:
+def saved_values(config: PreTrainedConfig, num_tokens: int, **options: Any) -> int:
     """Floats that autograd keeps of a real forward pass on the CPU, parameters left out."""
-    model = sparsify(config, residual(0.5))
+    model = sparsify(config, residual(0.5, **options)).train()
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
 
@@ -41,6 +42,17 @@ def test_activations_are_what_autograd_saves(arch: str) -> None:
     per_token = (saved_values(config, 48) - saved_values(config, 16)) / 32
     assert token_memory(wide).activations == pytest.approx(per_token, rel=0.1)
     assert token_memory(config).activations < 0.95 * token_memory(wide).activations
+
+
+def test_tiles_keep_less() -> None:
+    """The gated FFN, 128 wide, keeps two of the four values that the stock one does, in two layers."""
+    config = tiny_config("llama", vocab_size=104, hidden_size=32, intermediate_size=128)
+    per_token = [
+        (saved_values(config, 48, **options) - saved_values(config, 16, **options)) / 32
+        for options in ({}, {"structure": "block", "block_size": 8})
+    ]
+    assert per_token[0] - per_token[1] == 2 * 2 * 128
+    assert per_token[1] < token_memory(plan(config, residual(0.5)).hf_config).activations
 
 
 def test_keys_and_values_stay() -> None:
