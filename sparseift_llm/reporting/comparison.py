@@ -33,6 +33,7 @@ HEADLINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # title, sum
 NOTES = (
     "FLOPs count multiply-adds of projections, attention and logits; norms and elementwise work are left out.",
     "One seed each: differences smaller than the spread between seeds mean nothing.",
+    "A difference is one between models if both have their best rates, which `sparseift sweep` finds.",
 )
 MASKED_NOTE = (
     "Unstructured masks are multiplied at the cost of the stored, dense matrix: fewer tokens/s at equal FLOPs."
@@ -64,8 +65,22 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
             has_ratio = key in WITH_RATIO and None not in values and values[0] != 0
             cells.append(f"{values[1] / values[0]:.3f}" if has_ratio else "")
         lines.append(cells)
+    lines += _rate_lines(summaries, len(header))
     unknown = [Path(run).name for run, summary in zip(runs, summaries, strict=True) if "data" not in summary["config"]]
     return markdown_table(header, lines, "l" + "r" * (len(header) - 1)) + "\n\n" + _notes(summaries, unknown)
+
+
+def _rate_lines(summaries: Sequence[dict[str, Any]], num_cells: int) -> list[list[str]]:
+    """Learning rates as rows of the table, without ratios; none where no run's settings give one."""
+    rates: dict[str, list[str]] = {"learning rate": [], "learning rate of embeddings": []}
+    for summary in summaries:
+        training = summary["config"].get("training", {})
+        rate = training.get("learning_rate")
+        factors = (1, training.get("embedding_lr_factor", 1))
+        for cells, factor in zip(rates.values(), factors, strict=True):
+            cells.append("" if rate is None else f"{rate * factor:g}")
+    rows = [[title, *cells] for title, cells in rates.items() if any(cells)]
+    return [row + [""] * (num_cells - len(row)) for row in rows]
 
 
 def summary_of(run: str | Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class MetricsLog(TrainerCallback):
     """Writes one JSON line per log event, and keeps the totals that a resumed run goes on with.
 
     Each line holds the `totals` and what the Trainer logged (`loss`, `grad_norm`, `learning_rate`,
-    `eval_loss`, ...). On resume, lines of steps after the checkpoint are dropped, as those
+    `embedding_learning_rate`, `eval_loss`, ...). On resume, lines of steps after the checkpoint are dropped, as those
     steps are run again; times go on from the line of the checkpoint's step.
 
     Args:

@@ -73,6 +73,11 @@ class LearningRateFactors:
         """Those that a training section gives, and defaults for the others."""
         return cls(**{key: training[key] for key in _FACTOR_NAMES if key in training})
 
+    def rates_at(self, learning_rate: float) -> dict[str, float]:
+        """What a log says of embeddings and head when the others have `learning_rate`; only those with a factor."""
+        factors = {"embedding_learning_rate": self.embedding_lr_factor, "head_learning_rate": self.head_lr_factor}
+        return {key: learning_rate * factor for key, factor in factors.items() if factor not in (None, 1)}
+
 
 _FACTOR_NAMES = tuple(field.name for field in dataclasses.fields(LearningRateFactors))
 

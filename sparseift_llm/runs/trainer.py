@@ -19,6 +19,7 @@ from sparseift_llm.training.learning_rates import cosine_to_plateau, optimizer_p
 class Pretrainer(Trainer):
     """Trainer with learning rates by group (embeddings, SµPar) and a cosine that may end before training does.
 
+    It logs the rates of embeddings and head beside `learning_rate` where they have a factor.
     Its held-out loss is that of all held-out text in nats, whatever is done to labels and batches in training.
     """
 
@@ -42,6 +43,12 @@ class Pretrainer(Trainer):
             )
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "learning_rate" in logs:
+            factors = LearningRateFactors.of(self.recipe.training)
+            logs = {**logs, **factors.rates_at(logs["learning_rate"])}
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         smoother, drops_last = self.label_smoother, self.args.dataloader_drop_last

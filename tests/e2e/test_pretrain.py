@@ -296,7 +296,10 @@ def test_embeddings_are_trained_at_their_own_rate(tmp_path: Path) -> None:
         record = read_json(output / "recipe.json")
         assert record["training"]["embedding_lr_factor"] == float(factor)
         log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        assert max(line["learning_rate"] for line in log if "learning_rate" in line) <= 0.01
+        rates = [(line["learning_rate"], line.get("embedding_learning_rate")) for line in log if "loss" in line]
+        assert all(rate <= 0.01 for rate, _ in rates)
+        assert [own for _, own in rates] == [3 * rate if factor == "3" else None for rate, _ in rates]
+        assert not any("head_learning_rate" in line for line in log)
     ratios = {name: moved["3"][name] / moved["1"][name] for name in moved["1"]}
     for name, ratio in ratios.items():
         is_embedding = name in ("transformer.wte.weight", "transformer.wpe.weight")

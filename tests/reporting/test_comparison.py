@@ -91,6 +91,19 @@ def test_two_runs_have_a_column_of_ratios(tmp_path: Path) -> None:
     assert widths == {5}
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_rates_are_those_of_the_settings(tmp_path: Path, number: int) -> None:
+    settings = [{"learning_rate": 0.008, "embedding_lr_factor": 8.0}, {"learning_rate": 0.016}, {"max_steps": 4}]
+    runs = [
+        write_run(tmp_path / f"run{index}", {**DENSE, "config": {"data": DATA, "training": training}})
+        for index, training in enumerate(settings[:number])
+    ]
+    cells = rows(comparison_table(runs))  # without empty cells at the end: the ratio, and the rate that is not known
+    assert cells["learning rate"] == ["0.008", "0.016"][:number]
+    assert cells["learning rate of embeddings"] == ["0.064", "0.016"][:number]
+    assert "learning rate" not in rows(comparison_table([write_run(tmp_path / "unknown", DENSE)]))
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_other_numbers_of_runs_have_no_ratios(tmp_path: Path, number: int) -> None:
     runs = [write_run(tmp_path / f"run{index}", SPARSE) for index in range(number)]

@@ -85,6 +85,8 @@ TRAINING_QUANTITIES = (
     Quantity("tokens_per_second", "Speed", "tokens per second", True),
     Quantity("model_flops_utilization", "Model FLOPs utilization", "share of the peak", True),
     Quantity("learning_rate", "Learning rate", "at that step", True),
+    Quantity("embedding_learning_rate", "Learning rate of embeddings", "at that step", True),
+    Quantity("head_learning_rate", "Learning rate of the output head", "at that step", True),
     Quantity("grad_norm", "Gradient", "norm", True),
     Quantity("grad_norm_active", "Gradient of active weights", "norm", True),
     Quantity("grad_norm_grown", "Gradient of weights just grown", "norm", True),
