@@ -15,6 +15,7 @@ from typing import Any
 
 from scipy import stats
 
+from sparseift_llm.runs.lenient_json import read_object
 from sparseift_llm.runs.sweep import Outcome
 from sparseift_llm.runs.sweep_plan import Axis, Sweep, value_name
 from sparseift_llm.utils.files import write_json, write_text, written_whole
@@ -143,15 +144,24 @@ def sweep_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def check_output(output: Path, has_picture: bool) -> None:
+def check_output(sweep: Sweep, has_picture: bool) -> None:
     """Before anything is run: whether the results can be written.
 
     Raises:
-        ValueError: the picture needs matplotlib, which is missing, or the files there are not of a sweep.
+        ValueError: the picture needs matplotlib, which is missing, or the files there are not of a sweep, or of one of
+            another recipe.
     """
     if has_picture:
         _figure_class()
+    output = sweep.output
     refuse_foreign([output / name for name in (RESULT_NAME, TABLE_NAME, PICTURE_NAME)], _BEGINNING, "sparseift sweep")
+    words = read_object(output / RESULT_NAME).values.get("words")
+    before = Path(words[0]).name if isinstance(words, list) and words else None
+    if before not in (None, Path(sweep.words[0]).name):
+        raise ValueError(
+            f"{output} holds the results of a sweep of {before}, which those of {sweep.words[0]} would replace; give "
+            "another --output"
+        )
 
 
 def write_sweep(sweep: Sweep, outcomes: Sequence[Outcome], has_picture: bool) -> str:

@@ -98,7 +98,7 @@ def plan_sweep(
     recipe: str | Path,
     overrides: Sequence[str] = (),
     *,
-    output: str | Path,
+    output: str | Path | None = None,
     seeds: Sequence[int] | None = None,
     dense_twin: bool = False,
 ) -> Sweep:
@@ -108,7 +108,7 @@ def plan_sweep(
         recipe: the YAML file.
         overrides: as for `load_recipe`. One whose value is several YAML values with commas between them is an axis,
             e.g. `--learning_rate 4e-3,8e-3`; the others hold for all runs.
-        output: the folder of the sweep.
+        output: the folder of the sweep; by default the recipe's `training.output_dir` with `_sweep` after it.
         seeds: by default the one that the recipe has.
         dense_twin: train every setting for the dense model as well, with `sparse_ift: null`.
 
@@ -118,11 +118,13 @@ def plan_sweep(
             cannot be compared.
         FileNotFoundError: no such recipe.
     """
-    output = user_path(output)
     axes, fixed = _split_axes(overrides)
     words = (str(recipe), *fixed)
+    first = [f"--{axis.path}={_as_yaml(axis.values[0])}" for axis in axes]
+    if output is None:
+        output = f"{load_recipe(recipe, [*fixed, *first]).training['output_dir']}_sweep"
+    output = user_path(output)
     if seeds is None:
-        first = (f"--{axis.path}={_as_yaml(axis.values[0])}" for axis in axes)
         seeds = [load_recipe(recipe, [*fixed, *first, "--training.output_dir=x"]).training.get("seed", DEFAULT_SEED)]
     if len(set(seeds)) < len(seeds) or not seeds:
         raise ValueError(f"seeds must be different numbers, at least one, got {', '.join(map(str, seeds))}")

@@ -145,7 +145,7 @@ def test_files_of_the_result(sweep: Sweep) -> None:
         "folder": "dense_learning_rate-0.004_embedding_lr_factor-3_seed-0",
         "log": "dense_learning_rate-0.004_embedding_lr_factor-3_seed-0.log",
     }
-    check_output(sweep.output, has_picture=True)  # its own files may be written again
+    check_output(sweep, has_picture=True)  # its own files may be written again
     write_sweep(sweep, found, has_picture=False)
     assert not (sweep.output / "sweep.png").exists()
 
@@ -182,12 +182,28 @@ def test_without_matplotlib_the_picture_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    sweep = plan_sweep(tiny_recipe(tmp_path), output=tmp_path)
     with pytest.raises(ValueError, match=r"pip install 'sparseift_llm\[plot\]', or give --no-picture"):
-        check_output(tmp_path, has_picture=True)
-    check_output(tmp_path, has_picture=False)
+        check_output(sweep, has_picture=True)
+    check_output(sweep, has_picture=False)
 
 
 def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "sweep.md").write_text("mine")
     with pytest.raises(ValueError, match=r"sweep.md is there already, and not from sparseift sweep"):
-        check_output(tmp_path, has_picture=False)
+        check_output(plan_sweep(tiny_recipe(tmp_path), output=tmp_path), has_picture=False)
+
+
+def test_the_results_of_another_recipe_are_not_replaced(sweep: Sweep, tmp_path: Path) -> None:
+    write_sweep(sweep, outcomes(sweep), has_picture=False)
+    recipe = Path(sweep.words[0])
+    check_output(plan_sweep(recipe, ["--learning_rate", "1e-3"], output=sweep.output), has_picture=False)
+    moved, other = tmp_path / "moved" / recipe.name, tmp_path / "other.yaml"
+    moved.parent.mkdir()
+    for path in (moved, other):
+        path.write_text(recipe.read_text())
+    check_output(plan_sweep(moved, output=sweep.output), has_picture=False)
+    with pytest.raises(ValueError, match=rf"holds the results of a sweep of {recipe.name}, .* another --output"):
+        check_output(plan_sweep(other, output=sweep.output), has_picture=False)
+    (sweep.output / "sweep.json").write_text('{"format": "sparseift_sweep_v1", "words": [')  # cut off
+    check_output(plan_sweep(other, output=sweep.output), has_picture=False)

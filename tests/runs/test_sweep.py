@@ -18,6 +18,7 @@ import pytest
 from sparseift_llm.cli import main
 from sparseift_llm.runs import sweep as sweep_module
 from sparseift_llm.runs.formats import SUMMARY_KEYS
+from sparseift_llm.runs.recipe import load_recipe
 from sparseift_llm.runs.sweep import Outcome, is_finished, run_sweep
 from sparseift_llm.runs.sweep_plan import Sweep, SweepRun, plan_sweep, value_name
 from tests.helpers.pretrain_runs import read_json, tiny_recipe
@@ -68,6 +69,13 @@ def test_the_runs_share_their_tokens_unless_the_recipe_says_where_they_are(recip
 
 def test_without_axes_there_is_one_run_with_the_recipes_seed(recipe: Path) -> None:
     assert [run.name for run in plan(recipe).runs] == ["dense_seed-0"]
+
+
+def test_the_folder_is_beside_the_recipes_own(recipe: Path) -> None:
+    own = load_recipe(recipe).training["output_dir"]
+    sweep = plan_sweep(recipe, RATES)
+    assert str(sweep.output) == f"{own}_sweep"
+    assert [run.folder for run in sweep.runs] == [sweep.output / run.name for run in sweep.runs]
 
 
 def test_only_top_level_commas_make_an_axis(recipe: Path) -> None:
