@@ -50,6 +50,8 @@ def test_the_table_of_timings_of_a_wider_stream_is_the_committed_one() -> None:
     results = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     rows = [row for result in results for row in result["rows"]]
     assert render({"rows": rows}) in PAGES["docs/block.md"]
+    assert max(row["ratio_block"] for row in rows) <= 1.25
+    assert max(row["state_bytes_ratio"] for row in rows) <= 1.02
     peaks = [f"{rows[2][f'{name}_peak_bytes'] / 1e6:.0f} MB" for name in ("block", "dense")]
     assert f"it takes {peaks[0]} at its peak, the dense model {peaks[1]}" in PAGES["docs/block.md"]
     assert not any(result["commit"].endswith("-dirty") for result in results)

@@ -203,11 +203,12 @@ def test_options_that_contradict_each_other(options: dict[str, Any], message: st
 
 @pytest.mark.parametrize("init", ["preserve", "supar"])
 @pytest.mark.parametrize("arch", ["llama", "gemma"])
-def test_the_stream_begins_with_the_dense_models_variance(arch: str, init: str) -> None:
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_stream_begins_with_the_dense_models_variance(arch: str, init: str, storage: str) -> None:
     config = tiny_config(arch, hidden_size=256, vocab_size=2000, tie_word_embeddings=False)
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(config)
-    wide = sparsify(config, residual(init=init))
+    wide = sparsify(config, residual(init=init, **STORAGES[storage]))
     ids = torch.arange(2000)[None]
     streams = [model.get_input_embeddings()(ids).std() for model in (dense, wide)]
     torch.testing.assert_close(streams[1], streams[0], rtol=0.02, atol=0)
