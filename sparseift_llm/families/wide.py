@@ -203,7 +203,7 @@ def _otherwise(scope: str) -> str:
         return _OTHERWISE
     return (
         "scope='residual' needs a model type whose heads have a size of their own (Llama, Mistral, Qwen, Gemma, ...), "
-        "e.g. a preset such as 'llama-gpt3-small'; or use scope='ffn' or 'model'"
+        "e.g. a preset such as 'llama-gpt3-small' or 'starcoder2-gpt3-small'; or use scope='ffn' or 'model'"
     )
 
 

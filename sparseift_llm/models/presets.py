@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Starcoder2Config,
 )
 
 from sparseift_llm.models.architectures import sizes_of
@@ -29,15 +30,18 @@ _GPT3 = {  # hidden, layers, heads: arXiv 2005.14165, table 2.1 (XL with 16 head
     "gpt3-xl": (2048, 24, 16),
 }
 _LLAMA_SHAPE = "llama-"  # the same widths with Llama's layers
+_STARCODER2_SHAPE = "starcoder2-"  # the same widths with StarCoder2's
 _FFN_MULTIPLE = 64  # of the inner side of a gated FFN, so that tiles of 64 fit a wide stream
-PRESETS = (*_GPT3, *(f"{_LLAMA_SHAPE}{name}" for name in _GPT3), "llama-160m")
+PRESETS = (*_GPT3, *(f"{shape}{name}" for shape in (_LLAMA_SHAPE, _STARCODER2_SHAPE) for name in _GPT3), "llama-160m")
 
 
 def preset_config(name: str) -> PreTrainedConfig:
     """The config of a preset. Raises KeyError for a name not in `PRESETS`.
 
-    `llama-gpt3-small` has the hidden size, layers and heads of `gpt3-small`, and three FFN matrices with as many
-    weights as its two have, to a multiple of 16: scope `residual` needs heads whose size is a number of its own.
+    Scope `residual` needs heads whose size is a number of its own. `llama-gpt3-small` and `starcoder2-gpt3-small` have
+    the hidden size, layers and heads of `gpt3-small`, and rotary positions. The first has three FFN matrices with as
+    many weights as the two of `gpt3-small` have, to a multiple of 64. The second has its two, its LayerNorm, its GELU
+    and its biases.
     """
     if name == "llama-160m":
         return LlamaConfig(
@@ -48,7 +52,19 @@ def preset_config(name: str) -> PreTrainedConfig:
             num_attention_heads=12,
             max_position_embeddings=2048,
         )
-    hidden, num_layers, num_heads = _GPT3[name.removeprefix(_LLAMA_SHAPE)]
+    hidden, num_layers, num_heads = _GPT3[name.removeprefix(_LLAMA_SHAPE).removeprefix(_STARCODER2_SHAPE)]
+    if name.startswith(_STARCODER2_SHAPE):
+        return Starcoder2Config(
+            vocab_size=50257,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads,
+            head_dim=hidden // num_heads,
+            max_position_embeddings=2048,
+            use_cache=False,
+        )
     if name.startswith(_LLAMA_SHAPE):
         return LlamaConfig(
             vocab_size=50257,

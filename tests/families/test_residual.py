@@ -18,7 +18,7 @@ from sparseift_llm.config.families import Wide
 from sparseift_llm.layers.base import sparse_layers
 from sparseift_llm.layers.ends import MaskedEmbedding, TiedLogits
 from sparseift_llm.layers.masked import MaskedLinear
-from sparseift_llm.models.presets import load_config
+from sparseift_llm.models.presets import PRESETS, load_config
 from sparseift_llm.planning.cost import cost_of
 from sparseift_llm.planning.planner import plan
 from tests.helpers.decoders import SUPPORTED, decoder, decoder_config
@@ -154,7 +154,7 @@ def test_a_model_type_whose_attention_follows_the_hidden_size_is_refused(name: s
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.75])
 @pytest.mark.parametrize("accounting", ["linears", "whole_model"])
-@pytest.mark.parametrize("name", ["llama-gpt3-small", "llama-gpt3-medium", "llama-gpt3-large", "llama-gpt3-xl"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if "-gpt3-" in name])
 def test_flops_are_the_dense_models_at_every_size(name: str, accounting: str, sparsity: float) -> None:
     result = plan(load_config(name), residual(sparsity, accounting=accounting, seq_len=1024))
     assert result.ratio_linear == pytest.approx(1, abs=1e-6)
@@ -163,13 +163,14 @@ def test_flops_are_the_dense_models_at_every_size(name: str, accounting: str, sp
     assert result.hf_config.hidden_size == pytest.approx(result.dense_model.hidden / (1 - sparsity), rel=0.01)
 
 
-def test_a_dense_embedding_is_paid_for_by_the_projections() -> None:
+@pytest.mark.parametrize("name", ["llama-gpt3-small", "starcoder2-gpt3-small"])
+def test_a_dense_embedding_is_paid_for_by_the_projections(name: str) -> None:
     config = residual(0.5, embedding="dense", accounting="whole_model", seq_len=1024)
-    result = plan(load_config("llama-gpt3-small"), config)
+    result = plan(load_config(name), config)
     assert result.ratio_whole_model == pytest.approx(1, abs=1e-6)
     assert result.sparse.flops.logit == 2 * result.dense.flops.logit
     assert result.ratio_linear < 0.6
-    unpaid = plan(load_config("llama-gpt3-small"), residual(0.5, embedding="dense"), 1024)
+    unpaid = plan(load_config(name), residual(0.5, embedding="dense"), 1024)
     assert unpaid.ratio_linear == 1.0
     assert unpaid.ratio_whole_model > 1.2
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Starcoder2Config
 
-from sparseift_llm.models.architectures import sizes_of
+from sparseift_llm.models.architectures import build_model, sizes_of
 from sparseift_llm.models.presets import PRESETS, load_config, preset_config
 
 TINY: dict[str, Any] = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4}
@@ -34,6 +34,8 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
         ("llama-gpt3-medium", 1024, 2752, 24, 16, 50257),
         ("llama-gpt3-large", 1536, 4096, 24, 16, 50257),
         ("llama-gpt3-xl", 2048, 5440, 24, 16, 50257),
+        ("starcoder2-gpt3-small", 768, 3072, 12, 12, 50257),
+        ("starcoder2-gpt3-xl", 2048, 8192, 24, 16, 50257),
     ],
 )
 def test_presets(name: str, hidden: int, ffn: int, num_layers: int, num_heads: int, vocab: int) -> None:
@@ -50,8 +52,10 @@ def test_presets(name: str, hidden: int, ffn: int, num_layers: int, num_heads: i
 
 def test_every_preset_is_listed() -> None:
     gpt3 = ("gpt3-small", "gpt3-medium", "gpt3-large", "gpt3-xl")
-    assert (*gpt3, *(f"llama-{name}" for name in gpt3), "llama-160m") == PRESETS
-    assert [type(load_config(name)) for name in PRESETS] == [*[GPT2Config] * 4, *[LlamaConfig] * 5]
+    shapes = (f"{shape}-{name}" for shape in ("llama", "starcoder2") for name in gpt3)
+    assert (*gpt3, *shapes, "llama-160m") == PRESETS
+    types = [*[GPT2Config] * 4, *[LlamaConfig] * 4, *[Starcoder2Config] * 4, LlamaConfig]
+    assert [type(load_config(name)) for name in PRESETS] == types
     with pytest.raises(KeyError):
         preset_config("gpt3-tiny")
 
@@ -62,6 +66,22 @@ def test_a_llama_shape_has_the_weights_of_its_gpt3(size: str) -> None:
     gpt, llama = sizes_of(load_config(f"gpt3-{size}")), load_config(f"llama-gpt3-{size}")
     assert 3 * llama.intermediate_size == pytest.approx(2 * gpt.ffn, rel=0.01)
     assert llama.tie_word_embeddings
+
+
+def per_layer(name: str) -> dict[str, int]:
+    """Weights and biases of the first decoder layer."""
+    model = build_model(load_config(name), meta=True)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {name.partition(".0.")[2]: size for name, size in sizes.items() if ".0." in name}
+
+
+@pytest.mark.parametrize("size", ["small", "xl"])
+def test_a_starcoder2_shape_has_the_parameters_of_its_gpt3(size: str) -> None:
+    """Per layer all of them, biases and norms included; positions are not learned, and embeddings are tied."""
+    layers = [per_layer(f"{shape}gpt3-{size}") for shape in ("", "starcoder2-")]
+    assert sum(layers[0].values()) == sum(layers[1].values())
+    config = load_config(f"starcoder2-gpt3-{size}")
+    assert (config.tie_word_embeddings, config.bos_token_id, config.eos_token_id) == (True, 50256, 50256)
 
 
 def test_two_loads_do_not_share_a_config() -> None:
