@@ -85,6 +85,8 @@ def _config_with_vocabulary(recipe: Recipe) -> tuple[PreTrainedConfig, tuple[str
         return config, ()
     if recipe.data.vocab_size is not None:
         config.vocab_size = recipe.data.vocab_size
+        for name in ("bos_token_id", "eos_token_id"):  # the tokenizer's, which is not made here, come in their place
+            setattr(config, name, None)
         return config, ()
     try:
         config.vocab_size = len(load_tokenizer(recipe.data, ()))

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from sparseift_llm.runs.recipe import load_recipe
+from sparseift_llm.runs.model import model_config
+from sparseift_llm.runs.recipe import Recipe, load_recipe
 from tests.helpers.paths import ROOT
 
 WATCHING = ("logging_steps", "eval_strategy", "eval_steps", "save_steps", "save_total_limit", "disable_tqdm")
@@ -253,18 +254,23 @@ def test_the_demo_is_the_study_at_its_best_rates(study: ModuleType, tables: Modu
     """Both of its models: everything that decides a loss is as in the run of the study."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     words = re.findall(r"recipes/demo\.yaml --output_dir \$\(DEMO\)/(\w+)(.*)", makefile)
-    for row, (name, options) in zip(("dense", "ffn2"), words, strict=True):
-        best = tables.best_of(study.RESULTS / "builtin" / "width128" / row)
-        corpus = study.Corpus.from_word("builtin")
-        ours = study.Search(study.BY_NAME[row], study.Baseline(128), corpus, None).overrides(best.rates)
-        trained = load_recipe(study.RECIPE, [*ours, "--output_dir=x", "--seed=0"]).to_dict()
-        shown = load_recipe(ROOT / "recipes" / "demo.yaml", [*shlex.split(options), "--output_dir=x"]).to_dict()
-        assert name == ("sparse" if shown["sparse_ift"] else "dense")
-        for recipe in (trained, shown):
-            del recipe["data"]["cache_dir"]
-            for key in WATCHING:
-                recipe["training"].pop(key, None)
-        assert shown == trained
+    baseline, corpus = study.Baseline(128, architecture="starcoder2"), study.Corpus.from_word("builtin")
+    for row, (name, options) in zip(("dense", "residual2-embedding"), words, strict=True):
+        best = tables.best_of(study.RESULTS / "builtin" / str(baseline) / row)
+        ours = study.Search(study.BY_NAME[row], baseline, corpus, None).overrides(best.rates)
+        trained = load_recipe(study.RECIPE, [*ours, "--output_dir=x", "--seed=0"])
+        shown = load_recipe(ROOT / "recipes" / "demo.yaml", [*shlex.split(options), "--output_dir=x"])
+        assert name == ("sparse" if shown.sparse_ift else "dense")
+        assert what_decides(shown) == what_decides(trained)
+
+
+def what_decides(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a recipe that decide a loss, and the model's config but for what the tokenizer decides."""
+    settings, config = recipe.to_dict(), model_config(recipe).to_dict()
+    del settings["model"]["name"], settings["model"]["config"], settings["data"]["cache_dir"], config["vocab_size"]
+    for key in WATCHING:
+        settings["training"].pop(key, None)
+    return {**settings, "config": config}
 
 
 def test_wherever_the_demos_dense_model_is_named_it_has_its_own_rate() -> None:
