@@ -18,6 +18,7 @@ from sparseift_llm.runs.model import model_config
 from sparseift_llm.runs.recipe import Recipe, load_recipe
 from tests.helpers.paths import ROOT
 
+EMBEDDED = "residual2-embedding"
 WATCHING = ("logging_steps", "eval_strategy", "eval_steps", "save_steps", "save_total_limit", "disable_tqdm")
 
 
@@ -73,7 +74,7 @@ def test_the_page_has_the_gain_at_every_place_with_three_seeds(
     study: ModuleType, tables: ModuleType, page: str
 ) -> None:
     places = 0
-    for size_folder, row in product(study.RESULTS.glob("*/width*"), ("ffn2", "residual2")):
+    for size_folder, row in product(study.RESULTS.glob("*/width*"), ("ffn2", "residual2", EMBEDDED)):
         ours, dense = (tables.best_of(size_folder / name) for name in (row, "dense"))
         if size_folder.parent.name in ("novels", "builtin") and ours and min(len(ours.losses), len(dense.losses)) >= 3:
             title = study.Baseline.from_name(size_folder.name).title
@@ -162,7 +163,7 @@ def test_what_the_page_says_of_layers_of_another_architecture_is_in_their_result
     study: ModuleType, tables: ModuleType, page: str
 ) -> None:
     older, llama = (best_rows(study, tables, f"novels/width128{name}") for name in ("-starcoder2", ""))
-    dense, embedded, wider, ffn = (older[name] for name in ("dense", "residual2-embedding", "residual4", "ffn2"))
+    dense, embedded, wider, ffn = (older[name] for name in ("dense", EMBEDDED, "residual4", "ffn2"))
     slope = tables.nats_per_e_fold(llama)
     times = tables.read_times(tables.times_path(study.RESULTS, study.Baseline(128, architecture="starcoder2")))
 
@@ -170,14 +171,13 @@ def test_what_the_page_says_of_layers_of_another_architecture_is_in_their_result
         """What the dense model would do in the time that a row takes."""
         return in_words(slope * math.log(times[name]) - dense.mean + older[name].mean)
 
-    assert f"- with a dense embedding: {tables.gain(embedded, dense)} " in page
     assert (dense.rates.embedding_factor, embedded.rates.embedding_factor) == (4, 1)
-    assert f"The dense model is at {dense.mean:.3f} there, at 4 times the rate for its embedding, and this one" in page
+    assert f"On the novels the dense model is at {dense.mean:.3f}, at 4 times the rate for its embedding, and" in page
     assert f"and this one at {embedded.mean:.3f}, with one rate for all parameters." in page
     worth = tables.equal_loss_flops(embedded, dense, slope).removesuffix("x")
     assert f"By the slope of the Llama that is worth {worth} times the compute." in page
-    dearer = f"A step takes {times['residual2-embedding']:.2f} times the dense model's, and in that time the dense"
-    assert f"{dearer} model would be {in_its_time('residual2-embedding')}." in page
+    dearer = f"A step takes {times[EMBEDDED]:.2f} times the dense model's, and in that time the dense"
+    assert f"{dearer} model would be {in_its_time(EMBEDDED)}." in page
     assert (len(wider.losses), len(ffn.losses), wider.is_inside) == (3, 1, False)
     four = (
         f"the stream gains {tables.gain(wider, dense)}, three seeds, at rates whose search has not ended; a step takes"
@@ -192,41 +192,48 @@ def test_what_the_page_says_of_layers_of_another_architecture_is_in_their_result
     assert f"{kept} {dearer}" in page
     assert f"In that time the dense model would be {in_its_time('residual2-tile16')}, by the slope" in page
     flops = llama["dense"].train_flops / dense.train_flops
-    others = f"{llama['dense'].mean:.3f} without sparsity, and at {llama['ffn2'].mean:.3f} with the wider FFN"
+    others = (
+        f"{llama['dense'].mean:.3f} on the novels without sparsity, and at {llama[EMBEDDED].mean:.3f} with the wide"
+    )
     assert f"A Llama, at {flops:.2f} times the FLOPs, is at {others}" in page
-    below = llama["dense"].mean - embedded.mean
-    assert below > 0
-    assert f"With a dense embedding it is {below:.3f} nats below the dense Llama." in page
+    assert f"for what StarCoder2's layers lack: with it they are at {embedded.mean:.3f}." in page
+    assert embedded.mean < llama["dense"].mean
 
 
 def test_what_pages_say_of_the_wide_stream_with_a_dense_embedding_is_in_its_results(
     study: ModuleType, tables: ModuleType, page: str
 ) -> None:
-    """In a Llama the text is of the one pair of rates with three seeds; the table takes the best first seed."""
-    found, llama = (best_rows(study, tables, f"novels/width128{name}") for name in ("-starcoder2", ""))
-    folder = study.RESULTS / "novels" / "width128" / "residual2-embedding"
-    losses = {path.stem: json.loads(path.read_text("utf-8"))["eval_loss"] for path in sorted(folder.iterdir())}
-    seeds = [losses.pop(f"lr0.008-emb2-seed{seed}") for seed in study.SEEDS]
-    ours = tables.Best(study.Rates(8e-3, 2), dict(enumerate(seeds)), False, 0.0)
-    listed = ", ".join(f"{loss:.3f}" for loss in seeds)
-    assert f"the seeds are {listed}, which is {tables.gain(ours, llama['dense'])} on the novels at width 128." in page
-    ((name, other),) = losses.items()
-    assert name == "lr0.004-emb4-seed0"
-    assert f"With 0.004 and 4 times the first seed is at {other:.3f}, too." in page
-    gained = {name: found["dense"].mean - row.mean for name, row in found.items()}
-    in_llama, in_other = llama["dense"].mean - ours.mean, gained["residual2-embedding"]
-    times = tables.read_times(tables.times_path(study.RESULTS, study.Baseline(128, architecture="starcoder2")))
-    readme, families = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/families.md"))
-    tiles = f"{gained['residual2-tile16']:.3f} at {times['residual2-tile16']:.1f} times the step time, and"
-    both = (
-        f"gains {in_llama:.3f} in a Llama and {in_other:.3f} in a StarCoder2; with a sparse one, there in tiles of 16,"
+    corpora, shapes = ("novels", "builtin"), ("-starcoder2", "")
+    found = {
+        (corpus, shape): best_rows(study, tables, f"{corpus}/width128{shape}") for corpus in corpora for shape in shapes
+    }
+    gained = {key: rows_there["dense"].mean - rows_there[EMBEDDED].mean for key, rows_there in found.items()}
+    assert all(
+        tables.gain(rows_there[EMBEDDED], rows_there["dense"]).split("(")[1][0] == "+" for rows_there in found.values()
     )
-    assert f"`scope: residual` with a dense embedding {both} {tiles}" in readme
-    either = f"with a dense embedding {in_llama:.3f} nats in a Llama, and {in_other:.3f} in a model with LayerNorm"
-    assert f"{either} and GELU, on one text at width 128" in page
+    (other,) = means_over_seeds(study, EMBEDDED, but=found["novels", ""][EMBEDDED].rates)
+    assert f"have three seeds, with means of {found['novels', ''][EMBEDDED].mean:.3f} and {other:.3f}." in page
+    on_code = found["builtin", "-starcoder2"]
+    seeds = [", ".join(f"{loss:.3f}" for loss in sorted(on_code[name].losses.values())) for name in ("dense", EMBEDDED)]
+    assert f"On builtin the dense model's seeds are {seeds[0]}, those of the wide stream {seeds[1]}." in page
+    dense = found["builtin", ""]["dense"].mean
     assert (
-        f"{in_llama:.3f} nats in a Llama and {in_other:.3f} nats in a StarCoder2 at width 128, on one text" in families
+        f"On builtin the dense Llama is at {dense:.3f}, and the wide StarCoder2 at {on_code[EMBEDDED].mean:.3f}."
+        in page
     )
+    assert on_code[EMBEDDED].mean < dense
+    times = tables.read_times(tables.times_path(study.RESULTS, study.Baseline(128, architecture="starcoder2")))
+    readme, families = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in ("README.md", "docs/families.md")
+    )
+    older, llama = (" and ".join(f"{gained[corpus, shape]:.3f}" for corpus in corpora) for shape in shapes)
+    assert f"with a dense embedding gains {older} nats in a StarCoder2" in readme
+    assert f"in {times[EMBEDDED]:.1f} times the step time, and {llama} in a Llama." in readme
+    tiled = found["novels", "-starcoder2"]["dense"].mean - found["novels", "-starcoder2"]["residual2-tile16"].mean
+    assert f"keep {tiled:.3f} in {times['residual2-tile16']:.1f} times the step time" in readme
+    both = f"{older} nats in a StarCoder2 and {llama} nats in a Llama at width 128, on novels and builtin"
+    assert f"with a dense embedding {both}" in families
+    assert f"with a dense embedding {both}" in page
 
 
 def test_what_the_page_says_of_other_places_is_in_their_results(

@@ -48,7 +48,7 @@ def test_what_choosing_promises_is_what_the_table_says() -> None:
         if "→" in row[1]
     }
     rows_of_goals = {
-        "equal_flops": [f"`scope: ffn`, 50%, {corpus}, width 128" for corpus in ("builtin", "novels")],
+        "equal_flops": [f"`scope: ffn`, 50%, {corpus}" for corpus in ("builtin", "novels")],
         "balanced": ["`scope: model`, tiles, 8 per side"],
         "lowest_loss": ["`scope: model`, single weights"],
     }
