@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 # A dense model and its Sparse-IFT twin at the same whole-model FLOPs and rates tuned for each, a table, a picture, a suite, a page.
 demo: install
 	rm -rf $(DEMO)/dense $(DEMO)/sparse
-	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/dense --sparse_ift null --embedding_lr_factor 4
+	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/dense --sparse_ift null --learning_rate 1.6e-2 --embedding_lr_factor 4
 	$(LAUNCH) recipes/pretrain.py recipes/demo.yaml --output_dir $(DEMO)/sparse
 	$(RUN)/sparseift compare $(DEMO)/dense $(DEMO)/sparse --output $(DEMO)
 	TQDM_DISABLE=1 $(RUN)/python eval/leaderboard.py --model $(DEMO)/dense --suite builtin
