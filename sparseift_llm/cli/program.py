@@ -66,7 +66,8 @@ _EXAMPLES = """\
 example:
   sparseift plan --model gpt3-small --sparsity 0.75 --seq-len 1024
   sparseift pretrain recipes/demo.yaml --output_dir runs/sparse
-  sparseift pretrain recipes/demo.yaml --output_dir runs/dense --sparse_ift null --learning_rate 1.6e-2 --embedding_lr_factor 4
+  sparseift pretrain recipes/demo.yaml --output_dir runs/dense \\
+    --sparse_ift null --learning_rate 1.6e-2 --embedding_lr_factor 4
   sparseift compare runs/dense runs/sparse --output runs/comparison
   sparseift evaluate --model runs/sparse --suite builtin
 

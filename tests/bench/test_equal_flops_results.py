@@ -208,14 +208,16 @@ def test_what_pages_say_of_the_wide_stream_with_a_dense_embedding_is_in_its_resu
         (corpus, shape): best_rows(study, tables, f"{corpus}/width128{shape}") for corpus in corpora for shape in shapes
     }
     gained = {key: rows_there["dense"].mean - rows_there[EMBEDDED].mean for key, rows_there in found.items()}
-    assert all(
-        tables.gain(rows_there[EMBEDDED], rows_there["dense"]).split("(")[1][0] == "+" for rows_there in found.values()
-    )
+    lowest = {key: tables.gain(there[EMBEDDED], there["dense"]).split("(")[1][:6] for key, there in found.items()}
+    assert [key for key, low in lowest.items() if low[0] == "-"] == [("builtin", "-starcoder2")]
+    assert float(lowest["builtin", "-starcoder2"]) > -0.005  # just within noise
     (other,) = means_over_seeds(study, EMBEDDED, but=found["novels", ""][EMBEDDED].rates)
     assert f"have three seeds, with means of {found['novels', ''][EMBEDDED].mean:.3f} and {other:.3f}." in page
     on_code = found["builtin", "-starcoder2"]
     seeds = [", ".join(f"{loss:.3f}" for loss in sorted(on_code[name].losses.values())) for name in ("dense", EMBEDDED)]
     assert f"On builtin the dense model's seeds are {seeds[0]}, those of the wide stream {seeds[1]}." in page
+    assert "the dense model was searched there until no neighbour was better" in page
+    assert on_code["dense"].is_inside
     dense = found["builtin", ""]["dense"].mean
     assert (
         f"On builtin the dense Llama is at {dense:.3f}, and the wide StarCoder2 at {on_code[EMBEDDED].mean:.3f}."
@@ -232,8 +234,9 @@ def test_what_pages_say_of_the_wide_stream_with_a_dense_embedding_is_in_its_resu
     tiled = found["novels", "-starcoder2"]["dense"].mean - found["novels", "-starcoder2"]["residual2-tile16"].mean
     assert f"keep {tiled:.3f} in {times['residual2-tile16']:.1f} times the step time" in readme
     both = f"{older} nats in a StarCoder2 and {llama} nats in a Llama at width 128, on novels and builtin"
-    assert f"with a dense embedding {both}" in families
-    assert f"with a dense embedding {both}" in page
+    noise = "(in the StarCoder2 on builtin just within noise)"
+    assert f"with a dense embedding {both} {noise}" in families
+    assert f"with a dense embedding {both} {noise}" in page
 
 
 def test_what_the_page_says_of_other_places_is_in_their_results(
