@@ -54,6 +54,7 @@ def preset_config(name: str) -> PreTrainedConfig:
         )
     hidden, num_layers, num_heads = _GPT3[name.removeprefix(_LLAMA_SHAPE).removeprefix(_STARCODER2_SHAPE)]
     if name.startswith(_STARCODER2_SHAPE):
+        undeclared: dict[str, Any] = {"head_dim": hidden // num_heads}  # the model heeds it all the same
         return Starcoder2Config(
             vocab_size=50257,
             hidden_size=hidden,
@@ -61,9 +62,9 @@ def preset_config(name: str) -> PreTrainedConfig:
             num_hidden_layers=num_layers,
             num_attention_heads=num_heads,
             num_key_value_heads=num_heads,
-            head_dim=hidden // num_heads,
             max_position_embeddings=2048,
             use_cache=False,
+            **undeclared,
         )
     if name.startswith(_LLAMA_SHAPE):
         return LlamaConfig(
